@@ -1,0 +1,45 @@
+# setup: environment and native build; test: fast and slow tests; lint: every static check; demo: the whole loop.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+NATIVE := $(shell find kernels -name '*.cpp' -o -name '*.h' -o -name 'CMakeLists.txt' 2>/dev/null)
+
+.PHONY: setup build test test-fast lint format bench demo clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt scripts/setup.sh scripts/ort_headers.sh $(NATIVE)
+	@PYTHON=$(PYTHON) scripts/setup.sh
+	@touch $@
+
+build:
+	@PYTHON=$(PYTHON) scripts/setup.sh && touch $(STAMP)
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+test-fast: setup
+	$(BIN)/python -m pytest -q -m "not slow"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files 'kernels/*.cpp' 'kernels/*.h' 'kernels/*.cu' 'kernels/*.cuh' | xargs -r $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files 'kernels/*.cpp' 'kernels/*.h' 'kernels/*.cu' 'kernels/*.cuh' | xargs -r $(BIN)/clang-format -i
+
+bench: setup
+	$(BIN)/skerry bench all
+
+demo: setup
+	$(BIN)/skerry demo
+
+clean:
+	rm -rf build .dev demo $(VENV)
