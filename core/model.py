@@ -1,0 +1,145 @@
+"""ModelSpec: the shape of a model; Checkpoint: trained weights in a directory, with their lineage."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from skerry.core.errors import InputError
+from skerry.core.files import canonical_json, read_json, sha256_bytes, sha256_file, write_json
+
+# Hugging Face's architecture names and the family that emits them.
+FAMILIES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "MistralForCausalLM": "mistral"}
+LINEAGE = "checkpoint.json"
+HEX_DIGITS = frozenset("0123456789abcdef")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Sizes are counts of elements; `window` is the sliding attention window in tokens, 0 for none."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    intermediate_size: int
+    max_context: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: dict[str, Any] | None
+    tied_embeddings: bool
+    qkv_bias: bool
+    window: int
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+
+    @classmethod
+    def from_hf_config(cls, config: dict[str, Any]) -> ModelSpec:
+        """Reads a Hugging Face `config.json`, both the transformers 5 form (`rope_parameters`) and the older one."""
+        name = (config.get("architectures") or ["missing"])[0]
+        family = FAMILIES.get(name)
+        if family is None:
+            raise InputError(
+                "read model config", name, "unknown architecture", f"one of {', '.join(sorted(FAMILIES))}"
+            )
+        rope = config.get("rope_parameters") or {}
+        scaling = config.get("rope_scaling") or (rope if rope.get("rope_type", "default") != "default" else None)
+        try:
+            heads = int(config["num_attention_heads"])
+            eos = config.get("eos_token_id")
+            sliding = config.get("sliding_window") if config.get("use_sliding_window", family == "mistral") else None
+            spec = cls(
+                family=family,
+                vocab_size=int(config["vocab_size"]),
+                hidden_size=int(config["hidden_size"]),
+                layers=int(config["num_hidden_layers"]),
+                heads=heads,
+                kv_heads=int(config.get("num_key_value_heads") or heads),
+                head_size=int(config.get("head_dim") or config["hidden_size"] // heads),
+                intermediate_size=int(config["intermediate_size"]),
+                max_context=int(config["max_position_embeddings"]),
+                norm_eps=float(config["rms_norm_eps"]),
+                rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+                rope_scaling=dict(scaling) if scaling else None,
+                tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+                qkv_bias=family == "qwen2" or bool(config.get("attention_bias", False)),
+                window=int(sliding or 0),
+                bos_token_id=config.get("bos_token_id"),
+                eos_token_ids=tuple(eos) if isinstance(eos, list) else (() if eos is None else (int(eos),)),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError("read model config", name, f"missing or malformed field {error}") from error
+        if min(spec.layers, spec.heads, spec.kv_heads, spec.head_size, spec.vocab_size) < 1 or heads % spec.kv_heads:
+            raise InputError("read model config", name, f"impossible shape: {heads} heads over {spec.kv_heads} KV heads")
+        return spec
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the matrices (norms and biases are left out: well below 1%)."""
+        attention = self.hidden_size * self.head_size * 2 * (self.heads + self.kv_heads)
+        mlp = 3 * self.hidden_size * self.intermediate_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
+        return self.layers * (attention + mlp) + embeddings
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "eos_token_ids": list(self.eos_token_ids)}
+
+    @classmethod
+    def from_json(cls, raw: Any) -> ModelSpec:
+        try:
+            known = {name: raw[name] for name in cls.__dataclass_fields__}
+            spec = cls(**{**known, "eos_token_ids": tuple(int(token) for token in raw["eos_token_ids"])})
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError("read model spec", "", f"missing or malformed field {error}") from error
+        for name in ("vocab_size", "hidden_size", "layers", "heads", "kv_heads", "head_size", "max_context"):
+            if not isinstance(known[name], int) or not 1 <= known[name] < 1 << 31:
+                raise InputError("read model spec", name, f"out of range: {known[name]!r}")
+        return spec
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A Hugging Face directory sealed by `checkpoint.json`: what it came from and the digest of every file.
+
+    Lineage keys: schema, name, version, parent (digest or null), dataset {id, digest} or null, recipe, seed, versions,
+    eval {nll {slice: nats per answer token}, parity_nll}, files {name: sha256}.
+    """
+
+    path: Path
+    spec: ModelSpec
+    lineage: dict[str, Any]
+    digest: str
+
+    @classmethod
+    def open(cls, path: Path | str, verify: bool = True) -> Checkpoint:
+        """Raises InputError when the directory is no checkpoint or a file is not what the lineage says."""
+        path = Path(path)
+        lineage = read_json(path / LINEAGE)
+        files = lineage.get("files") if isinstance(lineage, dict) else None
+        if not isinstance(files, dict) or "config.json" not in files:
+            raise InputError("open checkpoint", path, f"{LINEAGE} lists no files", "train or import it again")
+        for name, expected in files.items() if verify else ():
+            if ".." in Path(name).parts or Path(name).is_absolute():
+                raise InputError("open checkpoint", path, f"unsafe file name {name!r}")
+            if not (path / name).is_file():
+                raise InputError("open checkpoint", path, f"{name} is missing")
+            if sha256_file(path / name) != expected:
+                raise InputError("open checkpoint", path, f"{name} sha256 differs from {LINEAGE}")
+        spec = ModelSpec.from_hf_config(read_json(path / "config.json"))
+        return cls(path, spec, lineage, sha256_bytes(canonical_json(lineage)))
+
+
+def write_lineage(path: Path | str, lineage: dict[str, Any]) -> Checkpoint:
+    """Seals a finished directory: digests every file under it and writes `checkpoint.json` last."""
+    path = Path(path)
+    files = {
+        str(file.relative_to(path)): sha256_file(file)
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and file.name != LINEAGE and not file.name.startswith(".")
+    }
+    write_json(path / LINEAGE, {"schema": 1, **lineage, "files": files})
+    return Checkpoint.open(path, verify=False)
