@@ -1,0 +1,82 @@
+"""Chat templates, and how a row of messages becomes token ids: one rule for trainer, exporter and node."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from skerry.core.errors import InputError
+
+if TYPE_CHECKING:
+    from skerry.core.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+MAX_TEMPLATE = 256 << 10
+
+
+class ChatTemplate:
+    """A Jinja template from a bundle, rendered in a sandbox: it may not reach attributes, files or the network."""
+
+    def __init__(self, source: str, bos_token: str = "", eos_token: str = "") -> None:
+        from jinja2 import TemplateSyntaxError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        if len(source) > MAX_TEMPLATE:
+            raise InputError("read chat template", "", f"{len(source)} characters, more than {MAX_TEMPLATE}")
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.globals["raise_exception"] = self._refuse
+        self.source = source
+        self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
+        try:
+            self._template = environment.from_string(source)
+        except TemplateSyntaxError as error:
+            raise InputError("read chat template", "", f"line {error.lineno}: {error.message}") from error
+
+    @staticmethod
+    def _refuse(message: str) -> None:
+        raise InputError("render chat template", "", str(message))
+
+    @classmethod
+    def open(cls, directory: Path | str, bos_token: str = "", eos_token: str = "") -> ChatTemplate:
+        path = Path(directory) / "chat_template.jinja"
+        try:
+            return cls(path.read_text(encoding="utf-8"), bos_token, eos_token)
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError("read chat template", path, str(error)) from error
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        """Raises InputError when the template refuses the messages or fails on them."""
+        from jinja2 import TemplateError
+
+        try:
+            return self._template.render(
+                messages=list(messages), add_generation_prompt=add_generation_prompt, **self._tokens
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, OverflowError, MemoryError) as error:
+            raise InputError("render chat template", "", str(error)) from error
+
+
+def encode_prompt(messages: Sequence[Message], tokenizer: Tokenizer, template: ChatTemplate) -> list[int]:
+    return tokenizer.encode(template.render(messages, add_generation_prompt=True))
+
+
+def encode_row(
+    row: Mapping[str, Any], tokenizer: Tokenizer, template: ChatTemplate
+) -> tuple[list[int], int]:
+    """(ids, answer_start) of `{"messages": [..., assistant answer]}`: ids[answer_start:] are the answer with its end.
+
+    Prompt and answer are encoded apart, because that is how a node meets them: the prompt first, then the model's own
+    tokens. Raises InputError when the row does not end with an assistant's message.
+    """
+    messages = row.get("messages") or []
+    if len(messages) < 2 or messages[-1].get("role") != "assistant":
+        raise InputError("encode row", "", "messages must end with the assistant's answer")
+    prompt = template.render(messages[:-1], add_generation_prompt=True)
+    whole = template.render(messages, add_generation_prompt=False)
+    if not whole.startswith(prompt):
+        raise InputError("encode row", "", "the template's prompt is no prefix of the whole conversation")
+    prompt_ids = tokenizer.encode(prompt)
+    return prompt_ids + tokenizer.encode(whole[len(prompt) :]), len(prompt_ids)
