@@ -63,9 +63,7 @@ def encode_prompt(messages: Sequence[Message], tokenizer: Tokenizer, template: C
     return tokenizer.encode(template.render(messages, add_generation_prompt=True))
 
 
-def encode_row(
-    row: Mapping[str, Any], tokenizer: Tokenizer, template: ChatTemplate
-) -> tuple[list[int], int]:
+def encode_row(row: Mapping[str, Any], tokenizer: Tokenizer, template: ChatTemplate) -> tuple[list[int], int]:
     """(ids, answer_start) of `{"messages": [..., assistant answer]}`: ids[answer_start:] are the answer with its end.
 
     Prompt and answer are encoded apart, because that is how a node meets them: the prompt first, then the model's own

@@ -43,9 +43,7 @@ class ModelSpec:
         name = (config.get("architectures") or ["missing"])[0]
         family = FAMILIES.get(name)
         if family is None:
-            raise InputError(
-                "read model config", name, "unknown architecture", f"one of {', '.join(sorted(FAMILIES))}"
-            )
+            raise InputError("read model config", name, "unknown architecture", f"one of {', '.join(sorted(FAMILIES))}")
         rope = config.get("rope_parameters") or {}
         scaling = config.get("rope_scaling") or (rope if rope.get("rope_type", "default") != "default" else None)
         try:
@@ -74,7 +72,9 @@ class ModelSpec:
         except (KeyError, TypeError, ValueError) as error:
             raise InputError("read model config", name, f"missing or malformed field {error}") from error
         if min(spec.layers, spec.heads, spec.kv_heads, spec.head_size, spec.vocab_size) < 1 or heads % spec.kv_heads:
-            raise InputError("read model config", name, f"impossible shape: {heads} heads over {spec.kv_heads} KV heads")
+            raise InputError(
+                "read model config", name, f"impossible shape: {heads} heads over {spec.kv_heads} KV heads"
+            )
         return spec
 
     @property

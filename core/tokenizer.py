@@ -40,7 +40,6 @@ class Tokenizer:
         """Special tokens spelled out in `text` become their ids."""
         return list(self.inner.encode(text, add_special_tokens=False).ids)
 
-
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         return str(self.inner.decode(list(ids), skip_special_tokens=skip_special))
 
