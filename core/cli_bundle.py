@@ -31,7 +31,7 @@ def verify(path: Path, as_json: bool) -> None:
         return
     if as_json:
         emit(document, True, "")
-        raise SystemExit(1)
+        raise click.exceptions.Exit(1)
     raise BundleError("verify bundle", path, "; ".join(problems), "export or fetch it again")
 
 

@@ -69,4 +69,4 @@ def doctor(as_json: bool) -> None:
 
     emit(document, as_json, text)
     if any(check.ok is False for _, checks in folders for check in checks):
-        raise SystemExit(1)
+        raise click.exceptions.Exit(1)
