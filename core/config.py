@@ -1,4 +1,7 @@
-"""Configuration from `skerry.toml`: flag > environment (SKERRY_SECTION_KEY) > file > default. Unknown keys are errors."""
+"""Configuration from `skerry.toml`: flag > environment (SKERRY_SECTION_KEY) > file > default.
+
+Unknown keys are errors: a typing mistake must not silently leave a default in force.
+"""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class Event:
-    """One thing that happened on a node: unique on (node, boot, seq). `at` is the node's own clock, for display only."""
+    """One thing that happened on a node, unique on (node, boot, seq). `at` is the node's clock, for display only."""
 
     node: str
     boot: int

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skerry.core.errors import InputError, UsageError
@@ -91,8 +92,7 @@ def usable_cores() -> int:
     """The smaller of CPU affinity and the cgroup v2 quota, at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
-            quota, period = file.read().split()
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
     except (OSError, ValueError):
         return max(1, cores)
     return max(1, cores if quota == "max" else min(cores, int(quota) // int(period)))
