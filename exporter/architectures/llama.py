@@ -1,0 +1,48 @@
+"""The Llama family: pre-norm, RMS norm, rotary embedding, grouped queries, gated SiLU.
+
+Covers SmolLM2 and Llama 3.x, Qwen2 and Qwen2.5 (biases on q, k, v) and Mistral (one sliding window for all layers).
+Hugging Face keeps q and k in the rotate-half order (element i pairs with i + R/2), which is what the op expects with
+`interleaved = 0`.
+"""
+
+from __future__ import annotations
+
+from skerry.core.model import ModelSpec
+from skerry.exporter.blocks import Attention, Decoder, Dense, Layer, Mlp
+
+
+def blocks(spec: ModelSpec) -> Decoder:
+    head = "model.embed_tokens.weight" if spec.tied_embeddings else "lm_head.weight"
+    return Decoder(
+        embedding="model.embed_tokens.weight",
+        layers=tuple(_layer(spec, index) for index in range(spec.layers)),
+        norm="model.norm.weight",
+        head=Dense(head, spec.vocab_size, spec.hidden_size),
+    )
+
+
+def _layer(spec: ModelSpec, index: int) -> Layer:
+    prefix, hidden, mlp = f"model.layers.{index}", spec.hidden_size, spec.intermediate_size
+    queries, keys = spec.heads * spec.head_size, spec.kv_heads * spec.head_size
+
+    def projection(name: str, outputs: int, inputs: int, bias: bool) -> Dense:
+        stem = f"{prefix}.self_attn.{name}"
+        return Dense(f"{stem}.weight", outputs, inputs, f"{stem}.bias" if bias else None)
+
+    return Layer(
+        attention_norm=f"{prefix}.input_layernorm.weight",
+        attention=Attention(
+            q=projection("q_proj", queries, hidden, spec.qkv_bias),
+            k=projection("k_proj", keys, hidden, spec.qkv_bias),
+            v=projection("v_proj", keys, hidden, spec.qkv_bias),
+            # Llama's attention_bias covers o_proj as well, Qwen2's does not.
+            o=projection("o_proj", hidden, queries, spec.qkv_bias and spec.family == "llama"),
+        ),
+        mlp_norm=f"{prefix}.post_attention_layernorm.weight",
+        mlp=Mlp(
+            gate=Dense(f"{prefix}.mlp.gate_proj.weight", mlp, hidden),
+            up=Dense(f"{prefix}.mlp.up_proj.weight", mlp, hidden),
+            down=Dense(f"{prefix}.mlp.down_proj.weight", hidden, mlp),
+        ),
+        window=spec.window,
+    )
