@@ -133,8 +133,8 @@ def make_baseline(
 def _ordinal_distance(window: np.ndarray, reference: np.ndarray) -> float | None:
     """Binned Anderson-Darling distance of two histograms [bins]; None when either is empty.
 
-    The sum over bins of the squared difference of the two distribution functions over F(1 - F) of both together, weighed
-    by the bin's mass: sees a shift, a spread and the tails, where a divergence of shares ignores the order of bins.
+    The sum over bins of the squared difference of the two distribution functions over F(1 - F) of both together,
+    weighed by the bin's mass: sees a shift, a spread and the tails, where a divergence of shares ignores the order of bins.
     """
     n, m = window.sum(), reference.sum()
     if n == 0 or m == 0:
@@ -152,8 +152,8 @@ def _token_distance(
 ) -> float | None:
     """Mean squared standardised difference of bucket counts [buckets] per request; None when the window has no ids.
 
-    Each bucket's count is compared with `requests` times the reference's mean per prompt, in units of its spread between
-    prompts, so that tokens that come in bursts weigh no more than steady ones. The mean of one more virtual prompt
+    Each bucket's count is compared with `requests` times the reference's mean per prompt, in units of its spread
+    between prompts, so that tokens that come in bursts weigh no more than steady ones. The mean of one more virtual prompt
     smooths buckets that the reference never saw.
     """
     if window.sum() == 0 or reference.sum() == 0 or prompts == 0:
@@ -298,8 +298,8 @@ def explain(
 ) -> list[tuple[str, float]]:
     """Data sources by how well they explain the drifted traffic, best first: (name, bits per token gained).
 
-    For each source the window is fitted as a mixture of the baseline and the source (one share, by EM); the score is the
-    gain in mean log-likelihood per token over the baseline alone. 0: the source adds nothing. Ties go by name.
+    For each source the window is fitted as a mixture of the baseline and the source (one share, by EM); the score is
+    the gain in mean log-likelihood per token over the baseline alone. 0: the source adds nothing. Ties go by name.
     """
     known = baseline.reference.tokens if isinstance(baseline, Baseline) else baseline
     check_same_hash(window, known)

@@ -76,8 +76,8 @@ class WindowSketch:
     def add(self, observation: Observation) -> WindowSketch:
         """A new window with this request in it; InputError when a value is negative or no number.
 
-        Of surprise and entropy only the first SCORED_TOKENS are counted: later tokens of an answer are more certain than
-        early ones, so a client's max_tokens would otherwise look like drift.
+        Of surprise and entropy only the first SCORED_TOKENS are counted: later tokens of an answer are more certain
+        than early ones, so a client's max_tokens would otherwise look like drift.
         """
         values: dict[str, Sequence[float]] = {
             "prompt_tokens": (observation.prompt_tokens,),
@@ -138,6 +138,7 @@ class WindowSketch:
 def check_same_space(a: WindowSketch, b: WindowSketch, operation: str) -> None:
     """InputError unless both were made with one tokenizer and hash seed (edges are checked when read)."""
     if a.tokenizer_digest != b.tokenizer_digest:
-        raise InputError(operation, "tokenizer_digest", f"{a.tokenizer_digest[:12]} and {b.tokenizer_digest[:12]} differ")
+        a_short, b_short = a.tokenizer_digest[:12], b.tokenizer_digest[:12]
+        raise InputError(operation, "tokenizer_digest", f"{a_short} and {b_short} differ")
     if a.hash_seed != b.hash_seed:
         raise InputError(operation, "hash_seed", "the hash seeds differ")

@@ -8,6 +8,7 @@ identity, so windows may be combined in any order and grouping. Neither keeps th
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -143,7 +144,7 @@ class Histogram:
         if not isinstance(listed, list) or not 1 <= len(listed) < MAX_BINS:
             raise malformed(what, "edges", f"not a list of 1 to {MAX_BINS - 1} numbers")
         edges = tuple(number(edge, "edges", what) for edge in listed)
-        if any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
+        if any(a >= b for a, b in itertools.pairwise(edges)):
             raise malformed(what, "edges", "not strictly increasing")
         return cls(edges, decode_counts(member(raw, "counts", what), len(edges) + 1, "counts", what))
 
