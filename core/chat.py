@@ -59,6 +59,19 @@ class ChatTemplate:
             raise InputError("render chat template", "", str(error)) from error
 
 
+def last_user_text(messages: Sequence[Message]) -> str:
+    """The words of the last user turn: what token sketches count, in a baseline and on a node alike. "" without one.
+
+    Content in parts (`[{"type": "text", "text": ...}]`) is joined.
+    """
+    for message in reversed(messages):
+        if message.get("role") == "user":
+            content = message.get("content")
+            parts = content if isinstance(content, list) else [{"text": content}]
+            return "".join(str(part.get("text") or "") for part in parts if isinstance(part, Mapping))
+    return ""
+
+
 def encode_prompt(messages: Sequence[Message], tokenizer: Tokenizer, template: ChatTemplate) -> list[int]:
     return tokenizer.encode(template.render(messages, add_generation_prompt=True))
 
