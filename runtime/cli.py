@@ -1,0 +1,77 @@
+"""`skerry serve` and, from its own file, the `skerry node` group. Imports nothing heavy: --help must be instant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from skerry.core.errors import InputError, UsageError
+
+
+def __getattr__(name: str) -> Any:
+    """`node` is found when asked for, so that `serve` does not import the agent."""
+    if name == "node":
+        from skerry.runtime.cli_node import node
+
+        return node
+    raise AttributeError(name)
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="0: any free port.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="Default: cores this process may use.")
+@click.option("--api-key-file", type=click.Path(path_type=Path), help="One key a line; /v1 then asks for one of them.")
+@click.option("--max-queue", default=64, show_default=True, type=click.IntRange(0, 100_000), help="Beyond it: 429.")
+@click.option("--memory-mib", type=click.IntRange(1), help="For KV pages. Default: what the context needs.")
+@click.option("--body-limit", default=1 << 20, show_default=True, type=click.IntRange(1024), help="Bytes.")
+@click.option("--drain-seconds", default=30.0, show_default=True, type=click.FloatRange(0))
+def serve(
+    bundle: Path,
+    host: str,
+    port: int,
+    threads: int | None,
+    api_key_file: Path | None,
+    max_queue: int,
+    memory_mib: int | None,
+    body_limit: int,
+    drain_seconds: float,
+) -> int:
+    """Serve a BUNDLE over HTTP with an OpenAI-style API, until Ctrl-C."""
+    import asyncio
+
+    from skerry.runtime.listener import bind
+    from skerry.runtime.worker import Worker, WorkerOptions, set_up_process
+
+    if not bundle.is_dir():
+        hint = "skerry bundle unpack" if bundle.is_file() else "a directory made by skerry export"
+        raise UsageError("serve", bundle, "is not a bundle directory", hint)
+    options = WorkerOptions(
+        bundle=bundle, threads=threads, memory_bytes=memory_mib << 20 if memory_mib else None, max_queue=max_queue,
+        api_keys=read_keys(api_key_file), body_limit=body_limit, drain_seconds=drain_seconds,
+    )  # fmt: skip
+    set_up_process()
+    sock = bind(host, port)
+    shown = f"[{host}]" if ":" in host else host
+    url = f"http://{shown}:{sock.getsockname()[1]}"
+
+    async def run() -> int:
+        return await Worker(options, sock, on_ready=lambda: click.echo(f"Serving {bundle} on {url}")).run()
+
+    return asyncio.run(run())
+
+
+def read_keys(path: Path | None) -> tuple[bytes, ...]:
+    """Raises InputError: a key file that is unreadable or empty must not mean an open server."""
+    if path is None:
+        return ()
+    try:
+        keys = tuple(line.strip() for line in path.read_bytes().splitlines() if line.strip())
+    except OSError as error:
+        raise InputError("read API keys", path, error.strerror or str(error)) from error
+    if not keys:
+        raise InputError("read API keys", path, "it holds no key", "one key a line")
+    return keys

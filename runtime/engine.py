@@ -1,0 +1,189 @@
+"""The engine's contract, and the loop that drives it: plan -> reserve pages -> run -> sample -> commit, on one thread.
+
+Engine.step(rows) -> tokens is all the runtime knows of an engine, so one with another cache or sampler inside serves
+behind it. Sampled tokens go to `deliver` once a step; it must not block (the server hands them to its event loop).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from skerry.core.errors import Unavailable
+from skerry.runtime.kvcache import PagePool
+from skerry.runtime.request import Request, SampledToken, Sequence, State, StepRow, Update
+from skerry.runtime.scheduler import Limits, Planned, Scheduler
+
+log = logging.getLogger("skerry.engine")
+FATAL_STEPS = 3
+
+
+class Engine(Protocol):
+    """`pages` pages of `page_size` tokens; positions up to `max_context`."""
+
+    @property
+    def page_size(self) -> int: ...
+    @property
+    def pages(self) -> int: ...
+    @property
+    def max_context(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+
+    def step(self, rows: list[StepRow]) -> list[SampledToken | None]:
+        """One token (or None) per row. Raises on failure; the same rows may then be asked again."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What the engine holds at this moment."""
+
+    running: int
+    waiting: int
+    pages_used: int
+    pages: int
+    preemptions: int
+    steps: int
+    failed_steps: int
+
+
+class EngineLoop:
+    """Owns the scheduler and the thread. `submit` and `cancel` may be called from any thread."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        deliver: Callable[[list[Update]], None],
+        *,
+        limits: Limits | None = None,
+        on_fatal: Callable[[str], None] = lambda cause: None,
+    ) -> None:
+        self.engine = engine
+        self.scheduler = Scheduler(PagePool(engine.pages, engine.page_size), engine.max_context, limits)
+        self._deliver = deliver
+        self._on_fatal = on_fatal
+        self._changed = threading.Condition()
+        self._closing = ""  # why the loop ends; set once
+        self._fatal = False
+        self._steps = self._failed = self._failed_in_a_row = 0
+        self._thread = threading.Thread(target=self._run, name="skerry-engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, *requests: Request) -> list[Sequence]:
+        """Raises TooLong, QueueFull, or Unavailable when the loop has stopped."""
+        with self._changed:
+            if self._closing:
+                raise Unavailable("accept request", "", self._closing)
+            sequences = self.scheduler.submit(*requests)
+            self._changed.notify()
+        return sequences
+
+    def cancel(self, *sequences: Sequence) -> None:
+        """Frees their pages now, queued or running; a token still in flight is dropped."""
+        with self._changed:
+            for sequence in sequences:
+                self.scheduler.finish(sequence)
+
+    def load(self) -> Load:
+        with self._changed:
+            scheduler = self.scheduler
+            return Load(
+                len(scheduler.running), len(scheduler.waiting), scheduler.pool.used, scheduler.pool.pages,
+                scheduler.preemptions, self._steps, self._failed,
+            )  # fmt: skip
+
+    def close(self, reason: str = "the server is shutting down") -> None:
+        """Ends every sequence with an error and waits for the thread (a step in progress is finished first)."""
+        with self._changed:
+            self._closing = self._closing or reason
+            self._changed.notify()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self.scheduler.has_work and not self._closing:
+                    self._changed.wait()
+                if self._closing:
+                    break
+                planned = self.scheduler.plan()
+            sampled, errors = self._step(planned)
+            with self._changed:
+                updates = self._commit(planned, sampled, errors)
+            if updates:
+                self._deliver(updates)
+            if self._failed_in_a_row >= FATAL_STEPS:
+                self._fatal = True
+                self._closing = f"{FATAL_STEPS} steps failed in a row: {next(iter(errors.values()))}"
+                self._on_fatal(self._closing)
+        self._abandon()
+
+    def _step(self, planned: list[Planned]) -> tuple[list[SampledToken | None], dict[int, str]]:
+        """Runs the batch; when it fails, each row alone, so that a poisoned request costs only itself.
+
+        Asking again is safe: a row writes the same values to the same slots. Answers tokens and errors by row.
+        """
+        self._steps += 1
+        try:
+            sampled = self.engine.step([item.row for item in planned])
+            self._failed_in_a_row = 0
+            return sampled, {}
+        except Exception as error:  # noqa: BLE001 - whatever an engine throws fails requests, never the process
+            log.warning("step of %d rows failed: %s", len(planned), error)
+            self._failed += 1
+            errors = {0: str(error)}
+        sampled = [None] * len(planned)
+        if len(planned) > 1:
+            errors = {}
+            for index, item in enumerate(planned):
+                try:
+                    sampled[index] = self.engine.step([item.row])[0]
+                except Exception as error:  # noqa: BLE001 - as above
+                    errors[index] = str(error)
+        self._failed_in_a_row = self._failed_in_a_row + 1 if len(errors) == len(planned) else 0
+        return sampled, errors
+
+    def _commit(
+        self, planned: list[Planned], sampled: list[SampledToken | None], errors: dict[int, str]
+    ) -> list[Update]:
+        now = time.monotonic()
+        updates = []
+        for index, cause in errors.items():
+            sequence = planned[index].sequence
+            if self.scheduler.finish(sequence):
+                updates.append(Update(sequence, None, "error", now, cause))
+        for index, reason in self.scheduler.commit(planned, sampled):
+            updates.append(Update(planned[index].sequence, sampled[index], reason, now))
+        return updates
+
+    def _abandon(self) -> None:
+        with self._changed:
+            left = [*self.scheduler.running, *self.scheduler.waiting]
+            for sequence in left:
+                self.scheduler.finish(sequence)
+        if left:
+            now = time.monotonic()
+            finish = "error" if self._fatal else "aborted"
+            self._deliver([Update(sequence, None, finish, now, self._closing) for sequence in left])
+
+
+def run_to_completion(engine: Engine, requests: list[Request], limits: Limits | None = None) -> list[list[int]]:
+    """Generates without threads or HTTP, all requests at once: the loop's four moves in a function (tests, benchmarks).
+
+    Raises whatever the engine raises.
+    """
+    scheduler = Scheduler(PagePool(engine.pages, engine.page_size), engine.max_context, limits)
+    sequences = scheduler.submit(*requests)
+    while scheduler.has_work:
+        planned = scheduler.plan()
+        scheduler.commit(planned, engine.step([item.row for item in planned]))
+    assert all(sequence.state is State.FINISHED for sequence in sequences)
+    return [sequence.tokens[len(sequence.request.prompt) :] for sequence in sequences]

@@ -1,0 +1,110 @@
+"""uvicorn on a socket somebody else may own, and how to leave it without losing a request.
+
+Draining with a successor (another worker accepts on the same socket): stop accepting, so new connections queue for
+the successor; answer what kept-alive clients still send, each answer closing its connection; after a grace close the
+idle connections; finish what runs, up to the deadline; abort the rest with an error they can read. Without a successor
+the port stays open and new requests get 503.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import math
+import socket
+import time
+from collections.abc import Iterator
+
+import uvicorn
+from fastapi import FastAPI
+
+from skerry.core.errors import SkerryError
+from skerry.runtime.server import Gate
+from skerry.runtime.service import Service
+
+GRACE_SECONDS = 1.0
+FLUSH_SECONDS = 2.0
+KEEP_ALIVE_SECONDS = 75
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises SkerryError when the port is in use or may not be used."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+        sock.listen(1024)
+    except OSError as error:
+        sock.close()
+        cause = "the port is in use" if error.errno == errno.EADDRINUSE else error.strerror or str(error)
+        hint = "another --port, or stop the other server" if error.errno == errno.EADDRINUSE else "another --host"
+        raise SkerryError("listen on", f"{host}:{port}", cause, hint) from error
+    except OverflowError as error:
+        sock.close()
+        raise SkerryError("listen on", f"{host}:{port}", "no such port", "0 to 65535") from error
+    sock.setblocking(False)
+    return sock
+
+
+class _Server(uvicorn.Server):
+    """Signals belong to the worker, not to uvicorn."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Listener:
+    def __init__(self, app: FastAPI, sock: socket.socket, gate: Gate, service: Service) -> None:
+        config = uvicorn.Config(
+            app, loop="asyncio", http="h11", lifespan="off", ws="none", log_config=None, access_log=False,
+            server_header=False, timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=5,
+        )  # fmt: skip
+        self._server = _Server(config)
+        self._socket, self._gate, self._service = sock, gate, service
+        self._task: asyncio.Task[None] | None = None
+        self._deadline = math.inf
+
+    async def start(self) -> None:
+        """Begins to accept."""
+        self._gate.ready = True
+        self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+        while not self._server.started and not self._task.done():
+            await asyncio.sleep(0.001)
+        if self._task.done():
+            self._task.result()
+
+    async def drain(self, deadline_seconds: float, successor: bool) -> None:
+        """Returns when every connection is closed; at the deadline the requests left are aborted. Never raises."""
+        self._gate.draining = True
+        if self._task is None:
+            return
+        self.hurry(deadline_seconds)
+        if successor:
+            self._stop_accepting()
+            await asyncio.sleep(min(GRACE_SECONDS, deadline_seconds))
+            for connection in list(self._server.server_state.connections):
+                connection.shutdown()  # closes an idle one; a busy one closes after its answer
+        else:
+            self._gate.refusing = True
+        while self._gate.in_flight and time.monotonic() < self._deadline:
+            await asyncio.sleep(0.01)
+        await self._service.close()
+        flushed = time.monotonic() + FLUSH_SECONDS
+        while self._gate.in_flight and time.monotonic() < flushed:
+            await asyncio.sleep(0.01)
+        self._server.should_exit = True
+        await asyncio.wait([self._task])
+
+    def hurry(self, deadline_seconds: float) -> None:
+        """Moves the deadline of a drain nearer, never further away."""
+        self._deadline = min(self._deadline, time.monotonic() + deadline_seconds)
+
+    def _stop_accepting(self) -> None:
+        """The descriptor stays open: connections wait in its queue for whoever else accepts."""
+        loop = asyncio.get_running_loop()
+        for server in self._server.servers:
+            for sock in server.sockets:
+                loop.remove_reader(sock.fileno())

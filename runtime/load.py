@@ -1,0 +1,97 @@
+"""From a bundle on disk to an engine that has proven itself: open, verify, load, golden check, warm up."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from skerry.core.bundle import Bundle, open_bundle
+from skerry.core.chat import ChatTemplate
+from skerry.core.errors import BundleError, IncompatibleError, SkerryError
+from skerry.core.files import read_json
+from skerry.core.target import local_device, usable_cores
+from skerry.core.tokenizer import Tokenizer
+from skerry.runtime.golden import GOLDEN, GoldenResult, check_golden
+from skerry.runtime.protocol import Defaults
+from skerry.runtime.request import Request, SamplingParams
+
+if TYPE_CHECKING:
+    from skerry.runtime.engine import Engine
+    from skerry.runtime.service import Model
+
+log = logging.getLogger("skerry.load")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An engine that may serve. `golden` is None when the bundle has no golden prompts."""
+
+    bundle: Bundle
+    engine: Engine
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    generation: dict[str, Any]
+    golden: GoldenResult | None
+    seconds: float
+
+    def model(self) -> Model:
+        from skerry.runtime.service import Model
+
+        manifest, generation = self.bundle.manifest, self.generation
+        try:
+            defaults = Defaults(
+                vocab_size=manifest.model.vocab_size,
+                temperature=float(generation.get("temperature") or 0.0) if "temperature" in generation else 1.0,
+                top_p=float(generation.get("top_p") or 1.0),
+                top_k=int(generation.get("top_k") or 0),
+            )
+            stop_ids = frozenset(int(id) for id in generation["eos_token_ids"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise BundleError("read", "generation.json", f"malformed: {error!r}", "export the bundle again") from error
+        return Model(
+            name=manifest.name, fingerprint=f"fp_{manifest.engine_digest[:12]}", engine_digest=manifest.engine_digest,
+            tokenizer=self.tokenizer, template=self.template, defaults=defaults, stop_ids=stop_ids,
+        )  # fmt: skip
+
+
+def load(path: Path, *, threads: int | None = None, memory_bytes: int | None = None) -> Loaded:
+    """Raises SkerryError: the bundle is broken, does not fit this machine, or fails its golden prompts."""
+    from skerry.core.target import incompatibility
+    from skerry.kernels.runner import Runner
+    from skerry.runtime.engine_ort import OrtEngine
+
+    began = time.monotonic()
+    bundle = open_bundle(path, verify=True)
+    reason = incompatibility(bundle.manifest, local_device())
+    if reason:
+        raise IncompatibleError("serve bundle", bundle.short, reason, "export it for this machine's target")
+    generation = read_json(bundle.file("generation.json"))
+    if not isinstance(generation, dict):
+        raise BundleError("read", "generation.json", "is no JSON object", "export the bundle again")
+    tokenizer = Tokenizer.open(bundle.file("tokenizer.json"))
+    template = ChatTemplate.open(
+        bundle.path, str(generation.get("bos_token") or ""), str(generation.get("eos_token") or "")
+    )
+    runner = Runner.open(bundle, threads=threads or usable_cores(), memory_bytes=memory_bytes)
+    golden = None
+    if any(entry.name == GOLDEN for entry in bundle.manifest.files):
+        golden = check_golden(bundle, runner)
+        golden.require(bundle)
+    engine = OrtEngine(runner)
+    warm_up(engine)
+    return Loaded(bundle, engine, tokenizer, template, generation, golden, time.monotonic() - began)
+
+
+def warm_up(engine: Engine) -> None:
+    """One short prompt and two tokens, so that the first client does not pay for first-time allocations."""
+    from skerry.runtime.engine import run_to_completion
+
+    try:
+        run_to_completion(engine, [Request((0, 0, 0), 2, SamplingParams(seed=0))])
+    except SkerryError:
+        raise
+    except Exception as error:
+        raise SkerryError("warm up engine", "", str(error), "export the bundle again") from error

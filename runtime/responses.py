@@ -1,0 +1,130 @@
+"""What the API answers: whole bodies and stream chunks in OpenAI's shape."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TokenInfo:
+    """One generated token as the API reports it; `top` holds (text, bytes, logprob), best first."""
+
+    text: str
+    raw: bytes
+    logprob: float
+    top: tuple[tuple[str, bytes, float], ...]
+
+
+@dataclass
+class Piece:
+    """A stretch of one choice's output: text that may be shown, the tokens it came from, and perhaps the end."""
+
+    index: int
+    text: str
+    tokens: list[TokenInfo] = field(default_factory=list)
+    finish: str | None = None
+
+
+@dataclass(frozen=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+
+    def body(self) -> dict[str, int]:
+        total = self.prompt_tokens + self.completion_tokens
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": total,
+        }
+
+
+class Form:
+    """The fixed fields of one answer (id, time, model, engine), and its two dialects: chat and plain completion."""
+
+    def __init__(self, chat: bool, model: str, fingerprint: str) -> None:
+        self.chat = chat
+        kind = "chat.completion" if chat else "text_completion"
+        head = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()),
+            "model": model, "system_fingerprint": fingerprint,
+        }  # fmt: skip
+        self._whole = head
+        self._chunk = {**head, "object": "chat.completion.chunk" if chat else kind}
+        self._offsets: dict[int, int] = {}
+
+    def whole(self, pieces: list[Piece], usage: Usage) -> dict[str, Any]:
+        """The answer without streaming; `pieces` is one whole choice each."""
+        choices = [self._choice(piece, {"role": "assistant", "content": piece.text}, "message") for piece in pieces]
+        return {**self._whole, "choices": choices, "usage": usage.body()}
+
+    def opening(self, choices: int) -> list[dict[str, Any]]:
+        """Chat streams begin with each choice's role."""
+        if not self.chat:
+            return []
+        delta = {"role": "assistant", "content": ""}
+        return [self._event([self._choice(Piece(i, ""), delta, "delta")]) for i in range(choices)]
+
+    def chunks(self, piece: Piece) -> list[dict[str, Any]]:
+        """Text, and apart from it the end: clients read finish_reason from a chunk of its own."""
+        events = []
+        if piece.text or piece.tokens:
+            shown = Piece(piece.index, piece.text, piece.tokens)
+            events.append(self._event([self._choice(shown, {"content": piece.text}, "delta")]))
+        if piece.finish:
+            events.append(self._event([self._choice(Piece(piece.index, "", [], piece.finish), {}, "delta")]))
+        return events
+
+    def usage(self, usage: Usage) -> dict[str, Any]:
+        return {**self._event([]), "usage": usage.body()}
+
+    def _event(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self._chunk, "choices": choices}
+
+    def _choice(self, piece: Piece, content: dict[str, str], name: str) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": piece.index, "logprobs": self._logprobs(piece)}
+        if self.chat:
+            choice[name] = content
+        else:
+            choice["text"] = piece.text
+        choice["finish_reason"] = piece.finish
+        return choice
+
+    def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
+        if not piece.tokens:
+            return None
+        if self.chat:
+            return {"content": [_chat_token(token) for token in piece.tokens], "refusal": None}
+        offset = self._offsets.get(piece.index, 0)
+        offsets = []
+        for token in piece.tokens:
+            offsets.append(offset)
+            offset += len(token.text)
+        self._offsets[piece.index] = offset
+        return {
+            "tokens": [token.text for token in piece.tokens],
+            "token_logprobs": [token.logprob for token in piece.tokens],
+            "top_logprobs": [{text: logprob for text, _, logprob in token.top} for token in piece.tokens],
+            "text_offset": offsets,
+        }
+
+
+def _chat_token(token: TokenInfo) -> dict[str, Any]:
+    def entry(text: str, raw: bytes, logprob: float) -> dict[str, Any]:
+        return {"token": text, "logprob": logprob, "bytes": list(raw)}
+
+    return {
+        **entry(token.text, token.raw, token.logprob),
+        "top_logprobs": [entry(*alternative) for alternative in token.top],
+    }
+
+
+def sse(document: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+SSE_END = b"data: [DONE]\n\n"

@@ -1,0 +1,280 @@
+"""The HTTP API: routes, body limits, keys, errors in OpenAI's shape, and server-sent events that notice a lost client."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from skerry.core.errors import SkerryError
+from skerry.runtime.protocol import ApiError, Call, Defaults, parse_body, parse_chat, parse_completion
+from skerry.runtime.responses import SSE_END, Form, Piece, sse
+from skerry.runtime.service import Answer, ClientGone, Service
+
+log = logging.getLogger("skerry.server")
+BODY_LIMIT = 1 << 20
+BODY_SECONDS = 30
+CLIENT_CLOSED = 499  # nginx's number; nobody is left to read it
+
+
+@dataclass
+class Gate:
+    """Whether requests come in. `draining`: every answer closes its connection. `refusing`: new requests get 503."""
+
+    ready: bool = False
+    draining: bool = False
+    refusing: bool = False
+    in_flight: int = 0
+
+    def check(self) -> None:
+        if self.refusing or not self.ready:
+            why = "the server is shutting down" if self.refusing else "the engine is not ready yet"
+            raise ApiError(503, why, code="unavailable", retry_after=1)
+
+
+@dataclass(frozen=True)
+class Access:
+    """Optional API keys for /v1/*; health and metrics stay open."""
+
+    keys: tuple[bytes, ...] = ()
+
+    def check(self, request: Request) -> None:
+        if not self.keys:
+            return
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        given = key.strip().encode()
+        matches = [hmac.compare_digest(given, known) for known in self.keys]  # all of them: no timing hint
+        if scheme.lower() != "bearer" or not any(matches):
+            raise ApiError(401, "missing or wrong API key", code="invalid_api_key")
+
+
+@dataclass(frozen=True)
+class Options:
+    access: Access = field(default_factory=Access)
+    body_limit: int = BODY_LIMIT
+
+
+def create_app(service: Service, gate: Gate, options: Options | None = None) -> FastAPI:
+    options = options or Options()
+    app = FastAPI(title="Skerry", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.add_middleware(CountAndClose, gate=gate)
+    app.add_exception_handler(ApiError, _answer_api_error)
+    app.add_exception_handler(HTTPException, _answer_http_error)
+
+    async def generate(request: Request, parse: Callable[[dict[str, Any], Defaults], Call]) -> Response:
+        gate.check()
+        options.access.check(request)
+        call = parse(parse_body(await read_body(request, options.body_limit)), service.model.defaults)
+        answer = await service.ask(call)
+        form = Form(call.chat, service.model.name, service.model.fingerprint)
+        return EventStream(answer, form) if call.stream else await _whole(request, answer, form)
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        return await _guard(service, generate(request, parse_chat))
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await _guard(service, generate(request, parse_completion))
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> Response:
+        options.access.check(request)
+        return JSONResponse({"object": "list", "data": [_model(service)]})
+
+    @app.get("/v1/models/{name}")
+    async def model(request: Request, name: str) -> Response:
+        options.access.check(request)
+        service.check_model(name)
+        return JSONResponse(_model(service))
+
+    @app.get("/health/live")
+    async def live() -> Response:
+        return JSONResponse({"status": "live"})
+
+    @app.get("/health/ready")
+    async def ready() -> Response:
+        status = "draining" if gate.draining else "ready" if gate.ready else "loading"
+        body = {"status": status, "engine_digest": service.model.engine_digest, **service.stats()}
+        return JSONResponse(body, status_code=200 if status == "ready" else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return PlainTextResponse(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return app
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """Raises ApiError 413 beyond `limit`, whether the length was declared or the body is chunked; 408 when it stalls.
+
+    What is too long is read on for a while and thrown away: a client that is still writing when the connection closes
+    sees a broken pipe instead of the answer.
+    """
+    declared = request.headers.get("content-length", "0")
+    parts: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            if declared.isdecimal() and int(declared) > 8 * limit:
+                raise _too_large(limit)
+            async for part in request.stream():
+                size += len(part)
+                if size <= limit:
+                    parts.append(part)
+                elif size > 8 * limit:
+                    break
+    except TimeoutError as error:
+        raise ApiError(408, f"the body did not arrive within {BODY_SECONDS} s", code="timeout") from error
+    if size > limit:
+        raise _too_large(limit)
+    return b"".join(parts)
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
+
+
+async def _whole(request: Request, answer: Answer, form: Form) -> Response:
+    watcher = asyncio.create_task(cancel_when_gone(request.receive, answer))
+    try:
+        pieces = await answer.whole()
+    except ClientGone:
+        return Response(status_code=CLIENT_CLOSED)
+    finally:
+        watcher.cancel()
+    return JSONResponse(form.whole(pieces, answer.usage))
+
+
+async def cancel_when_gone(receive: Receive, answer: Answer) -> None:
+    """Ends the request when its connection is lost, also while it is still queued."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    answer.cancel()
+
+
+class EventStream(Response):
+    """Server-sent events. Headers wait for the first piece, so an engine that fails before it still answers 500."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, answer: Answer, form: Form) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._answer, self._form = answer, form
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        watcher = asyncio.create_task(cancel_when_gone(receive, self._answer))
+        pieces = self._answer.pieces()
+        try:
+            await self._stream(pieces, scope, receive, send)
+        except ClientGone:
+            log.debug("client left")
+        finally:
+            watcher.cancel()
+            await pieces.aclose()  # type: ignore[attr-defined]
+
+    async def _stream(self, pieces: AsyncIterator[Piece], scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            first = await anext(pieces)
+        except ApiError as error:
+            await _error_response(error)(scope, receive, send)
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        opening = b"".join(map(sse, self._form.opening(self._answer.call.choices)))
+        await send(_part(opening + self._events(first)))
+        try:
+            async for piece in pieces:
+                await send(_part(self._events(piece)))
+        except ApiError as error:
+            await send(_part(sse(error.body()), last=True))  # and no [DONE]: the text is not whole
+            return
+        usage = sse(self._form.usage(self._answer.usage)) if self._answer.call.include_usage else b""
+        await send(_part(usage + SSE_END, last=True))
+
+    def _events(self, piece: Piece) -> bytes:
+        return b"".join(map(sse, self._form.chunks(piece)))
+
+
+def _part(body: bytes, last: bool = False) -> Message:
+    return {"type": "http.response.body", "body": body, "more_body": not last}
+
+
+class CountAndClose:
+    """Counts requests in flight, and closes connections while draining so that clients come back to the next worker."""
+
+    def __init__(self, app: ASGIApp, gate: Gate) -> None:
+        self.app, self.gate = app, gate
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def send_closing(message: Message) -> None:
+            if message["type"] == "http.response.start" and self.gate.draining:
+                message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
+            await send(message)
+
+        self.gate.in_flight += 1
+        try:
+            await self.app(scope, receive, send_closing)
+        finally:
+            self.gate.in_flight -= 1
+
+
+async def _guard(service: Service, work: Awaitable[Response]) -> Response:
+    """Turns every failure into an ApiError and counts it; a bug of ours is a 500 like the engine's failures."""
+    try:
+        return await work
+    except ApiError as error:
+        service.failed(error)
+        raise
+    except SkerryError as error:
+        refused = ApiError.of(error)
+        service.failed(refused)
+        raise refused from error
+    except Exception as error:
+        log.exception("request failed")
+        broken = ApiError(500, f"internal error: {type(error).__name__}", code="internal")
+        service.failed(broken)
+        raise broken from error
+
+
+def _model(service: Service) -> dict[str, Any]:
+    return {
+        "id": service.model.name, "object": "model", "created": 0, "owned_by": "skerry",
+        "max_model_len": service.loop.scheduler.max_tokens, "engine_digest": service.model.engine_digest,
+    }  # fmt: skip
+
+
+def _error_response(error: ApiError) -> Response:
+    headers = {"retry-after": str(error.retry_after)} if error.retry_after else {}
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    if error.status in (408, 413):
+        headers["connection"] = "close"  # the rest of the body is still on its way
+    return Response(json.dumps(error.body()), error.status, headers, "application/json")
+
+
+async def _answer_api_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return _error_response(error)
+
+
+async def _answer_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+    response = _error_response(ApiError(error.status_code, message, code=code))
+    response.headers.update(error.headers or {})
+    return response

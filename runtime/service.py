@@ -1,0 +1,266 @@
+"""From a checked call to a stream of text: the event loop's side of the engine.
+
+`Service` turns a call into token ids, submits it and hands out an `Answer`; the engine thread's updates come back
+through `call_soon_threadsafe`, once a step for all requests together. Detokenizing and stop strings happen here, on the
+event loop, while the engine already runs the next step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from skerry.core.chat import ChatTemplate
+from skerry.core.tokenizer import Tokenizer
+from skerry.runtime.engine import Engine, EngineLoop
+from skerry.runtime.metrics import Metrics
+from skerry.runtime.observe import Observer, Timing, Trace
+from skerry.runtime.protocol import ApiError, Call, Defaults
+from skerry.runtime.request import Request, SampledToken, Sequence, Update, choice_seed
+from skerry.runtime.responses import Piece, TokenInfo, Usage
+from skerry.runtime.scheduler import Limits
+from skerry.runtime.tokenizer import Detokenizer, StopStrings, token_bytes
+
+# Longer texts are tokenized in a thread: at about 1 MB/s, this many characters take 4 ms.
+THREAD_CHARACTERS = 4_000
+LOWEST_LOGPROB = -9999.0  # JSON has no -inf
+
+
+class ClientGone(Exception):
+    """The client left; whoever writes the answer stops."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a bundle says about serving: names, text rules, sampling defaults, the ids that end a text."""
+
+    name: str
+    fingerprint: str
+    engine_digest: str
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    defaults: Defaults
+    stop_ids: frozenset[int]
+
+
+class Choice:
+    """One of a request's n outputs: its sequence, and the text so far."""
+
+    def __init__(self, index: int, sequence: Sequence, call: Call, tokenizer: Tokenizer) -> None:
+        self.index, self.sequence = index, sequence
+        self.tokens = 0
+        self.finish = ""
+        self.last_at = 0.0
+        self._tokenizer = tokenizer
+        self._detokenizer = Detokenizer(tokenizer.decode, sequence.request.prompt)
+        self._stops = StopStrings(call.stops)
+        self._infos: list[TokenInfo] | None = [] if call.logprobs is not None else None
+
+    def push(self, token: SampledToken, finish: str) -> Piece | None:
+        """The piece that may be shown now, or None while everything is held back. Sets `finish` at the end."""
+        self.tokens += 1
+        if finish == "stop":
+            text = self._stops.push(self._detokenizer.finish())
+        else:
+            text = self._stops.push(self._detokenizer.push(token.id))
+            if self._infos is not None:
+                self._infos.append(self._info(token))
+        if finish == "length" and not self._stops.hit:
+            text += self._stops.push(self._detokenizer.finish())
+        if finish and not self._stops.hit:
+            text += self._stops.finish()
+        self.finish = "stop" if self._stops.hit else finish
+        if not (text or self.finish):
+            return None
+        infos, self._infos = self._infos, [] if self._infos is not None else None
+        return Piece(self.index, text, infos or [], self.finish or None)
+
+    def _info(self, token: SampledToken) -> TokenInfo:
+        top = tuple((*self._spell(id), max(logprob, LOWEST_LOGPROB)) for id, logprob in token.top)
+        return TokenInfo(*self._spell(token.id), max(token.logprob, LOWEST_LOGPROB), top)
+
+    def _spell(self, token: int) -> tuple[str, bytes]:
+        return self._tokenizer.decode([token], skip_special=False), token_bytes(self._tokenizer, token)
+
+
+class Answer:
+    """A request on its way. Iterate `pieces()` to the end, or `cancel()`; either way its pages are free afterwards."""
+
+    def __init__(self, service: Service, call: Call, sequences: list[Sequence], trace: Trace) -> None:
+        self.call = call
+        self._service = service
+        self._trace = trace
+        self._choices = {
+            sequence.request.number: Choice(index, sequence, call, service.model.tokenizer)
+            for index, sequence in enumerate(sequences)
+        }
+        self._news: asyncio.Queue[Update | None] = asyncio.Queue()
+        self.numbers = list(self._choices)
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(self._trace.prompt_tokens, sum(choice.tokens for choice in self._choices.values()))
+
+    def put(self, update: Update) -> None:
+        self._news.put_nowait(update)
+
+    def cancel(self) -> None:
+        """The client left. Frees pages at once, queued or running; `pieces` raises ClientGone."""
+        self._service.stop(self)
+        self._news.put_nowait(None)
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Raises ApiError when the engine failed (500) or the server shuts down (503), ClientGone after cancel()."""
+        try:
+            while any(not choice.finish for choice in self._choices.values()):
+                update = await self._news.get()
+                if update is None:
+                    raise ClientGone
+                piece = self._take(update)
+                if piece is not None:
+                    yield piece
+            self._service.record(self._trace, list(self._choices.values()))
+        except ClientGone:
+            self._service.metrics.cancelled()
+            raise
+        except ApiError as error:
+            self._service.failed(error)
+            raise
+        finally:
+            self._service.stop(self)
+
+    async def whole(self) -> list[Piece]:
+        """Each choice in one piece."""
+        merged = [Piece(choice.index, "") for choice in self._choices.values()]
+        async for piece in self.pieces():
+            part = merged[piece.index]
+            part.text += piece.text
+            part.tokens += piece.tokens
+            part.finish = piece.finish or part.finish
+        return merged
+
+    def _take(self, update: Update) -> Piece | None:
+        choice = self._choices[update.sequence.request.number]
+        if choice.finish:
+            return None  # a stop string ended it while the engine was a token ahead
+        if update.finish == "aborted":
+            raise ApiError(503, f"the request was aborted: {update.error}", code="shutting_down", retry_after=1)
+        if update.finish == "error" or update.token is None:
+            raise ApiError(500, f"the engine failed on this request: {update.error}", code="engine_error")
+        self._service.metrics.token(update.at - choice.last_at if choice.last_at else None)
+        choice.last_at = update.at
+        self._trace.timing.mark(update.at)
+        if choice.index == 0:
+            self._trace.add(update.token.logprob, update.token.entropy)
+        piece = choice.push(update.token, update.finish)
+        if choice.finish and not update.finish:
+            self._service.loop.cancel(choice.sequence)
+        return piece
+
+
+class Service:
+    """Everything the routes need. Create it on the event loop; `start()` starts the engine's thread."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        model: Model,
+        observer: Observer,
+        *,
+        limits: Limits | None = None,
+        on_fatal: Callable[[str], None] = lambda cause: None,
+    ) -> None:
+        self.model = model
+        self.observer = observer
+        self._events = asyncio.get_running_loop()
+        self._answers: dict[int, Answer] = {}
+        fatal = lambda cause: self._call_soon(on_fatal, cause)  # noqa: E731
+        self.loop = EngineLoop(engine, self._deliver, limits=limits, on_fatal=fatal)
+        self.metrics = Metrics(model.name, self.loop.load)
+
+    def start(self) -> None:
+        self.loop.start()
+
+    async def close(self, reason: str = "the server is shutting down") -> None:
+        await asyncio.to_thread(self.loop.close, reason)
+
+    def check_model(self, name: str | None) -> None:
+        if name not in (None, "default", self.model.name):
+            message = f"model {name!r} is not served here; this server has {self.model.name!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    async def ask(self, call: Call) -> Answer:
+        """Raises ApiError or SkerryError (400 never fits or bad template input, 429 queue full)."""
+        timing = Timing(arrived=time.monotonic())
+        self.check_model(call.model)
+        in_thread = call.text_size > THREAD_CHARACTERS
+        prompt, observed = await asyncio.to_thread(self._encode, call) if in_thread else self._encode(call)
+        room = self.loop.scheduler.max_tokens - len(prompt)
+        max_tokens = max(1, room) if call.max_tokens is None else call.max_tokens
+        stop_ids = frozenset() if call.ignore_eos else self.model.stop_ids
+        requests = [
+            Request(prompt, max_tokens, replace(call.sampling, seed=choice_seed(call.sampling.seed, index)), stop_ids)
+            for index in range(call.choices)
+        ]
+        sequences = self.loop.submit(*requests)
+        answer = Answer(self, call, sequences, Trace(timing, len(prompt), observed))
+        for number in answer.numbers:
+            self._answers[number] = answer
+        return answer
+
+    def stop(self, answer: Answer) -> None:
+        for number in answer.numbers:
+            self._answers.pop(number, None)
+        self.loop.cancel(*(choice.sequence for choice in answer._choices.values()))
+
+    def record(self, trace: Trace, choices: list[Choice]) -> None:
+        self.metrics.finished(trace.timing, trace.prompt_tokens, [(c.tokens, c.finish) for c in choices])
+        self.observer.finished(trace)
+
+    def failed(self, error: ApiError) -> None:
+        """Counts an error answer once; only 500 is the engine's fault and makes a failed request."""
+        if error.counted:
+            return
+        error.counted = True
+        self.metrics.error(error.status)
+        if error.status == 500:
+            self.observer.failed()
+
+    def stats(self) -> dict[str, Any]:
+        load = self.loop.load()
+        return {
+            "requests": self.observer.requests, "failed": self.observer.failures, "running": load.running,
+            "waiting": load.waiting, "ttft_p50": self.observer.latencies.ttft.quantile(0.5),
+        }  # fmt: skip
+
+    def _encode(self, call: Call) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(prompt as the engine sees it, the ids that are observed)."""
+        encode = self.model.tokenizer.encode
+        if call.messages is None:
+            prompt = call.prompt_ids if call.prompt_ids is not None else tuple(encode(call.prompt_text or ""))
+            observed = prompt
+        else:
+            prompt = tuple(encode(self.model.template.render(call.messages)))
+            users = [message["content"] for message in call.messages if message["role"] == "user"]
+            observed = tuple(encode(users[-1])) if users else ()
+        if not prompt:
+            raise ApiError(400, "the prompt has no tokens", param="messages" if call.chat else "prompt")
+        return prompt, observed
+
+    def _deliver(self, updates: list[Update]) -> None:
+        """Called by the engine's thread, once a step."""
+        self._call_soon(self._dispatch, updates)
+
+    def _dispatch(self, updates: list[Update]) -> None:
+        for update in updates:
+            answer = self._answers.get(update.sequence.request.number)
+            if answer is not None:
+                answer.put(update)
+
+    def _call_soon(self, callback: Callable[..., None], *arguments: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the event loop has ended: nobody is left to tell
+            self._events.call_soon_threadsafe(callback, *arguments)

@@ -1,0 +1,121 @@
+"""From token ids to text, one token at a time: bytes that are no whole character yet, and stop strings, are held back."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+
+from skerry.core.tokenizer import Tokenizer
+
+REPLACEMENT = "\ufffd"
+# Bytes that are no text may go on for ever; after this many held tokens those before the last four are let go.
+HELD_TOKENS = 16
+
+
+class Detokenizer:
+    """Text of a growing list of ids, such that all pieces joined are the text of the whole.
+
+    Decoding token by token is wrong where a character spans tokens or a decoder treats the first word differently. So
+    each piece is the difference between decoding a short window with and without the new ids; `context` (the end of
+    the prompt) opens the first window. Memory and time per token do not grow with the text.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], context: Sequence[int] = ()) -> None:
+        self._decode = decode
+        self._window = list(context[-6:])
+        self._shown = len(self._window)
+        self._shown_text = decode(self._window) if self._window else ""
+
+    def push(self, token: int) -> str:
+        self._window.append(token)
+        return self._piece(final=False)
+
+    def finish(self) -> str:
+        """What was held back, replacement characters and all."""
+        return self._piece(final=True)
+
+    def _piece(self, final: bool) -> str:
+        text = self._decode(self._window)
+        held = len(self._window) - self._shown
+        if text.endswith(REPLACEMENT) and not final:
+            return "" if held < HELD_TOKENS else self._let_go(text)
+        piece = text[len(self._shown_text) :]
+        if held:
+            self._window = self._window[self._shown :]
+            self._shown = len(self._window)
+            self._shown_text = self._decode(self._window)
+        return piece
+
+    def _let_go(self, text: str) -> str:
+        """Splits a long run of invalid bytes where it decodes the same in two parts, so no character is torn.
+
+        The last four tokens stay: a UTF-8 character has at most four bytes.
+        """
+        for cut in range(len(self._window) - 4, self._shown, -1):
+            head = self._decode(self._window[:cut])
+            if head + self._decode(self._window[cut:]) == text:
+                piece = head[len(self._shown_text) :]
+                self._window, self._shown, self._shown_text = self._window[cut:], 0, ""
+                return piece
+        return ""
+
+
+class StopStrings:
+    """Lets text through up to the first stop string; a tail that may be the beginning of one waits for more text."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.hit = ""
+
+    def push(self, text: str) -> str:
+        """The text that is safe to show. After `hit` is set nothing more is."""
+        if self.hit:
+            return ""
+        if not self._stops:
+            return text
+        self._held += text
+        found = min(((at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0), default=None)
+        if found is not None:
+            shown, self._held, self.hit = self._held[: found[0]], "", found[1]
+            return shown
+        keep = max(_overlap(self._held, stop) for stop in self._stops)
+        shown = self._held[: len(self._held) - keep]
+        self._held = self._held[len(self._held) - keep :]
+        return shown
+
+    def finish(self) -> str:
+        """The text ended without a stop string: what was held back belongs to it."""
+        shown, self._held = self._held, ""
+        return shown
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    for size in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:size]):
+            return size
+    return 0
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
+    """The bytes a token stands for, which may be no whole character: logprobs report them."""
+    piece = tokenizer.inner.id_to_token(token) or ""
+    if re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
+        return bytes([int(piece[3:5], 16)])
+    byte_level = "ByteLevel" in str(tokenizer.inner.decoder)
+    if byte_level and token not in tokenizer.inner.get_added_tokens_decoder():
+        return bytes(_BYTE_OF[c] for c in piece if c in _BYTE_OF)
+    return tokenizer.decode([token], skip_special=False).encode()
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins: printable Latin-1 stands for itself, the rest follow from U+0100 on."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in plain]
+    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
+
+
+_BYTE_OF = _byte_level_alphabet()

@@ -1,0 +1,241 @@
+"""The worker process: one engine, its HTTP API, and the talk with the agent that started it.
+
+    loading -> ready -> (accept) serving -> draining -> gone
+
+It serves on a socket it inherited (`--fd`) once the agent says "accept"; `skerry serve` runs the same worker without an
+agent, on a socket of its own. It drains when told to, on SIGTERM, and when the agent's end of the socketpair closes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from skerry.core.errors import SkerryError
+from skerry.runtime.channel import Control
+from skerry.runtime.load import Loaded, load
+
+if TYPE_CHECKING:
+    from skerry.runtime.listener import Listener
+    from skerry.runtime.service import Service
+
+log = logging.getLogger("skerry.worker")
+DRAIN_SECONDS = 30.0
+STATS_SECONDS = 1.0
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class WorkerOptions:
+    """`threads` None: the smaller of CPU affinity and cgroup quota. `memory_bytes` bounds the KV pages."""
+
+    bundle: Path
+    threads: int | None = None
+    memory_bytes: int | None = None
+    max_queue: int = 64
+    window_requests: int = 16
+    hash_seed: int = 0
+    api_keys: tuple[bytes, ...] = ()
+    body_limit: int = 1 << 20
+    drain_seconds: float = DRAIN_SECONDS
+    loader: Callable[..., Loaded] = field(default=load)
+
+
+class Worker:
+    """`control` None: nobody to talk to, so it accepts as soon as it is ready and calls `on_ready`."""
+
+    def __init__(
+        self,
+        options: WorkerOptions,
+        sock: socket.socket,
+        control: Control | None = None,
+        on_ready: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.options = options
+        self._socket, self._control, self._on_ready = sock, control, on_ready
+        self._began = time.monotonic()
+        self._leave = asyncio.Event()
+        self._accept = asyncio.Event()
+        self._deadline = options.drain_seconds
+        self._exit_code = 0
+        self._loaded = False
+        self._listener: Listener | None = None
+
+    async def run(self) -> int:
+        """The exit code: 0 after a drain, 1 when loading or the engine failed."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self.leave)
+        tasks = [asyncio.create_task(self._listen())] if self._control else []
+        try:
+            loading = asyncio.create_task(
+                asyncio.to_thread(
+                    self.options.loader, self.options.bundle, threads=self.options.threads,
+                    memory_bytes=self.options.memory_bytes,
+                )
+            )  # fmt: skip
+            service = await self._prepare(loading)
+            tasks.append(asyncio.create_task(self._report(service)))
+            await self._serve()
+        except SkerryError as error:
+            self._send("fatal", error=error.to_json())
+            if self._control is None:
+                raise
+            log.error("%s", error.render())
+            self._exit_code = error.exit_code
+        finally:
+            for task in tasks:
+                task.cancel()
+            if self._control:
+                await self._control.flush()
+        return self._exit_code
+
+    def leave(self, deadline_seconds: float | None = None) -> None:
+        """Begins to drain; asked again (a second Ctrl-C), it stops waiting for requests that still run."""
+        if not self._loaded:
+            os._exit(INTERRUPTED)  # a thread is inside the loader and cannot be told to stop
+        if self._leave.is_set():
+            deadline_seconds = 0.0
+        if deadline_seconds is not None:
+            self._deadline = deadline_seconds
+        self._leave.set()
+        if self._listener is not None:
+            self._listener.hurry(self._deadline)
+
+    async def _prepare(self, loading: asyncio.Task[Loaded]) -> Service:
+        """Imports the HTTP side while the loader's thread reads the bundle, then joins the two."""
+        from skerry.runtime.listener import Listener
+        from skerry.runtime.observe import Observer
+        from skerry.runtime.scheduler import Limits
+        from skerry.runtime.server import Access, Gate, Options, create_app
+        from skerry.runtime.service import Service
+
+        loaded = await loading
+        self._loaded = True
+        manifest = loaded.bundle.manifest
+        observer = Observer(
+            manifest.engine_digest, manifest.tokenizer_digest, hash_seed=self.options.hash_seed,
+            window_requests=self.options.window_requests, emit=lambda window: self._send("window", window=window),
+        )  # fmt: skip
+        limits = Limits(queue=self.options.max_queue)
+        service = Service(loaded.engine, loaded.model(), observer, limits=limits, on_fatal=self._fatal)
+        gate = Gate()
+        app = create_app(service, gate, Options(Access(self.options.api_keys), self.options.body_limit))
+        self._listener = Listener(app, self._socket, gate, service)
+        service.start()
+        if loaded.golden:
+            golden = loaded.golden
+            self._send("golden", ok=golden.ok, max_error=golden.max_error, mean_error=golden.mean_error)
+        self._send(
+            "ready", engine_digest=manifest.engine_digest, manifest_sha256=loaded.bundle.digest, pid=os.getpid(),
+            load_seconds=round(time.monotonic() - self._began, 3),
+        )  # fmt: skip
+        return service
+
+    async def _serve(self) -> None:
+        assert self._listener is not None
+        if self._control:
+            await _first_of(self._accept, self._leave)
+        if not self._leave.is_set():
+            await self._listener.start()
+            self._on_ready()
+        await self._leave.wait()
+        log.info("draining, at most %.0f s", self._deadline)
+        await self._listener.drain(self._deadline, successor=self._control is not None)
+        self._send("drained")
+
+    async def _listen(self) -> None:
+        """Obeys the agent; when it is gone, nobody would ever stop this worker, so it leaves by itself."""
+        assert self._control is not None
+        async for message in self._control.messages():
+            match message.get("type"):
+                case "accept":
+                    self._accept.set()
+                case "drain":
+                    self.leave(_seconds(message.get("deadline_seconds"), self.options.drain_seconds))
+                case "stop":
+                    self.leave(0.0)
+                case other:
+                    log.warning("unknown message %r from the agent", other)
+        log.info("the agent is gone")
+        if not self._leave.is_set():
+            self.leave()
+
+    async def _report(self, service: Service) -> None:
+        """Statistics to the agent, once a second while they change."""
+        last: dict[str, Any] = {}
+        while True:
+            stats = service.stats()
+            if stats != last:
+                self._send("stats", **stats, uptime_seconds=round(time.monotonic() - self._began, 1))
+                last = stats
+            await asyncio.sleep(STATS_SECONDS)
+
+    def _fatal(self, cause: str) -> None:
+        log.error("engine: %s", cause)
+        self._send("fatal", error={"code": "engine_error", "message": cause, "hint": "see the worker's log"})
+        self._exit_code = 1
+        self.leave(1.0)
+
+    def _send(self, kind: str, **fields: Any) -> None:
+        if self._control:
+            self._control.send(kind, **fields)
+
+
+async def _first_of(*events: asyncio.Event) -> None:
+    tasks = [asyncio.create_task(event.wait()) for event in events]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
+
+
+def _seconds(value: Any, default: float) -> float:
+    return float(value) if isinstance(value, int | float) and 0 <= value < 86_400 else default
+
+
+def set_up_process() -> None:
+    """Logs on stderr; the engine's thread gets the interpreter lock back within half a millisecond."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    sys.setswitchinterval(0.0005)
+
+
+async def _run(options: WorkerOptions, public: int, control: int) -> int:
+    sock = socket.socket(fileno=public)
+    sock.setblocking(False)
+    return await Worker(options, sock, await Control.open(control)).run()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="skerry.runtime.worker", description="Started by the agent, not by hand.")
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--fd", type=int, required=True, help="listening socket, inherited")
+    parser.add_argument("--control-fd", type=int, required=True, help="socketpair to the agent, inherited")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--memory-bytes", type=int, help="for KV pages")
+    parser.add_argument("--max-queue", type=int, default=64)
+    parser.add_argument("--window-requests", type=int, default=16)
+    parser.add_argument("--hash-seed", type=int, default=0)
+    given = parser.parse_args(arguments)
+    set_up_process()
+    options = WorkerOptions(
+        bundle=given.bundle, threads=given.threads, memory_bytes=given.memory_bytes, max_queue=given.max_queue,
+        window_requests=given.window_requests, hash_seed=given.hash_seed,
+    )  # fmt: skip
+    with contextlib.suppress(KeyboardInterrupt):
+        return asyncio.run(_run(options, given.fd, given.control_fd))
+    return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
