@@ -1,0 +1,212 @@
+// skerry.kernels._native: both ops on NumPy arrays. The runtime samples through it; tests compare it with reference.py.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/pool.h"
+#include "include/paged_attention.h"
+#include "include/philox.h"
+#include "include/sample.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+template <class T>
+using In = nb::ndarray<const T, nb::c_contig, nb::device::cpu>;
+template <class T>
+using InOut = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
+template <class T>
+using Out = nb::ndarray<nb::numpy, T>;
+
+// One pool for each thread count that is asked for; they live as long as the process.
+skerry::Parallel parallel_for(int threads) {
+  static std::mutex mutex;
+  static std::map<int, std::unique_ptr<skerry::Pool>> pools;
+  if (threads <= 1) return {};
+  const std::lock_guard lock(mutex);
+  std::unique_ptr<skerry::Pool>& pool = pools[threads];
+  if (!pool) pool = std::make_unique<skerry::Pool>(threads);
+  return pool->parallel();
+}
+
+void expect(const char* name, size_t found, size_t wanted) {
+  if (found == wanted) return;
+  throw std::invalid_argument(std::string(name) + " is " + std::to_string(found) + ", expected " +
+                              std::to_string(wanted));
+}
+
+template <class T>
+const T* checked(const char* name, const In<T>& array, std::initializer_list<size_t> shape) {
+  expect((std::string("dimensions of ") + name).c_str(), array.ndim(), shape.size());
+  size_t axis = 0;
+  for (const size_t wanted : shape) {
+    const std::string what = "axis " + std::to_string(axis) + " of " + name;
+    expect(what.c_str(), array.shape(axis++), wanted);
+  }
+  return array.data();
+}
+
+template <class T>
+Out<T> make(std::initializer_list<size_t> shape) {
+  size_t count = 1;
+  for (const size_t d : shape) count *= d;
+  T* data = new T[count > 0 ? count : 1];
+  return Out<T>(data, shape, nb::capsule(data, [](void* p) noexcept { delete[] static_cast<T*>(p); }));
+}
+
+Out<float> paged_attention(const In<float>& q, const In<float>& k, const In<float>& v, const InOut<float>& kv,
+                           const In<float>& cos, const In<float>& sin, const In<int32_t>& positions,
+                           const In<int32_t>& query_start, const In<int32_t>& context_len,
+                           const In<int32_t>& block_table, const In<int32_t>& slot, int num_heads, int num_kv_heads,
+                           int head_size, float scale, float softcap, int window, int rotary_dim, bool interleaved,
+                           int threads) {
+  const skerry::PagedAttentionShape shape{num_heads,   num_kv_heads, head_size, rotary_dim,
+                                          interleaved, scale,        softcap,   window};
+  expect("dimensions of q", q.ndim(), 2);
+  expect("dimensions of kv", kv.ndim(), 5);
+  expect("dimensions of cos", cos.ndim(), 2);
+  expect("dimensions of context_len", context_len.ndim(), 1);
+  expect("dimensions of block_table", block_table.ndim(), 2);
+  const size_t tokens = q.shape(0), sequences = context_len.shape(0);
+  const size_t heads = num_heads, kv_heads = num_kv_heads, size = head_size, half = rotary_dim / 2;
+  expect("dimension 1 of kv", kv.shape(1), 2);
+  expect("KV heads of kv", kv.shape(2), kv_heads);
+  expect("head size of kv", kv.shape(4), size);
+  skerry::PagedAttentionArgs args;
+  args.q = checked("q", q, {tokens, heads * size});
+  args.k = checked("k", k, {tokens, kv_heads * size});
+  args.v = checked("v", v, {tokens, kv_heads * size});
+  args.kv = kv.data();
+  args.cos = checked("cos", cos, {cos.shape(0), half});
+  args.sin = checked("sin", sin, {cos.shape(0), half});
+  args.positions = checked("positions", positions, {tokens});
+  args.query_start = checked("query_start", query_start, {sequences + 1});
+  args.context_len = context_len.data();
+  args.block_table = checked("block_table", block_table, {sequences, block_table.shape(1)});
+  args.slot = checked("slot", slot, {tokens});
+  args.tokens = static_cast<int64_t>(tokens);
+  args.sequences = static_cast<int64_t>(sequences);
+  args.table_width = static_cast<int64_t>(block_table.shape(1));
+  args.pages = static_cast<int64_t>(kv.shape(0));
+  args.page_size = static_cast<int64_t>(kv.shape(3));
+  args.table_rows = static_cast<int64_t>(cos.shape(0));
+  Out<float> out = make<float>({tokens, heads * size});
+  args.out = out.data();
+  std::string problem;
+  {
+    const nb::gil_scoped_release release;
+    problem = skerry::paged_attention(shape, args, parallel_for(threads));
+  }
+  if (!problem.empty()) throw std::invalid_argument(problem);
+  return out;
+}
+
+// The ragged and per-row inputs of Sample, as kernels/runner.py's SampleRows holds them.
+skerry::SampleArgs sample_args(const In<float>& logits, const nb::object& rows) {
+  skerry::SampleArgs a;
+  expect("dimensions of logits", logits.ndim(), 2);
+  const size_t count = logits.shape(0);
+  a.logits = logits.data();
+  a.rows = static_cast<int64_t>(count);
+  a.vocabulary = static_cast<int64_t>(logits.shape(1));
+  const auto floats = [&](const char* name, size_t n) {
+    return checked(name, nb::cast<In<float>>(rows.attr(name)), {n});
+  };
+  const auto ints = [&](const char* name, size_t n) {
+    return checked(name, nb::cast<In<int32_t>>(rows.attr(name)), {n});
+  };
+  const auto length = [&](const char* name) { return nb::cast<In<int32_t>>(rows.attr(name)).shape(0); };
+  a.temperature = floats("temperature", count);
+  a.top_k = ints("top_k", count);
+  a.top_p = floats("top_p", count);
+  a.min_p = floats("min_p", count);
+  a.repetition = floats("repetition", count);
+  a.frequency = floats("frequency", count);
+  a.presence = floats("presence", count);
+  a.seed = checked("seed", nb::cast<In<uint64_t>>(rows.attr("seed")), {count});
+  a.token_index = ints("token_index", count);
+  a.target = ints("target", count);
+  a.hist_start = ints("hist_start", count + 1);
+  const size_t hist = length("hist_ids"), bias = length("bias_ids");
+  a.hist_ids = ints("hist_ids", hist);
+  a.hist_counts = ints("hist_counts", hist);
+  a.hist_entries = static_cast<int64_t>(hist);
+  a.bias_start = ints("bias_start", count + 1);
+  a.bias_ids = ints("bias_ids", bias);
+  a.bias_values = floats("bias_values", bias);
+  a.bias_entries = static_cast<int64_t>(bias);
+  const auto mask = nb::cast<In<int32_t>>(rows.attr("mask"));
+  expect("dimensions of mask", mask.ndim(), 2);
+  a.mask = mask.data();
+  a.mask_rows = static_cast<int64_t>(mask.shape(0));
+  a.mask_words = static_cast<int64_t>(mask.shape(1));
+  a.mask_row = ints("mask_row", count);
+  a.top_n = nb::cast<int32_t>(rows.attr("top_n"));
+  if (const std::string problem = skerry::check_sample(a); !problem.empty()) throw std::invalid_argument(problem);
+  return a;
+}
+
+nb::tuple sample(const In<float>& logits, const nb::object& rows, int threads) {
+  skerry::SampleArgs a = sample_args(logits, rows);
+  const size_t count = logits.shape(0), top = static_cast<size_t>(a.top_n);
+  Out<int32_t> token = make<int32_t>({count});
+  Out<float> logprob = make<float>({count});
+  Out<float> entropy = make<float>({count});
+  Out<int32_t> top_ids = make<int32_t>({count, top});
+  Out<float> top_logprobs = make<float>({count, top});
+  a.token = token.data();
+  a.logprob = logprob.data();
+  a.entropy = entropy.data();
+  a.top_ids = top_ids.data();
+  a.top_logprobs = top_logprobs.data();
+  std::string problem;
+  {
+    const nb::gil_scoped_release release;
+    problem = skerry::sample(a, parallel_for(threads));
+  }
+  if (!problem.empty()) throw std::invalid_argument(problem);
+  return nb::make_tuple(token, logprob, entropy, top_ids, top_logprobs);
+}
+
+Out<int32_t> kept(const In<float>& logits, const nb::object& rows, size_t row) {
+  const skerry::SampleArgs a = sample_args(logits, rows);
+  if (row >= logits.shape(0)) throw std::out_of_range("row");
+  std::vector<int32_t> ids(logits.shape(1));
+  const size_t count = static_cast<size_t>(skerry::kept_ids(a, static_cast<int64_t>(row), ids.data()));
+  Out<int32_t> out = make<int32_t>({count});
+  std::copy_n(ids.data(), count, out.data());
+  return out;
+}
+
+nb::tuple philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t key0, uint32_t key1) {
+  uint32_t counter[4] = {c0, c1, c2, c3};
+  skerry::philox4x32(counter, key0, key1);
+  return nb::make_tuple(counter[0], counter[1], counter[2], counter[3]);
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  using namespace nb::literals;
+  m.attr("ABI") = 1;
+  m.attr("VERSION") = SKERRY_VERSION;
+  m.attr("OPS") = nb::make_tuple("skerry.PagedAttention:1", "skerry.Sample:1");
+  m.attr("SPLIT_TOKENS") = skerry::kSplitTokens;
+  m.def("isa", [] { return std::string(skerry::isa_name(skerry::isa())); });
+  m.def("paged_attention", &paged_attention, "q"_a, "k"_a, "v"_a, "kv"_a, "cos"_a, "sin"_a, "positions"_a,
+        "query_start"_a, "context_len"_a, "block_table"_a, "slot"_a, nb::kw_only(), "num_heads"_a, "num_kv_heads"_a,
+        "head_size"_a, "scale"_a, "softcap"_a = 0.0f, "window"_a = 0, "rotary_dim"_a = 0, "interleaved"_a = false,
+        "threads"_a = 1);
+  m.def("sample", &sample, "logits"_a, "rows"_a, "threads"_a = 1);
+  m.def("kept", &kept, "logits"_a, "rows"_a, "row"_a);
+  m.def("philox4x32", &philox, "c0"_a, "c1"_a, "c2"_a, "c3"_a, "key0"_a, "key1"_a);
+}

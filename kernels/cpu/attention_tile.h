@@ -1,0 +1,58 @@
+// The inner part of attention on the CPU, compiled once per instruction set and picked at run time (isa.h).
+#pragma once
+
+#include <cstdint>
+
+namespace skerry {
+
+// One tile of query rows against one KV head. Rows hold rotated, scaled queries; row r sees keys [start[r], end[r]).
+struct AttentionTile {
+  const float* kv;       // the whole cache
+  const int32_t* table;  // this sequence's pages
+  int64_t page_stride;   // floats from one page to the next
+  int64_t key_offset;    // floats from a page's start to this head's keys
+  int64_t value_offset;  // and to its values
+  int page_size;
+  int head_size;
+  float softcap;
+  int rows;
+  const float* q;        // [rows, head_size]
+  const int32_t* start;  // [rows]
+  const int32_t* end;    // [rows]
+  float* scratch;        // attention_scratch() floats
+};
+
+// Softmax state of a tile: row maximum, sum of weights, weighted values (not divided by the sum).
+struct AttentionState {
+  float* max;    // [rows]
+  float* sum;    // [rows]
+  float* value;  // [rows, padded head size]
+};
+
+inline int padded(int n) { return (n + 15) / 16 * 16; }
+
+inline int64_t attention_scratch(int rows, int head_size) {
+  return int64_t{256} * head_size + int64_t{256} * rows + int64_t{rows} * (padded(head_size) + 2) + 64 +
+         padded(head_size);
+}
+
+struct AttentionIsa {
+  const char* name;
+  // Result of keys [256 split, 256 (split + 1)) merged into the state.
+  void (*attend)(const AttentionTile& tile, int split, const AttentionState& state);
+  // The same merge for a partial result that was computed elsewhere.
+  void (*merge)(int rows, int head_size, const AttentionState& partial, const AttentionState& state);
+  // Rotates one head: out[i] from x by the cos and sin rows, multiplied by scale; dimensions past rotary are copied.
+  void (*rotate)(const float* x, const float* cos, const float* sin, int head_size, int rotary, bool interleaved,
+                 float scale, float* out);
+};
+
+extern const AttentionIsa kAttentionBase;
+#if defined(__x86_64__)
+extern const AttentionIsa kAttentionAvx2;
+extern const AttentionIsa kAttentionAvx512;
+#endif
+
+const AttentionIsa& attention_isa();  // the best this machine has; SKERRY_ISA=base|avx2|avx512 lowers it
+
+}  // namespace skerry

@@ -1,0 +1,275 @@
+// PagedAttention on the CPU: checks every index, appends, then runs the plan's items.
+#include "../include/paged_attention.h"
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <tuple>
+#include <vector>
+
+#include "../plan.h"
+#include "attention_tile.h"
+#include "isa.h"
+
+namespace skerry {
+namespace {
+
+using std::to_string;
+
+// Waking a pool costs some 20 us; below this many multiply-adds one thread is done sooner.
+constexpr double kSerialWork = 1.0e6;
+
+// A growing block of floats, aligned to a cache line, kept by its thread.
+class Scratch {
+ public:
+  float* get(int64_t floats) {
+    if (floats > size_) {
+      size_ = floats + floats / 4;
+      data_.reset(static_cast<float*>(::operator new[](sizeof(float) * size_, std::align_val_t{64})));
+    }
+    return data_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(float* p) const { ::operator delete[](p, std::align_val_t{64}); }
+  };
+  std::unique_ptr<float[], Free> data_;
+  int64_t size_ = 0;
+};
+
+struct Job {
+  const PagedAttentionShape& shape;
+  const PagedAttentionArgs& args;
+  const AttentionIsa& isa;
+  AttentionPlan plan;
+  float* partials = nullptr;
+
+  int group() const { return shape.num_heads / shape.num_kv_heads; }
+  int64_t head_stride() const { return args.page_size * shape.head_size; }
+  int64_t page_stride() const { return 2 * shape.num_kv_heads * head_stride(); }
+  int64_t partial_stride() const { return plan.partial_rows * (padded(shape.head_size) + 2); }
+
+  AttentionState partial(int64_t index, int rows) const {
+    float* base = partials + index * partial_stride();
+    return {base, base + rows, base + 2 * rows};
+  }
+};
+
+void clear(const AttentionState& state, int rows, int head_size) {
+  for (int r = 0; r < rows; ++r) state.max[r] = -std::numeric_limits<float>::infinity();
+  std::memset(state.sum, 0, sizeof(float) * rows);
+  std::memset(state.value, 0, sizeof(float) * rows * padded(head_size));
+}
+
+void append_token(const Job& job, int64_t t, int head) {
+  const auto& [shape, args] = std::tie(job.shape, job.args);
+  if (args.slot[t] < 0) return;
+  const int size = shape.head_size;
+  const int half = shape.rotary_dim / 2;
+  const int64_t page = args.slot[t] / args.page_size;
+  const int64_t row = args.slot[t] % args.page_size;
+  const int64_t from = (t * shape.num_kv_heads + head) * size;
+  float* key = args.kv + page * job.page_stride() + head * job.head_stride() + row * size;
+  job.isa.rotate(args.k + from, args.cos + int64_t{args.positions[t]} * half,
+                 args.sin + int64_t{args.positions[t]} * half, size, shape.rotary_dim, shape.interleaved, 1.0f, key);
+  std::memcpy(key + shape.num_kv_heads * job.head_stride(), args.v + from, sizeof(float) * size);
+}
+
+void append_head(void* argument, int head) {
+  const Job& job = *static_cast<const Job*>(argument);
+  const int64_t tokens = job.args.query_start[job.args.sequences];
+  for (int64_t t = 0; t < tokens; ++t) append_token(job, t, head);
+}
+
+// Rotated, scaled queries of an item's rows: row = token * group + head within the group.
+void gather_queries(const Job& job, const AttentionItem& item, float* q) {
+  const auto& [shape, args] = std::tie(job.shape, job.args);
+  const int half = shape.rotary_dim / 2;
+  for (int i = 0; i < item.tokens; ++i) {
+    const int64_t t = args.query_start[item.sequence] + item.first_token + i;
+    const int64_t position = args.positions[t];
+    for (int g = 0; g < job.group(); ++g, q += shape.head_size) {
+      job.isa.rotate(args.q + (t * shape.num_heads + item.kv_head * job.group() + g) * shape.head_size,
+                     args.cos + position * half, args.sin + position * half, shape.head_size, shape.rotary_dim,
+                     shape.interleaved, shape.scale, q);
+    }
+  }
+}
+
+void write_rows(const Job& job, const AttentionItem& item, const AttentionState& state) {
+  const auto& [shape, args] = std::tie(job.shape, job.args);
+  const int stride = padded(shape.head_size);
+  int row = 0;
+  for (int i = 0; i < item.tokens; ++i) {
+    const int64_t t = args.query_start[item.sequence] + item.first_token + i;
+    for (int g = 0; g < job.group(); ++g, ++row) {
+      float* out = args.out + (t * shape.num_heads + item.kv_head * job.group() + g) * shape.head_size;
+      const float sum = state.sum[row];
+      for (int d = 0; d < shape.head_size; ++d) out[d] = sum == 0.0f ? 0.0f : state.value[row * stride + d] / sum;
+    }
+  }
+}
+
+void run_item(void* argument, int index) {
+  thread_local Scratch scratch;
+  thread_local std::vector<int32_t> bounds;
+  const Job& job = *static_cast<const Job*>(argument);
+  const auto& [shape, args] = std::tie(job.shape, job.args);
+  const AttentionItem& item = job.plan.items[index];
+  const int rows = item.tokens * job.group();
+  const int32_t tokens = args.query_start[item.sequence + 1] - args.query_start[item.sequence];
+  const int32_t context = args.context_len[item.sequence];
+
+  const int64_t query_floats = padded(rows * shape.head_size);
+  const int64_t state_floats = padded(rows * (padded(shape.head_size) + 2));
+  float* q = scratch.get(query_floats + state_floats + attention_scratch(rows, shape.head_size));
+  float* own = q + query_floats;
+  bounds.resize(2 * rows);
+  for (int r = 0; r < rows; ++r) {
+    const int32_t token = item.first_token + r / job.group();
+    bounds[r] = static_cast<int32_t>(first_key(context, tokens, token, shape.window));
+    bounds[rows + r] = context - tokens + token + 1;
+  }
+  gather_queries(job, item, q);
+  const AttentionTile tile{args.kv,
+                           args.block_table + item.sequence * args.table_width,
+                           job.page_stride(),
+                           item.kv_head * job.head_stride(),
+                           (shape.num_kv_heads + item.kv_head) * job.head_stride(),
+                           static_cast<int>(args.page_size),
+                           shape.head_size,
+                           shape.softcap,
+                           rows,
+                           q,
+                           bounds.data(),
+                           bounds.data() + rows,
+                           own + state_floats};
+  const AttentionState state =
+      item.partial < 0 ? AttentionState{own, own + rows, own + 2 * rows} : job.partial(item.partial, rows);
+  clear(state, rows, shape.head_size);
+  for (int s = 0; s < item.splits; ++s) job.isa.attend(tile, item.first_split + s, state);
+  if (item.partial < 0) write_rows(job, item, state);
+}
+
+void run_merge(void* argument, int index) {
+  thread_local Scratch scratch;
+  const Job& job = *static_cast<const Job*>(argument);
+  const AttentionItem& item = job.plan.merges[index];
+  const int rows = item.tokens * job.group();
+  float* own = scratch.get(rows * (padded(job.shape.head_size) + 2));
+  const AttentionState state{own, own + rows, own + 2 * rows};
+  clear(state, rows, job.shape.head_size);
+  for (int s = 0; s < item.splits; ++s) {
+    job.isa.merge(rows, job.shape.head_size, job.partial(item.partial + s, rows), state);
+  }
+  write_rows(job, item, state);
+}
+
+std::string check_sequence(const PagedAttentionShape& shape, const PagedAttentionArgs& args, int64_t b) {
+  const std::string name = "sequence " + to_string(b);
+  const int64_t tokens = int64_t{args.query_start[b + 1]} - args.query_start[b];
+  const int64_t context = args.context_len[b];
+  if (tokens < 0) {
+    return "query_start decreases from " + to_string(args.query_start[b]) + " to " +
+           to_string(args.query_start[b + 1]) + " at " + name;
+  }
+  if (context < tokens) {
+    return name + " has context_len " + to_string(context) + " but " + to_string(tokens) + " tokens in this step";
+  }
+  const int64_t pages = (context + args.page_size - 1) / args.page_size;
+  if (pages > args.table_width) {
+    return name + " needs " + to_string(pages) + " pages for context_len " + to_string(context) +
+           " but its block table has " + to_string(args.table_width) + " entries";
+  }
+  if (tokens == 0) return "";
+  for (int64_t i = first_key(context, tokens, 0, shape.window) / args.page_size; i < pages; ++i) {
+    const int32_t page = args.block_table[b * args.table_width + i];
+    if (page < 0 || page >= args.pages) {
+      return "block table entry " + to_string(i) + " of " + name + " is page " + to_string(page) + ", the cache has " +
+             to_string(args.pages) + " pages";
+    }
+  }
+  return "";
+}
+
+}  // namespace
+
+const AttentionIsa& attention_isa() {
+#if defined(__x86_64__)
+  if (isa() == Isa::kAvx512) return kAttentionAvx512;
+  if (isa() == Isa::kAvx2) return kAttentionAvx2;
+#endif
+  return kAttentionBase;
+}
+
+std::string check_shape(const PagedAttentionShape& shape) {
+  if (shape.num_heads < 1 || shape.num_kv_heads < 1 || shape.num_heads % shape.num_kv_heads != 0) {
+    return "num_heads " + to_string(shape.num_heads) + " is no multiple of num_kv_heads " +
+           to_string(shape.num_kv_heads);
+  }
+  if (shape.head_size < 1 || shape.head_size > 1024) {
+    return "head_size " + to_string(shape.head_size) + " is outside 1..1024";
+  }
+  if (shape.rotary_dim < 0 || shape.rotary_dim > shape.head_size || shape.rotary_dim % 2 != 0) {
+    return "rotary_dim " + to_string(shape.rotary_dim) + " is not an even number within head_size " +
+           to_string(shape.head_size);
+  }
+  if (shape.window < 0) return "window " + to_string(shape.window) + " is negative";
+  if (!(shape.softcap >= 0.0f) || !std::isfinite(shape.softcap) || !std::isfinite(shape.scale)) {
+    return "softcap " + to_string(shape.softcap) + " or scale " + to_string(shape.scale) + " is out of range";
+  }
+  return "";
+}
+
+std::string check_paged_attention(const PagedAttentionShape& shape, const PagedAttentionArgs& args) {
+  if (args.page_size < 1) return "page size " + to_string(args.page_size) + " is not positive";
+  if (args.sequences == 0 && args.tokens == 0) return "";
+  if (args.query_start[0] != 0) return "query_start begins with " + to_string(args.query_start[0]) + ", not 0";
+  const int64_t limit = std::min<int64_t>(args.pages * args.page_size, std::numeric_limits<int32_t>::max());
+  for (int64_t b = 0; b < args.sequences; ++b) {
+    if (std::string problem = check_sequence(shape, args, b); !problem.empty()) return problem;
+  }
+  const int64_t tokens = args.query_start[args.sequences];
+  if (tokens > args.tokens) {
+    return "query_start ends at " + to_string(tokens) + " but there are " + to_string(args.tokens) + " tokens";
+  }
+  for (int64_t t = 0; t < tokens; ++t) {
+    const int32_t slot = args.slot[t];
+    if (slot < -1 || slot >= limit) {
+      return "slot " + to_string(slot) + " of token " + to_string(t) + " is outside -1.." + to_string(limit - 1);
+    }
+    const int32_t position = args.positions[t];
+    if (shape.rotary_dim > 0 && (position < 0 || position >= args.table_rows)) {
+      return "position " + to_string(position) + " of token " + to_string(t) + " is outside the rotary tables of " +
+             to_string(args.table_rows) + " rows";
+    }
+  }
+  return "";
+}
+
+std::string paged_attention(const PagedAttentionShape& shape, const PagedAttentionArgs& args,
+                            const Parallel& parallel) {
+  if (std::string problem = check_shape(shape); !problem.empty()) return problem;
+  if (std::string problem = check_paged_attention(shape, args); !problem.empty()) return problem;
+  const int64_t tokens = args.sequences > 0 ? args.query_start[args.sequences] : 0;
+  const int64_t width = int64_t{shape.num_heads} * shape.head_size;
+  std::memset(args.out + tokens * width, 0, sizeof(float) * (args.tokens - tokens) * width);
+  if (tokens == 0) return "";
+
+  thread_local Scratch scratch;
+  Job job{shape, args, attention_isa(), plan_attention(shape, args, parallel.threads)};
+  job.partials = scratch.get(job.plan.partials * job.partial_stride());
+  const Parallel serial;
+  const bool large_append = tokens * shape.num_kv_heads * shape.head_size > 65536;
+  (large_append ? parallel : serial)(shape.num_kv_heads, append_head, &job);
+  const Parallel& workers = job.plan.work < kSerialWork ? serial : parallel;
+  workers(static_cast<int>(job.plan.items.size()), run_item, &job);
+  workers(static_cast<int>(job.plan.merges.size()), run_merge, &job);
+  return "";
+}
+
+}  // namespace skerry

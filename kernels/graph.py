@@ -1,0 +1,97 @@
+"""Opening a decoder graph: the ONNX Runtime session, and whether the graph keeps the contract of DESIGN.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from skerry.core.bundle import Bundle, KvGroup
+from skerry.core.errors import IncompatibleError
+from skerry.kernels.library import library_path
+
+LAYOUT = "f32.n2hpd"
+_INT32, _FLOAT = "tensor(int32)", "tensor(float)"
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A session whose inputs and outputs are what the runner will bind."""
+
+    session: Any
+    vocab_size: int
+    has_plan: bool
+
+
+def open_graph(bundle: Bundle, threads: int) -> Graph:
+    """Raises IncompatibleError: unknown ops, missing or unknown inputs, wrong types, KV shapes unlike the manifest's."""
+    name = bundle.short
+    for group in bundle.manifest.kv:
+        if group.layout != LAYOUT or group.dtype != "float32":
+            cause = f"KV layout {group.layout} of {group.dtype}, this runner reads {LAYOUT} of float32"
+            raise IncompatibleError("open engine", name, cause, "export the bundle again with this version")
+    session = _session(bundle.file("graph.onnx"), name, threads)
+    inputs = {item.name: item for item in session.get_inputs()}
+    outputs = {item.name: item for item in session.get_outputs()}
+    wanted = _inputs(bundle.manifest.kv)
+    missing = sorted(wanted.keys() - inputs.keys() - {"plan"})
+    unknown = sorted(inputs.keys() - wanted.keys())
+    missing += sorted({"logits", *(f"kv_out.{layer}" for layer, _ in _layers(bundle.manifest.kv))} - outputs.keys())
+    problems = [f"{item} is missing" for item in missing] + [f"input {item} is unknown" for item in unknown]
+    problems += [
+        f"input {item.name} is {item.type} of rank {len(item.shape)}, expected {wanted[item.name]}"
+        for item in inputs.values()
+        if item.name in wanted and (item.type, len(item.shape)) != wanted[item.name]
+    ]
+    if not problems:
+        problems = _kv_problems(inputs, bundle.manifest.kv)
+    vocabulary = outputs["logits"].shape[-1] if not problems else None
+    if not problems and vocabulary != bundle.manifest.model.vocab_size:
+        problems = [f"logits have {vocabulary} columns, the manifest says {bundle.manifest.model.vocab_size}"]
+    if problems:
+        hint = "export the bundle again with this version"
+        raise IncompatibleError("open engine", name, "; ".join(problems[:4]), hint)
+    return Graph(session, bundle.manifest.model.vocab_size, "plan" in inputs)
+
+
+def _session(graph: Path, name: str, threads: int) -> Any:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3
+    # Shapes change every step: remembered allocation patterns would only grow.
+    options.enable_mem_pattern = False
+    # A spinning pool collapses as soon as a second process wants the same cores.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.register_custom_ops_library(str(library_path()))
+    try:
+        return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # noqa: BLE001 - the runtime raises its own classes, none of them public
+        cause = " ".join(str(error).split())[:600]
+        raise IncompatibleError("open engine", name, f"ONNX Runtime refuses the graph: {cause}",
+                                "skerry bundle verify the directory, or export it with this version") from error  # fmt: skip
+
+
+def _layers(groups: tuple[KvGroup, ...]) -> list[tuple[int, KvGroup]]:
+    return [(layer, group) for group in groups for layer in group.layers]
+
+
+def _inputs(groups: tuple[KvGroup, ...]) -> dict[str, tuple[str, int]]:
+    """Type and rank of each input."""
+    flat = ("input_ids", "positions", "query_start", "context_len", "plan", "sample_rows")
+    found = {name: (_INT32, 1) for name in flat}
+    for index in range(len(groups)):
+        found[f"block_table.{index}"] = (_INT32, 2)
+        found[f"slot.{index}"] = (_INT32, 1)
+    return found | {f"kv.{layer}": (_FLOAT, 5) for layer, _ in _layers(groups)}
+
+
+def _kv_problems(inputs: dict[str, Any], groups: tuple[KvGroup, ...]) -> list[str]:
+    problems = []
+    for layer, group in _layers(groups):
+        shape = inputs[f"kv.{layer}"].shape[1:]
+        wanted = [2, group.kv_heads, group.page_size, group.head_size]
+        if any(isinstance(found, int) and found != size for found, size in zip(shape, wanted)):
+            problems.append(f"kv.{layer} is [pages, {', '.join(map(str, shape))}], the manifest says {wanted}")
+    return problems

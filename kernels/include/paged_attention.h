@@ -1,0 +1,58 @@
+// PagedAttention v1 on raw pointers: rotate, append at `slot`, then attend to what is stored.
+// The definition is kernels/reference.py; layout of the cache "f32.n2hpd": [pages, 2 (K, V), kv_heads, page_size,
+// head_size].
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "parallel.h"
+
+namespace skerry {
+
+// The KV axis is cut at multiples of this many tokens, counted from the start of the sequence, and the pieces are
+// merged in order. The cuts never depend on the batch, the chunk or the threads, so neither do the bits of the result.
+inline constexpr int kSplitTokens = 256;
+
+struct PagedAttentionShape {
+  int num_heads = 0;
+  int num_kv_heads = 0;
+  int head_size = 0;
+  int rotary_dim = 0;        // leading dimensions of a head that are rotated; 0: none
+  bool interleaved = false;  // pairs (2i, 2i+1) instead of (i, i + rotary_dim/2)
+  float scale = 0.0f;        // of q.k
+  float softcap = 0.0f;      // cap * tanh(score / cap); 0: none
+  int window = 0;            // a token sees itself and window-1 tokens before; 0: all
+};
+
+struct PagedAttentionArgs {
+  const float* q = nullptr;  // [tokens, num_heads * head_size]
+  const float* k = nullptr;  // [tokens, num_kv_heads * head_size]
+  const float* v = nullptr;
+  float* kv = nullptr;                   // [pages, 2, num_kv_heads, page_size, head_size], written at the slots
+  const float* cos = nullptr;            // [table_rows, rotary_dim / 2]
+  const float* sin = nullptr;            //
+  const int32_t* positions = nullptr;    // [tokens]: row of the cos and sin tables
+  const int32_t* query_start = nullptr;  // [sequences + 1], first 0; tokens past the last entry are padding
+  const int32_t* context_len = nullptr;  // [sequences]: tokens in the cache once this step is appended
+  const int32_t* block_table = nullptr;  // [sequences, table_width]: pages of each sequence
+  const int32_t* slot = nullptr;         // [tokens]: page * page_size + offset, -1: no write
+  float* out = nullptr;                  // [tokens, num_heads * head_size]; padding tokens get zeros
+  int64_t tokens = 0;
+  int64_t sequences = 0;
+  int64_t table_width = 0;
+  int64_t pages = 0;
+  int64_t page_size = 0;
+  int64_t table_rows = 0;
+};
+
+// Empty when the shape makes sense, else what is wrong with it.
+std::string check_shape(const PagedAttentionShape& shape);
+
+// Empty when every index is in range, else the first one that is not, naming the numbers.
+std::string check_paged_attention(const PagedAttentionShape& shape, const PagedAttentionArgs& args);
+
+// Checks, then runs. Returns an empty string or the complaint; on a complaint nothing was written.
+std::string paged_attention(const PagedAttentionShape& shape, const PagedAttentionArgs& args, const Parallel& parallel);
+
+}  // namespace skerry

@@ -1,0 +1,24 @@
+// How a kernel spreads work: the host (ONNX Runtime's pool, the bindings' own pool, a test) passes a callback.
+// A kernel's result never depends on how many threads there are or on which thread runs which task.
+#pragma once
+
+namespace skerry {
+
+struct Parallel {
+  using Task = void (*)(void* argument, int index);
+
+  // Calls task(argument, i) once for each i in [0, count), in any order, and returns when all are done. Null: serial.
+  void (*run)(void* context, int count, Task task, void* argument) = nullptr;
+  void* context = nullptr;
+  int threads = 1;  // a hint: how many tasks can be expected to run at once
+
+  void operator()(int count, Task task, void* argument) const {
+    if (run == nullptr || threads <= 1 || count <= 1) {
+      for (int i = 0; i < count; ++i) task(argument, i);
+    } else {
+      run(context, count, task, argument);
+    }
+  }
+};
+
+}  // namespace skerry

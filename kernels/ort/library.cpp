@@ -1,0 +1,25 @@
+// The entry point ONNX Runtime looks for. Op objects and the domain live as long as the process: sessions refer to
+// them.
+#include "paged_attention.h"
+#include "sample.h"
+
+extern "C" __attribute__((visibility("default"))) OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* options,
+                                                                                            const OrtApiBase* base) {
+  const OrtApi* api = base->GetApi(ORT_API_VERSION);
+  if (api == nullptr) return nullptr;  // an older runtime reports its own missing ops
+  Ort::InitApi(api);
+  try {
+    static const skerry::ort::PagedAttentionOp paged_attention;
+    static const skerry::ort::SampleOp sample;
+    static Ort::CustomOpDomain domain = [] {
+      Ort::CustomOpDomain made("skerry");
+      made.Add(&paged_attention);
+      made.Add(&sample);
+      return made;
+    }();
+    Ort::UnownedSessionOptions(options).Add(domain);
+    return nullptr;
+  } catch (const std::exception& error) {
+    return api->CreateStatus(ORT_FAIL, error.what());
+  }
+}

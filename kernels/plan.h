@@ -1,0 +1,78 @@
+// Which piece of attention is one task: (sequence, KV head, run of query tokens, run of KV splits).
+// Shared by every backend that plans on the host. Plans differ with threads and batch; results do not, because each
+// split's partial result is computed on its own and partials are merged in ascending order.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "include/paged_attention.h"
+
+namespace skerry {
+
+inline constexpr int kTileRows = 64;  // query rows (tokens x heads of one KV group) that share one pass over the keys
+
+struct AttentionItem {
+  int32_t sequence;
+  int32_t kv_head;
+  int32_t first_token;  // within the sequence's query
+  int32_t tokens;
+  int32_t first_split;
+  int32_t splits;
+  int64_t partial;  // index of the first of `splits` partial results, or -1: the item finishes its rows by itself
+};
+
+struct AttentionPlan {
+  std::vector<AttentionItem> items;
+  std::vector<AttentionItem> merges;  // items whose partials are merged once all items are done
+  int64_t partials = 0;               // how many (split x tile) partial results to keep
+  int64_t partial_rows = 0;           // rows of the largest of them
+  double work = 0;                    // multiply-adds, for the decision to go parallel at all
+};
+
+// First key that query token `token` (of `tokens`, the last at context-1) may see.
+inline int64_t first_key(int64_t context, int64_t tokens, int64_t token, int window) {
+  const int64_t end = context - tokens + token + 1;
+  return window > 0 ? std::max<int64_t>(0, end - window) : 0;
+}
+
+inline AttentionPlan plan_attention(const PagedAttentionShape& shape, const PagedAttentionArgs& args, int threads) {
+  AttentionPlan plan;
+  const int group = shape.num_heads / shape.num_kv_heads;
+  const int tile_tokens = std::max(1, kTileRows / group);
+  int64_t tiles = 0;
+  for (int64_t b = 0; b < args.sequences; ++b) {
+    tiles += (args.query_start[b + 1] - args.query_start[b] + tile_tokens - 1) / tile_tokens;
+  }
+  const bool split = threads > 1 && tiles * shape.num_kv_heads < 4 * threads;
+  for (int64_t b = 0; b < args.sequences; ++b) {
+    const int32_t tokens = args.query_start[b + 1] - args.query_start[b];
+    for (int32_t first = (tokens - 1) / tile_tokens * tile_tokens; tokens > 0 && first >= 0; first -= tile_tokens) {
+      const int32_t count = std::min(tile_tokens, tokens - first);
+      const int64_t begin = first_key(args.context_len[b], tokens, first, shape.window) / kSplitTokens;
+      const int64_t last = args.context_len[b] - tokens + first + count;  // one past the last key of the last row
+      const int64_t splits = (last + kSplitTokens - 1) / kSplitTokens - begin;
+      plan.work += static_cast<double>(splits) * kSplitTokens * shape.head_size * 2 * std::max(4, count * group) *
+                   shape.num_kv_heads;
+      for (int32_t h = 0; h < shape.num_kv_heads; ++h) {
+        AttentionItem item{static_cast<int32_t>(b),      h, first, count, static_cast<int32_t>(begin),
+                           static_cast<int32_t>(splits), -1};
+        if (!split || splits < 2) {
+          plan.items.push_back(item);
+          continue;
+        }
+        item.partial = plan.partials;
+        plan.merges.push_back(item);
+        for (int64_t s = 0; s < splits; ++s) {
+          plan.items.push_back({item.sequence, h, first, count, static_cast<int32_t>(begin + s), 1, plan.partials + s});
+        }
+        plan.partials += splits;
+        plan.partial_rows = std::max<int64_t>(plan.partial_rows, int64_t{count} * group);
+      }
+    }
+  }
+  return plan;
+}
+
+}  // namespace skerry

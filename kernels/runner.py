@@ -1,0 +1,188 @@
+"""The step runner: opens a bundle's decoder graph, owns its KV pages, runs packed steps, samples and scores.
+
+The exporter's parity gate and the runtime's engine run this same code, so what was measured is what serves. One thread
+at a time may use a Runner. Pages are numbered 0..pages-1 in every KV group and all of them are the caller's to hand out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from skerry.core.bundle import Bundle, Manifest, open_bundle
+from skerry.core.errors import InputError, SkerryError, UsageError
+from skerry.core.target import usable_cores
+from skerry.kernels.batch import Batch, Row, pack_rows
+from skerry.kernels.graph import open_graph
+from skerry.kernels.sampling import Sampled, SampleParams, SampleRows
+from skerry.kernels.score import Scored, logits_of, score_sequences
+
+__all__ = [
+    "Batch", "Row", "Runner", "SampleParams", "SampleRows", "Sampled", "Scored", "StepError", "pack_rows",
+]  # fmt: skip
+
+Float32 = npt.NDArray[np.float32]
+DEFAULT_SEQUENCES = 4  # at full context, when neither pages nor bytes are given
+DEFAULT_MEMORY_SHARE = 0.25  # of the machine's memory, at most, for the same case
+
+
+class StepError(SkerryError):
+    """A step of the engine failed; its requests fail, the engine may go on."""
+
+    code = "engine_error"
+
+
+class Runner:
+    """Open with `Runner.open`; `close` lets go of weights and pages."""
+
+    def __init__(self, bundle: Bundle, threads: int, pages: int) -> None:
+        self.bundle = bundle
+        self.threads = threads
+        self.pages = pages
+        self._graph = open_graph(bundle, threads)
+        self.vocab_size = self._graph.vocab_size
+        # calloc: a page costs memory once it is written, not before.
+        self._kv = {
+            layer: np.zeros((pages, 2, group.kv_heads, group.page_size, group.head_size), np.float32)
+            for group in bundle.manifest.kv
+            for layer in group.layers
+        }
+        self._binding = self._graph.session.io_binding()
+        self._bind_pages()
+
+    @classmethod
+    def open(
+        cls,
+        bundle: Bundle | Path | str,
+        *,
+        threads: int | None = None,
+        pages: int | None = None,
+        memory_bytes: int | None = None,
+    ) -> Runner:
+        """`pages` per KV group, or as many as fit in `memory_bytes`. Raises BundleError, IncompatibleError, UsageError."""
+        if not isinstance(bundle, Bundle):
+            bundle = open_bundle(bundle, verify=False)
+        threads = usable_cores() if threads is None else threads
+        count = _page_count(bundle.manifest, pages, memory_bytes)
+        if threads < 1 or count < 1:
+            raise UsageError("open engine", bundle.short, f"{threads} threads, {count} pages", "both at least 1")
+        return cls(bundle, threads, count)
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.bundle.manifest
+
+    @property
+    def page_size(self) -> int:
+        return self.manifest.kv[0].page_size
+
+    @property
+    def groups(self) -> int:
+        return len(self.manifest.kv)
+
+    @property
+    def max_context(self) -> int:
+        return min(self.manifest.max_context, self.pages * self.page_size)
+
+    @property
+    def kv_bytes(self) -> int:
+        return sum(array.nbytes for array in self._kv.values())
+
+    def step(self, batch: Batch) -> Float32:
+        """Logits [S, V] of the wanted rows; the pages behind `batch.slots` are written in place. Raises StepError."""
+        wanted = len(batch.sample_rows)
+        rows = batch.sample_rows if wanted else np.zeros(1, np.int32)  # dense kernels take no empty product
+        logits = np.empty((len(rows), self.vocab_size), np.float32)
+        binding = self._binding
+        try:
+            for name, value in self._inputs(batch, rows):
+                binding.bind_cpu_input(name, value)
+            binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+            self._graph.session.run_with_iobinding(binding)
+        except Exception as error:  # the runtime raises its own classes, none of them public
+            cause = " ".join(str(error).split())[:600]
+            tokens = f"{len(batch.input_ids)} tokens of {len(batch.context_len)} sequences"
+            raise StepError("run step", f"{self.bundle.short} ({tokens})", cause) from error
+        return logits[:wanted]
+
+    def sample(self, logits: Float32, rows: SampleRows) -> Sampled:
+        """Raises StepError where a parameter is out of range. Calls the op directly: its twenty inputs cost less than
+        through a session (DESIGN.md)."""
+        from skerry.kernels import _native
+
+        try:
+            return Sampled(*_native.sample(logits, rows, self.threads))
+        except (ValueError, TypeError) as error:
+            raise StepError("sample", f"{len(rows)} rows", str(error)) from error
+
+    def score(self, sequences: Sequence[tuple[Sequence[int], int]], batch_tokens: int = 512) -> list[Scored]:
+        """Teacher-forced log-probability and entropy of ids[start:] for each (ids, start), start >= 1. Uses pages from 0
+        up, so nothing else may be running."""
+        for ids, start in sequences:
+            if not 1 <= start <= len(ids) <= self.max_context:
+                cause = f"start {start} and {len(ids)} tokens with a context of {self.max_context}"
+                raise InputError("score sequence", "", cause, "1 <= start <= length <= context")
+        return score_sequences(self, sequences, batch_tokens)
+
+    def logits_for(self, ids: Sequence[int], batch_tokens: int = 256) -> Float32:
+        """Logits [len(ids), V] after each token. Uses pages from 0 up, so nothing else may be running."""
+        if not 1 <= len(ids) <= self.max_context:
+            raise InputError("run sequence", "", f"{len(ids)} tokens with a context of {self.max_context}")
+        return logits_of(self, ids, batch_tokens)
+
+    def close(self) -> None:
+        self._binding.clear_binding_inputs()
+        self._binding.clear_binding_outputs()
+        self._kv.clear()
+        del self._binding, self._graph
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _inputs(self, batch: Batch, rows: npt.NDArray[np.int32]) -> list[tuple[str, Any]]:
+        found: list[tuple[str, Any]] = [
+            ("input_ids", batch.input_ids), ("positions", batch.positions), ("query_start", batch.query_start),
+            ("context_len", batch.context_len), ("sample_rows", rows),
+        ]  # fmt: skip
+        if self._graph.has_plan:
+            found.append(("plan", _NO_PLAN))
+        for group, (table, slot) in enumerate(zip(batch.block_tables, batch.slots, strict=True)):
+            found += [(f"block_table.{group}", table), (f"slot.{group}", slot)]
+        return found
+
+    def _bind_pages(self) -> None:
+        """The same memory as input and as output: the op appends to it and nothing is copied."""
+        for layer, array in self._kv.items():
+            place = ("cpu", 0, np.float32, array.shape, array.ctypes.data)
+            self._binding.bind_input(f"kv.{layer}", *place)
+            self._binding.bind_output(f"kv_out.{layer}", *place)
+
+
+_NO_PLAN = np.zeros(0, np.int32)
+
+
+def page_bytes(manifest: Manifest) -> int:
+    """Bytes of one page in every layer of every KV group (float32)."""
+    return sum(4 * 2 * g.kv_heads * g.page_size * g.head_size * len(g.layers) for g in manifest.kv)
+
+
+def _page_count(manifest: Manifest, pages: int | None, memory_bytes: int | None) -> int:
+    if len({group.page_size for group in manifest.kv}) != 1:
+        raise UsageError("open engine", manifest.name, "KV groups with different page sizes")
+    if pages is not None and memory_bytes is not None:
+        raise UsageError("open engine", manifest.name, "both pages and memory_bytes given", "give one of them")
+    if pages is not None:
+        return pages
+    if memory_bytes is None:
+        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        full = -(-manifest.max_context // manifest.kv[0].page_size) * page_bytes(manifest)
+        memory_bytes = min(DEFAULT_SEQUENCES * full, int(machine * DEFAULT_MEMORY_SHARE))
+    return memory_bytes // page_bytes(manifest)
