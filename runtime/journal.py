@@ -1,0 +1,134 @@
+"""The node's journal: what the agent was about to do, on disk before it did it.
+
+One JSON object per line, appended and fsynced. A line counts when it ends with a newline, parses, and its number `n` is
+the one after the line before; the first line that does not ends the journal, so a torn last line (or a page of zeros
+after a power cut) is cut off when the file is opened. Every entry carries the whole update it belongs to: the last
+entry alone says what to do next, and old ones may be dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from skerry.core.errors import InputError, StorageError
+from skerry.core.files import canonical_json, write_atomic
+
+TAIL = 24
+COMPACT_BYTES = 256 << 10
+LINE_LIMIT = 64 << 10
+FAULT_VARIABLE = "SKERRY_FAULT"
+
+
+def fault(point: str) -> None:
+    """Test hook: SKERRY_FAULT=kill@POINT ends this process with SIGKILL here, as a power cut or the OOM killer would."""
+    if os.environ.get(FAULT_VARIABLE) == f"kill@{point}":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """`n` grows by one per line; `at` is the node's clock (information only); `data` is what the step needs to resume."""
+
+    n: int
+    at: float
+    step: str
+    data: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"n": self.n, "at": self.at, "step": self.step, "data": self.data}
+
+    def to_line(self) -> bytes:
+        return canonical_json(self.to_json()) + b"\n"
+
+
+def parse_line(raw: bytes, after: int | None) -> Entry:
+    """Raises InputError for anything but a whole line numbered `after` + 1 (any number when `after` is None)."""
+    try:
+        document = json.loads(raw) if raw.endswith(b"\n") and len(raw) <= LINE_LIMIT else None
+        n, at, step, data = document["n"], document["at"], document["step"], document["data"]
+        if type(n) is not int or not isinstance(step, str) or not isinstance(data, dict):
+            raise ValueError("fields of the wrong type")
+        if after is not None and n != after + 1:
+            raise ValueError(f"line number {n} after {after}")
+        return Entry(n, float(at), step, data)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise InputError("read journal line", raw[:60], str(error)) from error
+
+
+def parse(raw: bytes) -> tuple[list[Entry], int]:
+    """The entries of the longest sound prefix and its length in bytes. Never raises: any prefix of a journal is one."""
+    entries: list[Entry] = []
+    good = 0
+    for line in raw.splitlines(keepends=True):
+        try:
+            entries.append(parse_line(line, entries[-1].n if entries else None))
+        except InputError:
+            break
+        good += len(line)
+    return entries, good
+
+
+class Journal:
+    """Append-only file of entries; `tail` holds the newest ones, `torn` the bytes that opening cut off."""
+
+    def __init__(self, path: Path | str, clock: Callable[[], float]) -> None:
+        """Raises StorageError when the file cannot be read or the torn end cannot be cut off."""
+        self.path = Path(path)
+        self._clock = clock
+        try:
+            raw = self.path.read_bytes() if self.path.exists() else b""
+            entries, good = parse(raw)
+            self.torn = len(raw) - good
+            if self.torn:
+                write_atomic(self.path, raw[:good])
+            self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise StorageError("open journal", self.path, error.strerror or str(error)) from error
+        self._size = good
+        self.tail: deque[Entry] = deque(entries, maxlen=TAIL)
+
+    @property
+    def last(self) -> Entry | None:
+        return self.tail[-1] if self.tail else None
+
+    def append(self, step: str, data: dict[str, Any]) -> Entry:
+        """On disk when this returns. Raises StorageError (disk full): then the step was not recorded and must not run."""
+        entry = Entry((self.last.n + 1) if self.last else 1, round(self._clock(), 3), step, data)
+        line = entry.to_line()
+        try:
+            if os.write(self._file, line) != len(line):
+                raise OSError(28, "short write, disk full")
+            os.fsync(self._file)
+        except OSError as error:
+            self._cut_back()
+            raise StorageError("write journal", self.path, error.strerror or str(error), "free disk space") from error
+        self._size += len(line)
+        self.tail.append(entry)
+        if self._size > COMPACT_BYTES:
+            self._compact()
+        fault(step)
+        return entry
+
+    def _cut_back(self) -> None:
+        """Best effort: a half line left behind is cut off by the next open as well."""
+        try:
+            os.ftruncate(self._file, self._size)
+        except OSError as error:
+            raise StorageError("truncate journal", self.path, error.strerror or str(error)) from error
+
+    def _compact(self) -> None:
+        raw = b"".join(entry.to_line() for entry in self.tail)
+        write_atomic(self.path, raw)
+        os.close(self._file)
+        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        self._size = len(raw)
+
+    def close(self) -> None:
+        os.close(self._file)

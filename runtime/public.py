@@ -1,0 +1,120 @@
+"""The public socket: bound once by the agent, inherited by every worker, never closed while the agent lives.
+
+Between two workers connections wait in its backlog. While no engine is installed, or the one there is keeps failing, a
+tiny responder answers 503 on it, so that a client learns at once what a silent backlog would tell it in a minute.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import select
+import signal
+import socket
+import threading
+import time
+
+from skerry.core.errors import SkerryError
+from skerry.runtime.process import Orphans
+
+BACKLOG = 1024
+ORPHAN_TERM_SECONDS, ORPHAN_KILL_SECONDS, ORPHAN_GIVE_UP_SECONDS = 3.0, 8.0, 12.0
+
+
+def bind_public(host: str, port: int, orphans: Orphans) -> socket.socket:
+    """Listens on the port. Workers that a killed agent left behind hold it until they have drained: they are given time
+    to, then are told to hurry, then ended. Raises SkerryError when somebody else has the port or the address is not ours.
+    """
+    started = time.monotonic()
+    sent: set[int] = set()
+    while True:
+        try:
+            return _bind(host, port)
+        except OverflowError as error:
+            raise SkerryError("listen on", f"{host}:{port}", "no such port", "0 to 65535") from error
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                cause = error.strerror or str(error)
+                raise SkerryError("listen on", f"{host}:{port}", cause, "check --host and --port") from error
+            waited = time.monotonic() - started
+            if not orphans.alive() or waited > ORPHAN_GIVE_UP_SECONDS:
+                hint = "another --port, or stop the process that has it"
+                raise SkerryError("listen on", f"{host}:{port}", "the port is in use", hint) from error
+            for after, number in ((ORPHAN_TERM_SECONDS, signal.SIGTERM), (ORPHAN_KILL_SECONDS, signal.SIGKILL)):
+                if waited > after and number not in sent:
+                    orphans.signal(number)
+                    sent.add(number)
+            time.sleep(0.05)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+    except (OSError, OverflowError):
+        listener.close()
+        raise
+    return listener
+
+
+class Responder:
+    """Answers 503 to every connection while it is on. `off()` returns once it has let go of the socket."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self._listener = listener
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def is_on(self) -> bool:
+        return self._thread is not None
+
+    def on(self, reason: str) -> None:
+        if self._thread is None:
+            self._stop = threading.Event()
+            arguments = (self._stop, _answer(reason))
+            self._thread = threading.Thread(target=self._run, args=arguments, name="responder", daemon=True)
+            self._thread.start()
+
+    def off(self) -> None:
+        if self._thread is not None:
+            self._stop.set()
+            self._thread.join()
+            self._thread = None
+
+    def _run(self, stop: threading.Event, answer: bytes) -> None:
+        while not stop.is_set():
+            readable, _, _ = select.select([self._listener], [], [], 0.05)
+            if not readable:
+                continue
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                continue
+            _reply(connection, answer)
+
+
+def _reply(connection: socket.socket, answer: bytes) -> None:
+    """Reads what fits, answers, closes; a client that is slow to send gets its answer all the same."""
+    with contextlib.suppress(OSError), connection:
+        connection.settimeout(0.2)
+        with contextlib.suppress(TimeoutError):
+            connection.recv(65536)
+        connection.sendall(answer)
+        connection.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(TimeoutError):
+            connection.recv(65536)
+
+
+def _answer(reason: str) -> bytes:
+    body = json.dumps({"error": {"message": reason, "type": "unavailable", "code": "no_engine"}}).encode()
+    head = (
+        "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 5\r\n"
+        f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    )
+    return head.encode() + body

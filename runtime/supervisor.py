@@ -1,0 +1,379 @@
+"""Keeps the wished-for worker in front of the public socket: starts, swaps, restarts, drains.
+
+`plan(view)` is the rule (pure): given who answers now (`active`), who is being loaded (`incoming`), who should answer
+(`target`) and who is to be tried next (`trial`), the one move to make. The Supervisor makes it. The agent only ever
+sets target and trial; starting, reverting and recovering from a crash are all the same reconciliation.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from skerry.core.errors import StorageError
+from skerry.runtime.public import Responder
+from skerry.runtime.process import (
+    Counts,
+    Orphans,
+    WorkerProcess,
+    default_command,
+    describe_exit,
+    start_worker,
+)
+from skerry.runtime.slots import Installed
+from skerry.runtime.update import Candidate, crash_loop, fits_beside, restart_delay
+
+DRAIN_SECONDS = 30.0
+CRASH_WINDOW_SECONDS = 120.0
+Move = Literal["none", "start-target", "start-trial", "swap", "drop-incoming", "retire-active", "drain-first"]
+
+
+@dataclass(frozen=True)
+class View:
+    """What `plan` decides by. `may_start`: the back-off after a crash is over; `trial_over`: the trial failed already;
+    `fits`: one more worker fits into memory beside those alive; `room`: the old one made room for the trial."""
+
+    active: Installed | None = None
+    incoming: Installed | None = None
+    incoming_ready: bool = False
+    target: Installed | None = None
+    trial: Installed | None = None
+    trial_over: bool = False
+    may_start: bool = True
+    fits: bool = True
+    room: bool = False
+
+
+def plan(view: View) -> Move:
+    """One move; the caller makes it and asks again."""
+    if view.incoming is not None and view.incoming not in _wanted(view):
+        return "drop-incoming"
+    making_room = view.room and view.trial is not None and not view.trial_over and view.trial != view.target
+    if view.target is None:
+        if view.active is not None:
+            return "retire-active"
+    elif view.active != view.target and not making_room:
+        if view.incoming == view.target:
+            return "swap" if view.incoming_ready else "none"
+        if view.incoming is not None or not view.may_start:
+            return "none"
+        return _load("start-target", view)
+    if view.trial is None or view.incoming is not None or view.trial_over or view.trial == view.active:
+        return "none"
+    return _load("start-trial", view)
+
+
+def _wanted(view: View) -> tuple[Installed | None, ...]:
+    return (view.target if view.active != view.target else None, view.trial)
+
+
+def _load(move: Move, view: View) -> Move:
+    """Where both do not fit, the old one drains and goes first; connections wait in the backlog meanwhile."""
+    if view.fits:
+        return move
+    return "drain-first" if view.active is not None else "none"
+
+
+@dataclass
+class Totals:
+    """Requests and failures of one engine over all its workers in this boot; it never goes back."""
+
+    requests: int = 0
+    failed: int = 0
+
+
+@dataclass
+class Notice:
+    """Something the agent should report: becomes an event."""
+
+    kind: str
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+class Supervisor:
+    """Owned by the agent's main thread. `post` is where workers' messages are to be put (thread-safe)."""
+
+    def __init__(
+        self,
+        responder: Responder,
+        public: Any,
+        orphans: Orphans,
+        bundle_path: Callable[[str], Path],
+        extra: Callable[[Installed], Sequence[str]],
+        post: Callable[[WorkerProcess, dict[str, Any] | None], None],
+        command: Sequence[str] | None = None,
+        threads: int = 1,
+        warm_seconds: float = 120.0,
+        memory: Callable[[], int] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._responder, self._public, self._orphans = responder, public, orphans
+        self._bundle_path, self._extra, self._post = bundle_path, extra, post
+        self._command = list(command or default_command())
+        self._threads, self._warm_seconds = threads, warm_seconds
+        self._memory, self._clock = memory or available_memory, clock
+        self.target: Installed | None = None
+        self.trial: Installed | None = None
+        self.trial_failure = ""
+        self.active: WorkerProcess | None = None
+        self.incoming: WorkerProcess | None = None
+        self.draining: list[WorkerProcess] = []
+        self.totals: dict[str, Totals] = {}
+        self.crashes: dict[Installed, tuple[float, ...]] = {}
+        self.notices: list[Notice] = []
+        self._not_before = 0.0
+        self._last_rss = 0
+        self._room = False
+
+    # What the agent asks for ---------------------------------------------------------------------------------------
+
+    def aim(self, target: Installed | None, trial: Installed | None) -> None:
+        """Sets what should answer and what should be tried beside it; `reconcile` gets there."""
+        if target != self.target:
+            self._not_before = 0.0
+        if trial != self.trial:
+            self.trial_failure, self._room = "", False
+        self.target, self.trial = target, trial
+
+    def candidate(self, engine: Installed) -> Candidate | None:
+        """The update's engine as the rules see it: loading, ready, in probation, failed, or not there at all."""
+        if self.trial_failure and engine == self.trial:
+            return Candidate("failed", self._clock(), reason=self.trial_failure)
+        for worker in (self.incoming, self.active):
+            if worker is None or worker.installed != engine:
+                continue
+            if worker.state == "accepting":
+                requests = worker.counts.requests - worker.at_accept.requests
+                failed = worker.counts.failed - worker.at_accept.failed
+                return Candidate("accepting", worker.accepted_at, requests, failed)
+            return Candidate("ready" if worker.state == "ready" else "starting", worker.started)
+        return None
+
+    def settled(self) -> bool:
+        """The target answers, or there is none, or it has failed more than once in a row (and is retried)."""
+        if self.target is None:
+            return True
+        if self.active is not None and self.active.installed == self.target:
+            return True
+        return len(self.crashes.get(self.target, ())) >= 2
+
+    def looping(self) -> bool:
+        """The target crashes again and again."""
+        return self.target is not None and crash_loop(self.crashes.get(self.target, ()), self._clock())
+
+    # Reconciliation ------------------------------------------------------------------------------------------------
+
+    def reconcile(self) -> None:
+        now = self._clock()
+        self._enforce_deadlines(now)
+        for _ in range(8):
+            move = plan(self._view(now))
+            if move == "none":
+                break
+            self._make(move, now)
+        if self.active is not None or self.incoming is not None or self._starts_soon(now):
+            self._responder.off()
+        else:
+            self._responder.on("no engine is in service on this node")
+
+    def _view(self, now: float) -> View:
+        return View(
+            active=self.active.installed if self.active else None,
+            incoming=self.incoming.installed if self.incoming else None,
+            incoming_ready=self.incoming is not None and self.incoming.state == "ready",
+            target=self.target,
+            trial=self.trial,
+            trial_over=bool(self.trial_failure),
+            may_start=now >= self._not_before,
+            fits=not (self.active or self.draining) or fits_beside(self._memory(), self._needed()),
+            room=self._room,
+        )
+
+    def _starts_soon(self, now: float) -> bool:
+        return self.target is not None and self._not_before - now < 2.0
+
+    def _needed(self) -> int:
+        """A second worker takes about what the first one does."""
+        if self.active is not None:
+            self._last_rss = resident_bytes(self.active.pid) or self._last_rss
+        return self._last_rss
+
+    def _make(self, move: Move, now: float) -> None:
+        if move in ("start-target", "start-trial"):
+            wanted = self.target if move == "start-target" else self.trial
+            assert wanted is not None
+            self._start(wanted, now)
+        elif move == "swap":
+            self._swap(now)
+        elif move == "drop-incoming":
+            assert self.incoming is not None
+            self._send_away(self.incoming, now, 0.0)
+            self.incoming = None
+        else:
+            assert self.active is not None
+            if move == "drain-first":
+                data = {"available_bytes": self._memory(), "needed_bytes": self._needed()}
+                self.notices.append(Notice("swap.drain_first", data))
+                self._room = self.active.installed == self.target
+            self._send_away(self.active, now, DRAIN_SECONDS)
+            self.active = None
+
+    def _start(self, wanted: Installed, now: float) -> None:
+        self._responder.off()
+        try:
+            self.incoming = start_worker(
+                self._command, wanted, self._bundle_path(wanted.slot), self._public, self._threads,
+                self._extra(wanted), now, self._post,
+            )  # fmt: skip
+        except StorageError as error:
+            self._failed(wanted, now, str(error))
+            return
+        self._remember()
+
+    def _swap(self, now: float) -> None:
+        """The new one accepts before the old one stops: no moment without either."""
+        assert self.incoming is not None
+        old, self.active, self.incoming = self.active, self.incoming, None
+        self._responder.off()
+        self.active.accept(now)
+        if old is not None:
+            self._send_away(old, now, DRAIN_SECONDS)
+        self.notices.append(Notice("worker.accepting", {"digest": self.active.observed_digest, "pid": self.active.pid}))
+
+    def _send_away(self, worker: WorkerProcess, now: float, seconds: float) -> None:
+        worker.drain(now, seconds) if worker.state == "accepting" else worker.stop(now)
+        self.draining.append(worker)
+
+    def _enforce_deadlines(self, now: float) -> None:
+        for worker in self.draining:
+            if now > worker.deadline:
+                worker.kill()
+        late = self.incoming is not None and self.incoming.state == "starting"
+        if late and self.incoming is not None and now - self.incoming.started > self._warm_seconds:
+            self.incoming.reason = self.incoming.reason or f"not ready within {self._warm_seconds:g} s"
+            self.incoming.kill()
+
+    def _remember(self) -> None:
+        try:
+            self._orphans.remember(self.workers())
+        except StorageError as error:
+            self.notices.append(Notice("disk.error", {"error": str(error)}))
+
+    def workers(self) -> list[WorkerProcess]:
+        return [w for w in (self.active, self.incoming, *self.draining) if w is not None]
+
+    # What workers say ----------------------------------------------------------------------------------------------
+
+    def hear(self, worker: WorkerProcess, message: dict[str, Any]) -> None:
+        """One message; windows are the agent's business, everything about state is handled here."""
+        kind = message.get("type")
+        if kind == "stats":
+            self._count(worker, message)
+        elif kind == "ready" and worker.state == "starting":
+            self._ready(worker, message)
+        elif kind == "golden":
+            self.notices.append(Notice("worker.golden", _short(message)))
+            if message.get("ok") is False:
+                worker.reason = f"golden check failed: max error {message.get('max_error')}"
+                worker.kill()
+        elif kind == "fatal":
+            error = message.get("error")
+            worker.reason = str(error.get("message", error) if isinstance(error, dict) else error)[:500]
+
+    def _ready(self, worker: WorkerProcess, message: dict[str, Any]) -> None:
+        observed = (message.get("manifest_sha256"), message.get("engine_digest"))
+        if observed != (worker.installed.manifest_sha256, worker.installed.engine_digest):
+            worker.reason = f"loaded engine {str(observed[1])[:12]}, asked for {worker.installed.engine_digest[:12]}"
+            worker.kill()
+            return
+        worker.observed_manifest, worker.observed_digest = observed
+        worker.state = "ready"
+        self.notices.append(Notice("worker.ready", _short(message)))
+
+    def _count(self, worker: WorkerProcess, message: dict[str, Any]) -> None:
+        before, total = worker.counts, self.totals.setdefault(worker.installed.engine_digest, Totals())
+        requests = max(before.requests, _whole(message.get("requests")))
+        failed = max(before.failed, _whole(message.get("failed")))
+        total.requests += requests - before.requests
+        total.failed += failed - before.failed
+        ttft = message.get("ttft_p50")
+        worker.counts = Counts(
+            requests, failed, _whole(message.get("running")), _whole(message.get("waiting")),
+            float(ttft) if isinstance(ttft, int | float) and not isinstance(ttft, bool) else None,
+        )  # fmt: skip
+
+    def exited(self, worker: WorkerProcess) -> None:
+        """The process is gone. Its unfinished requests count as failed: a crash must not look like silence."""
+        now, was = self._clock(), worker.state
+        worker.state = "gone"
+        reason = f"{describe_exit(worker.process.returncode)}" + (f": {worker.reason}" if worker.reason else "")
+        if worker in self.draining:
+            self.draining.remove(worker)
+            self.notices.append(Notice("worker.exited", {"pid": worker.pid, "reason": reason}))
+        elif worker is self.active or worker is self.incoming:
+            lost = worker.counts.running + worker.counts.waiting if was == "accepting" else 0
+            total = self.totals.setdefault(worker.installed.engine_digest, Totals())
+            total.requests, total.failed = total.requests + lost, total.failed + lost
+            if worker is self.active:
+                self.active = None
+            else:
+                self.incoming = None
+            data = {"pid": worker.pid, "reason": reason, "digest": worker.installed.engine_digest, "lost": lost}
+            self.notices.append(Notice("worker.crashed", {**data, "release": worker.installed.release}))
+            self._failed(worker.installed, now, f"worker {reason}")
+        self._remember()
+
+    def _failed(self, engine: Installed, now: float, reason: str) -> None:
+        if engine == self.trial:
+            self.trial_failure = reason
+            return
+        recent = tuple(at for at in self.crashes.get(engine, ()) if now - at <= CRASH_WINDOW_SECONDS)
+        self.crashes[engine] = (*recent, now)
+        self._not_before = now + restart_delay(len(self.crashes[engine]))
+
+    def shut_down(self, seconds: float) -> None:
+        """Drains everything; whoever is not gone after `seconds` and a little more is killed."""
+        self._responder.off()
+        now = self._clock()
+        self.target = self.trial = None
+        for worker in [w for w in (self.active, self.incoming) if w is not None]:
+            self._send_away(worker, now, seconds)
+        self.active = self.incoming = None
+        deadline = now + seconds + 2.0
+        for worker in self.draining:
+            while worker.process.poll() is None and self._clock() < deadline:
+                time.sleep(0.02)
+            if worker.process.poll() is None:
+                worker.kill()
+                worker.process.wait()
+
+
+def _whole(value: Any) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else 0
+
+
+def _short(message: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in message.items() if k != "type" and isinstance(v, str | int | float | bool)}
+
+
+def resident_bytes(pid: int) -> int:
+    """The process's resident memory, 0 when it cannot be told."""
+    try:
+        fields = Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()
+        return int(fields[1]) * 4096
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def available_memory() -> int:
+    """MemAvailable of the machine; a very large number where it cannot be told (then nothing is held back)."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    except (OSError, ValueError, IndexError):
+        return 1 << 62
+    return 1 << 62
