@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+from skerry.runtime.tokenizer import Detokenizer, StopStrings, token_bytes
+
+
+def pieces(tokenizer, data: bytes, context: tuple[int, ...] = ()) -> list[str]:
+    detokenizer = Detokenizer(tokenizer.decode, context)
+    return [*(detokenizer.push(byte) for byte in data), detokenizer.finish()]
+
+
+def test_characters_are_never_torn(tokenizer):
+    got = pieces(tokenizer, "aé世🌍 z".encode())
+    assert "".join(got) == "aé世🌍 z" and got[:3] == ["a", "", "é"]
+    assert not any("\ufffd" in piece for piece in got)
+
+
+def test_pieces_join_to_the_whole_for_any_bytes(tokenizer):
+    rng = random.Random(1)
+    for _ in range(200):
+        size = rng.randrange(1, 60)
+        data = bytes(rng.choice([rng.randrange(256), rng.randrange(0x80, 0xC0), 0x61]) for _ in range(size))
+        assert "".join(pieces(tokenizer, data)) == tokenizer.decode(list(data))
+
+
+def test_valid_text_after_a_long_run_of_garbage(tokenizer):
+    data = b"\x80" * 40 + "🌍ok".encode()
+    got = pieces(tokenizer, data)
+    assert "".join(got) == tokenizer.decode(list(data))
+    assert sum(bool(piece) for piece in got[:40]) >= 2, "garbage is not held back for ever"
+
+
+def test_special_tokens_show_nothing_and_the_prompt_is_not_repeated(tokenizer):
+    assert pieces(tokenizer, b"", (1, 2)) == [""]
+    detokenizer = Detokenizer(tokenizer.decode, tuple(b"prompt"))
+    assert [detokenizer.push(104), detokenizer.push(256), detokenizer.push(105)] == ["h", "", "i"]
+
+
+def test_stop_strings_hold_back_what_may_begin_one():
+    stops = StopStrings(["STOP", "\n\n"])
+    assert [stops.push(t) for t in ("a", "S", "T", "x", "\n", "b\n")] == ["a", "", "", "STx", "", "\nb"]
+    assert stops.push("\nmore") == "" and stops.hit == "\n\n"
+    assert stops.push("after") == "" == stops.finish()
+
+
+@pytest.mark.parametrize(
+    ("stops", "text", "shown"),
+    [(["ab", "b"], "xab", "x"), (["b", "ab"], "xab", "x"), (["aab"], "aaab", "a"), ([], "abc", "abc"), (["z"], "ab", "ab")],
+)
+def test_the_first_stop_wins_however_the_text_arrives(stops, text, shown):
+    for cut in range(len(text)):
+        matcher = StopStrings(stops)
+        got = matcher.push(text[:cut]) + matcher.push(text[cut:])
+        assert got + ("" if matcher.hit else matcher.finish()) == shown
+
+
+def test_bytes_of_tokens(tokenizer):
+    assert [token_bytes(tokenizer, token) for token in (0, 32, 200, 255)] == [b"\x00", b" ", b"\xc8", b"\xff"]
+    assert token_bytes(tokenizer, 256) == b"<|end|>"
