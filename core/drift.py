@@ -18,7 +18,7 @@ import numpy as np
 
 from skerry.core.errors import InputError
 from skerry.core.features import BUCKETS, EDGES, FEATURES, HISTOGRAMS, Observation, WindowSketch, check_same_space
-from skerry.core.sketch import HashedCounts, Histogram, check_same_hash, integer, malformed, member, number
+from skerry.core.sketch import ROWS, HashedCounts, Histogram, check_same_hash, integer, malformed, member, number
 
 SCHEMA = 1
 NULL_WINDOWS = 400
@@ -27,6 +27,9 @@ P_FLOOR = 1e-4  # no claim that a hundred prompts know the tail better than one 
 # Weights of the e-values, chosen before any data. The answer's length is reported but not weighed: it follows the
 # client's max_tokens more than the traffic.
 WEIGHTS: dict[str, float] = {"tokens": 0.4, "prompt_tokens": 0.2, "surprise": 0.2, "entropy": 0.2, "output_tokens": 0.0}
+# A distance counts only as far as it exceeds this multiple of the null's: a hundred prompts know their domain only so
+# well, and a shift smaller than the baseline's own uncertainty is nobody's business. Chosen by simulation.
+MARGIN: dict[str, float] = {"tokens": 1.25, **{name: 1.5 for name in HISTOGRAMS}}
 MEAN_RUN_LENGTH = 10_000.0  # windows to a false alarm, at least
 
 
@@ -134,7 +137,7 @@ def _ordinal_distance(window: np.ndarray, reference: np.ndarray) -> float | None
     """Binned Anderson-Darling distance of two histograms [bins]; None when either is empty.
 
     The sum over bins of the squared difference of the two distribution functions over F(1 - F) of both together,
-    weighed by the bin's mass: sees a shift, a spread and the tails, where a divergence of shares ignores the order of bins.
+    weighed by the bin's mass: it sees a shift, a spread and the tails, where a divergence of shares ignores the order.
     """
     n, m = window.sum(), reference.sum()
     if n == 0 or m == 0:
@@ -150,18 +153,21 @@ def _ordinal_distance(window: np.ndarray, reference: np.ndarray) -> float | None
 def _token_distance(
     window: np.ndarray, requests: int, reference: np.ndarray, variance: np.ndarray, prompts: int
 ) -> float | None:
-    """Mean squared standardised difference of bucket counts [buckets] per request; None when the window has no ids.
+    """How unlikely the window's bucket counts [buckets] are under the reference; None when either has no ids.
 
-    Each bucket's count is compared with `requests` times the reference's mean per prompt, in units of its spread
-    between prompts, so that tokens that come in bursts weigh no more than steady ones. The mean of one more virtual prompt
-    smooths buckets that the reference never saw.
+    Per bucket twice the log-likelihood ratio of a Poisson count with its own mean against the reference's mean, divided
+    by the overdispersion that the reference shows between prompts (words come in bursts). Root mean square over a row's
+    buckets, mean over the rows: the square lets the few telling tokens speak, the mean keeps one unlucky bucket quiet.
+    Two virtual prompts of even counts smooth buckets that the reference never saw.
     """
     if window.sum() == 0 or reference.sum() == 0 or prompts == 0:
         return None
-    prior = reference.sum() / prompts / len(reference)
-    mean = (reference + prior) / (prompts + 1)
-    spread = np.maximum(variance, mean)
-    return float(np.mean((window - requests * mean) ** 2 / (requests * spread * (1 + requests / prompts))))
+    prior = 2 * reference.sum() / prompts / len(reference)
+    mean = (reference + prior) / (prompts + 2)
+    expected = requests * mean
+    ratio = window * np.log(np.maximum(window, 1e-9) / expected) - (window - expected)
+    deviance = 2 * np.maximum(ratio, 0) / np.maximum(variance / mean, 1)
+    return float(np.mean(np.sqrt(np.mean(deviance.reshape(ROWS, -1) ** 2, axis=1))))
 
 
 def distances(window: WindowSketch, baseline: Baseline) -> dict[str, float]:
@@ -193,7 +199,9 @@ def score(window: WindowSketch, baseline: Baseline) -> dict[str, float]:
             "score window", "requests", f"{window.requests} are fewer than the baseline's {baseline.window_requests}"
         )
     found = distances(window, baseline)
-    return {name: p_value(found[name], baseline.null[name]) if name in found else 1.0 for name in FEATURES}
+    return {
+        name: p_value(found[name] / MARGIN[name], baseline.null[name]) if name in found else 1.0 for name in FEATURES
+    }
 
 
 def p_value(distance: float, null: Sequence[float]) -> float:

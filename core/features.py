@@ -9,6 +9,7 @@ and a window differ only where the traffic does.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,8 +17,11 @@ from typing import Any
 from skerry.core.errors import InputError
 from skerry.core.sketch import HashedCounts, Histogram, decode_counts, encode_counts, integer, malformed, member
 
-EDGES_VERSION = 1  # raise it whenever an edge, SCORED_TOKENS or the hash changes: sketches of two versions never mix
+EDGES_VERSION = (
+    1  # raise it whenever an edge, the hash or one of the two limits changes: sketches of two versions never mix
+)
 SCORED_TOKENS = 32
+TOKEN_REPEATS = 3
 BUCKETS = 256
 
 _LENGTHS = (2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256,
@@ -89,7 +93,7 @@ class WindowSketch:
             if any(math.isnan(value) or value < -1e-3 for value in listed):
                 raise InputError("add to window", name, "a value is negative or not a number")
         histograms = {name: self.histograms[name].add(*values[name]) for name in HISTOGRAMS}
-        tokens = self.tokens.add_ids(observation.prompt_ids)
+        tokens = add_prompt(self.tokens, observation.prompt_ids)
         return replace(self, requests=self.requests + 1, histograms=histograms, tokens=tokens)
 
     def merge(self, other: WindowSketch) -> WindowSketch:
@@ -133,6 +137,16 @@ class WindowSketch:
             if histograms[name].total != requests:
                 raise malformed(what, name, f"{histograms[name].total} values for {requests} requests")
         return cls(digest, requests, histograms, tokens)
+
+
+def add_prompt(counts: HashedCounts, prompt_ids: Iterable[int]) -> HashedCounts:
+    """`counts` with one more prompt, each id at most TOKEN_REPEATS times.
+
+    Words come in bursts: one prompt with a table in it would otherwise look like a change of subject. A data source is
+    sketched with the same function, prompt by prompt.
+    """
+    seen = Counter(prompt_ids)
+    return counts.add_ids(id for id, count in seen.items() for _ in range(min(count, TOKEN_REPEATS)))
 
 
 def check_same_space(a: WindowSketch, b: WindowSketch, operation: str) -> None:

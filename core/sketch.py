@@ -21,7 +21,8 @@ from skerry.core.errors import InputError
 MAX_COUNT = 1 << 53  # every JSON reader keeps integers up to here exactly
 MAX_BINS = 4096
 MAX_SEED = (1 << 64) - 1
-BUCKETS = 256
+BUCKETS = 256  # over all rows
+ROWS = 2
 
 
 def malformed(what: str, field: str, cause: str) -> InputError:
@@ -149,15 +150,18 @@ class Histogram:
         return cls(edges, decode_counts(member(raw, "counts", what), len(edges) + 1, "counts", what))
 
 
-def hash_ids(ids: Sequence[int] | np.ndarray, seed: int) -> np.ndarray:
-    """splitmix64 (Steele, Lea, Flood 2014) of each id under `seed`: uint64 [len(ids)], the same on every machine.
+def hash_ids(ids: Sequence[int] | np.ndarray, seed: int, row: int = 0) -> np.ndarray:
+    """splitmix64 (Steele, Lea, Flood 2014) of each id under `seed` and `row`: uint64 [len(ids)], the same anywhere.
 
     The seed is the fleet's secret salt: without it a bucket number cannot be looked up in a table of tokens.
     """
     values = np.asarray(ids, dtype=np.int64).astype(np.uint64)
     with np.errstate(over="ignore"):
-        z = _mix(np.uint64(seed) + np.uint64(0x9E3779B97F4A7C15) * (values + np.uint64(1)))
-        return _mix(z + np.uint64(seed))
+        salt = _mix(np.asarray(seed, dtype=np.uint64) + _GAMMA * np.asarray(row + 1, dtype=np.uint64))
+        return _mix(salt + _GAMMA * (values + np.uint64(1)))
+
+
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
 def _mix(z: np.ndarray) -> np.ndarray:
@@ -168,20 +172,27 @@ def _mix(z: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class HashedCounts:
-    """How many tokens fell into each of len(counts) buckets of a seeded hash."""
+    """How many tokens fell into each bucket of ROWS independent seeded hashes, as in a count sketch.
+
+    `counts` holds the rows one after another; each id counts once in every row. With one row of 256, a rare telling
+    token shares its bucket with one of the 25 commonest under one seed of ten and is drowned; with two rows of 128, in
+    both of them hardly ever.
+    """
 
     seed: int
     counts: tuple[int, ...]
 
     @classmethod
     def empty(cls, seed: int, buckets: int = BUCKETS) -> HashedCounts:
-        if not 0 <= seed <= MAX_SEED or not 1 <= buckets <= MAX_BINS:
-            raise InputError("make hashed counts", "seed" if buckets else "buckets", "out of range")
+        _check_shape(
+            seed, buckets, InputError("make hashed counts", "", f"seed {seed}, {buckets} buckets: out of range")
+        )
         return cls(seed, (0,) * buckets)
 
     @property
     def total(self) -> int:
-        return sum(self.counts)
+        """Tokens counted."""
+        return sum(self.counts) // ROWS
 
     def add_ids(self, ids: Iterable[int]) -> HashedCounts:
         """A new sketch that also counts these token ids (each one >= 0)."""
@@ -190,8 +201,11 @@ class HashedCounts:
             return self
         if int(listed.min()) < 0:
             raise InputError("count token ids", "ids", "an id is negative")
-        buckets = (hash_ids(listed, self.seed) % np.uint64(len(self.counts))).astype(np.int64)
-        added = np.bincount(buckets, minlength=len(self.counts))
+        width = len(self.counts) // ROWS
+        rows = [
+            (hash_ids(listed, self.seed, row) % np.uint64(width)).astype(np.int64) + row * width for row in range(ROWS)
+        ]
+        added = np.bincount(np.concatenate(rows), minlength=len(self.counts))
         return replace(self, counts=tuple(a + int(b) for a, b in zip(self.counts, added, strict=True)))
 
     def merge(self, other: HashedCounts) -> HashedCounts:
@@ -206,9 +220,17 @@ class HashedCounts:
         what = "hashed counts"
         seed = integer(member(raw, "seed", what), "seed", what, MAX_SEED)
         buckets = integer(member(raw, "buckets", what), "buckets", what, MAX_BINS)
-        if buckets < 1:
-            raise malformed(what, "buckets", "there are none")
-        return cls(seed, decode_counts(member(raw, "counts", what), buckets, "counts", what))
+        _check_shape(seed, buckets, malformed(what, "buckets", f"{buckets} is not a multiple of {ROWS} above 0"))
+        counts = decode_counts(member(raw, "counts", what), buckets, "counts", what)
+        width = buckets // ROWS
+        if len({sum(counts[row * width : (row + 1) * width]) for row in range(ROWS)}) != 1:
+            raise malformed(what, "counts", "the rows count different numbers of tokens")
+        return cls(seed, counts)
+
+
+def _check_shape(seed: int, buckets: int, error: InputError) -> None:
+    if not 0 <= seed <= MAX_SEED or not ROWS <= buckets <= MAX_BINS or buckets % ROWS:
+        raise error
 
 
 def check_same_hash(a: HashedCounts, b: HashedCounts) -> None:
