@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -206,3 +208,93 @@ def run() -> Iterator[Callable[[Any], Any]]:
     """Runs a coroutine in an event loop of its own."""
     with asyncio.Runner() as runner:
         yield runner.run
+
+
+TINY = {
+    "architectures": ["LlamaForCausalLM"], "vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 128,
+    "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True,
+    "bos_token_id": None, "eos_token_id": EOS,
+}  # fmt: skip
+
+
+def write_checkpoint(path: Path, tokenizer: Tokenizer, seed: int = 0) -> Path:
+    """Random weights in Llama's shape, with the byte tokenizer."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    rng = np.random.default_rng(seed)
+    hidden, q, kv, mlp = 64, 4 * 64, 2 * 64, 128
+
+    def matrix(*shape: int) -> Any:
+        return (rng.standard_normal(shape) * 1.5 / shape[-1] ** 0.5).astype(np.float32)
+
+    tensors = {"model.embed_tokens.weight": matrix(VOCAB, hidden) * 4, "model.norm.weight": np.ones(hidden, np.float32)}
+    for layer in range(TINY["num_hidden_layers"]):
+        at = f"model.layers.{layer}"
+        shapes = {
+            "self_attn.q_proj": (q, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
+            "self_attn.o_proj": (hidden, q), "mlp.gate_proj": (mlp, hidden), "mlp.up_proj": (mlp, hidden),
+            "mlp.down_proj": (hidden, mlp),
+        }  # fmt: skip
+        tensors |= {f"{at}.{name}.weight": matrix(*shape) for name, shape in shapes.items()}
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{at}.{name}.weight"] = np.ones(hidden, np.float32)
+    path.mkdir(parents=True)
+    save_file(tensors, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(TINY))
+    (path / "tokenizer.json").write_text(tokenizer.inner.to_str())
+    (path / "chat_template.jinja").write_text(TEMPLATE)
+    return path
+
+
+def build_bundle(
+    path: Path, checkpoint: Path, precision: str = "fp32", claimed: int = 0, golden_offset: float = 0.0
+) -> Path:
+    """A sealed bundle with golden prompts. `claimed`: a context longer than the rotary tables of 64 rows, which is a
+    defect that only traffic shows. `golden_offset` is added to every golden log-probability."""
+    from skerry.core.bundle import open_bundle, seal
+    from skerry.core.files import write_json
+    from skerry.core.target import Target
+    from skerry.exporter.export import build_engine
+    from skerry.exporter.subject import open_subject
+    from skerry.kernels.runner import Runner
+
+    subject = open_subject(checkpoint, 64 if claimed else None)
+    path.mkdir(parents=True)
+    engine = build_engine(subject, Target("ort-cpu"), precision, path, lambda stage, done, total: None)
+
+    def sealed() -> None:
+        seal(
+            path, name="tiny", version="1", target=Target("ort-cpu"), model=subject.spec, precision=engine.precision,
+            kv=engine.groups, max_context=claimed or subject.spec.max_context, ops=engine.ops, lineage={},
+        )  # fmt: skip
+
+    sealed()
+    ids = [(list(b"<user>hello\n>") + [97, 98, 99, 100], 13)]
+    with Runner.open(open_bundle(path), threads=1, pages=16) as runner:
+        logprobs = [float(value) + golden_offset for value in runner.score(ids)[0].logprob]
+    row = {"ids": ids[0][0], "start": 13, "logprobs": logprobs}
+    write_json(path / "golden.json", {"mean_margin": 0.1, "max_margin": 1.0, "rows": [row]})
+    (path / "manifest.json").unlink()
+    sealed()
+    return path
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", tokenizer)
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Callable[..., Path]:
+    """`bundles(precision, ...)` -> directory, built once per set of arguments."""
+    root, made = tmp_path_factory.mktemp("bundles"), {}
+
+    def get(precision: str = "fp32", **changes: Any) -> Path:
+        key = (precision, *sorted(changes.items()))
+        if key not in made:
+            made[key] = build_bundle(root / f"b{len(made)}", checkpoint, precision, **changes)
+        return made[key]
+
+    return get
