@@ -8,6 +8,7 @@ only post. What must survive a SIGKILL is on disk before it is relied on: see jo
 
 from __future__ import annotations
 
+import functools
 import logging
 import queue
 import threading
@@ -27,8 +28,8 @@ from skerry.runtime import identity
 from skerry.runtime.control import ControlPlane, Transport
 from skerry.runtime.jobs import Jobs
 from skerry.runtime.journal import Journal, fault
-from skerry.runtime.public import Responder, bind_public
 from skerry.runtime.process import Orphans, WorkerProcess
+from skerry.runtime.public import Responder, bind_public
 from skerry.runtime.reporter import Reporter
 from skerry.runtime.slots import Installed, Quarantine, Slots, other
 from skerry.runtime.supervisor import Supervisor
@@ -130,10 +131,8 @@ class Agent:
         """On the reporter's thread: verify, keep on disk (so that an older one is refused after a restart), post."""
         try:
             desired = accept_desired(envelope, self.node.director_key, self.node.node, self.desired)
-        except (AuthError, InputError):
-            if str(error) != self._refused_said:
-                self._refused_said = str(error)
-                self._inbox.put(lambda reason=str(error): self._say("desired.refused", {"reason": reason}))
+        except (AuthError, InputError) as error:
+            self._inbox.put(functools.partial(self._say_refused, str(error)))
             raise
         if desired != self.desired:
             write_json(self.directory / "desired.json", envelope)
@@ -283,7 +282,7 @@ class Agent:
             fault("COMMIT:pointed")
 
     def _end(self, action: Action) -> None:
-        update = self.progress.update
+        update, quarantined = self.progress.update, self.progress.quarantine
         assert update is not None
         self.jobs.cancel()
         self.journal.append(Step.IDLE, {"outcome": action.outcome, "reason": action.reason, "update": None})
@@ -294,7 +293,8 @@ class Agent:
             self._back_off(wish)
         else:
             self._failures, self._failed_wish = 0, ""
-        data = {"release": wish.release, "digest": wish.engine_digest, "reason": action.reason}
+        data = {"release": wish.release, "digest": wish.engine_digest, "reason": action.reason,
+                "quarantine": quarantined}  # fmt: skip
         log.info("%s %s: %s", action.outcome, wish.release, action.reason)
         self._say(f"update.{action.outcome}", data)
 
@@ -335,6 +335,11 @@ class Agent:
             log.info("%s %s", notice.kind, notice.data)
             self._say(notice.kind, notice.data)
         self.supervisor.notices.clear()
+
+    def _say_refused(self, reason: str) -> None:
+        if reason != self._refused_said:
+            self._refused_said = reason
+            self._say("desired.refused", {"reason": reason})
 
     def _say_blocked(self) -> None:
         facts = self._facts()

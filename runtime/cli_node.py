@@ -44,7 +44,7 @@ def join(
     if discover:
         from skerry.runtime.discovery import discover as find
 
-        url = find()[0]
+        url = find(root=pinned)[0]
         click.echo(f"Found a control plane at {url}.", err=True)
     assert url is not None
     joined = identity.join(directory, url, token, name, parsed, pinned)

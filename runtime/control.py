@@ -1,8 +1,8 @@
 """The node's side of the control-plane protocol: bounded, signed requests, and nothing that can hold serving up.
 
-Every request has a connect, a read and a total time limit and a bound on the answer's size, so that a server that hangs,
-drips or answers garbage costs one failed attempt. One thread makes all signed requests, since (boot, seq) must arrive
-in order.
+Every request has a connect, a read and a total time limit and a bound on the answer's size, so that a server that
+hangs, drips or answers garbage costs one failed attempt. One thread makes all signed requests, since (boot, seq) must
+arrive in order.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def clamp_poll(raw: Any) -> float:
 
 
 def next_wait(poll_seconds: float, failures: int, random: float) -> float:
-    """Seconds to the next poll: +-10% jitter; after failures doubled with each one in a row, and spread over half of it.
+    """Seconds to the next poll: +-10% jitter; after failures doubled with each in a row, and spread over half of it.
 
     `random` is uniform in [0, 1). Jitter spreads a fleet that lost its server at one moment.
     """

@@ -1,7 +1,8 @@
 """Finds a control plane on the local network. A hint and nothing more.
 
-The advertisement (`_skerry-fleet._tcp.local.`, TXT: path, version, scheme) is not authenticated: what it names is
-trusted only after the token exchange, and what it then sends only by its signatures; with --root also those of TUF.
+The advertisement (`_skerry-fleet._tcp.local.`, TXT: version, root, and optionally path and scheme) is not
+authenticated: what it names is trusted only after the token exchange, and what it then sends only by its signatures.
+`root` is the digest of its TUF root: a node that was given a root picks its own control plane among several by it.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import time
 from typing import Any
 
 from skerry.core.errors import NotFound
+from skerry.core.files import sha256_bytes
 
 SERVICE = "_skerry-fleet._tcp.local."
 
 
-def discover(seconds: float = 3.0, loopback: bool = True) -> list[str]:
-    """Base URLs that answered within `seconds`, loopback ones first. Raises NotFound when there is none."""
+def discover(seconds: float = 3.0, root: bytes | None = None, loopback: bool = True) -> list[str]:
+    """Base URLs that answered within `seconds` (those of `root` if given), loopback ones first. Raises NotFound."""
     from zeroconf import InterfaceChoice, ServiceBrowser, ServiceListener, Zeroconf
 
     found: dict[str, Any] = {}
@@ -50,7 +52,7 @@ def discover(seconds: float = 3.0, loopback: bool = True) -> list[str]:
             continue
         if found:
             time.sleep(0.3)
-        urls = sorted({url for info in found.values() for url in _urls(info)}, key=_preference)
+        urls = sorted({url for info in found.values() for url in _urls(info, root)}, key=_preference)
     finally:
         for zeroconf, browser in browsers:
             browser.cancel()
@@ -61,8 +63,10 @@ def discover(seconds: float = 3.0, loopback: bool = True) -> list[str]:
     return urls
 
 
-def _urls(info: Any) -> list[str]:
+def _urls(info: Any, root: bytes | None) -> list[str]:
     text = {_text(key): _text(value) for key, value in (info.properties or {}).items()}
+    if root is not None and text.get("root") != sha256_bytes(root):
+        return []
     scheme = text.get("scheme", "http") if text.get("scheme") in ("http", "https") else "http"
     path = text.get("path", "").rstrip("/")
     path = path if path.startswith("/") or not path else ""

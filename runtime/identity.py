@@ -1,10 +1,10 @@
 """Who this node is: its directory, its key, what it was told at enrolment, and the boot counter.
 
-    node.pem     Ed25519 private key, made here, never leaves
-    node.json    id, control plane's URL, director's public key, poll interval
-    root.json    TUF root, the exact bytes trusted at enrolment (or handed in with --root)
-    boot         raised and fsynced at every start, before the first request is signed
-    lock         held while an agent runs: one per directory
+node.pem     Ed25519 private key, made here, never leaves
+node.json    id, control plane's URL, director's public key, poll interval
+root.json    TUF root, the exact bytes trusted at enrolment (or handed in with --root)
+boot         raised and fsynced at every start, before the first request is signed
+lock         held while an agent runs: one per directory
 """
 
 from __future__ import annotations

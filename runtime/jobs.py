@@ -29,7 +29,7 @@ class _Running:
 
 
 class Jobs:
-    """`floor()` is the highest security floor this node was ever told; what `post` is given runs on the agent's thread."""
+    """`floor()` is the highest security floor this node was told; what `post` is given runs on the agent's thread."""
 
     def __init__(
         self,

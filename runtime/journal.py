@@ -27,14 +27,14 @@ FAULT_VARIABLE = "SKERRY_FAULT"
 
 
 def fault(point: str) -> None:
-    """Test hook: SKERRY_FAULT=kill@POINT ends this process with SIGKILL here, as a power cut or the OOM killer would."""
+    """Test hook: SKERRY_FAULT=kill@POINT ends this process by SIGKILL here, as a power cut or OOM killer would."""
     if os.environ.get(FAULT_VARIABLE) == f"kill@{point}":
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """`n` grows by one per line; `at` is the node's clock (information only); `data` is what the step needs to resume."""
+    """`n` grows by one per line; `at` is the node's clock (information only); `data` is what resuming needs."""
 
     n: int
     at: float
@@ -51,7 +51,9 @@ class Entry:
 def parse_line(raw: bytes, after: int | None) -> Entry:
     """Raises InputError for anything but a whole line numbered `after` + 1 (any number when `after` is None)."""
     try:
-        document = json.loads(raw) if raw.endswith(b"\n") and len(raw) <= LINE_LIMIT else None
+        if not raw.endswith(b"\n") or len(raw) > LINE_LIMIT:
+            raise ValueError("no newline at its end")
+        document = json.loads(raw)
         n, at, step, data = document["n"], document["at"], document["step"], document["data"]
         if type(n) is not int or not isinstance(step, str) or not isinstance(data, dict):
             raise ValueError("fields of the wrong type")
@@ -99,7 +101,7 @@ class Journal:
         return self.tail[-1] if self.tail else None
 
     def append(self, step: str, data: dict[str, Any]) -> Entry:
-        """On disk when this returns. Raises StorageError (disk full): then the step was not recorded and must not run."""
+        """On disk when this returns. Raises StorageError (disk full): the step was not recorded and must not run."""
         entry = Entry((self.last.n + 1) if self.last else 1, round(self._clock(), 3), step, data)
         line = entry.to_line()
         try:

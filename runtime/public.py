@@ -23,9 +23,9 @@ ORPHAN_TERM_SECONDS, ORPHAN_KILL_SECONDS, ORPHAN_GIVE_UP_SECONDS = 3.0, 8.0, 12.
 
 
 def bind_public(host: str, port: int, orphans: Orphans) -> socket.socket:
-    """Listens on the port. Workers that a killed agent left behind hold it until they have drained: they are given time
-    to, then are told to hurry, then ended. Raises SkerryError when somebody else has the port or the address is not ours.
-    """
+    """Listens on the port. Workers that a killed agent left behind hold it until they have drained: they are given
+    time to, then are told to hurry, then ended. Raises SkerryError when somebody else has the port, or the address is
+    not ours."""
     started = time.monotonic()
     sent: set[int] = set()
     while True:

@@ -25,7 +25,7 @@ WAKE_SECONDS = 0.05
 
 
 class Reporter:
-    """`heartbeat(seq)` makes one from the agent's present state; `accept(envelope)` verifies and posts a desired one."""
+    """`heartbeat(seq)` makes one of the agent's present state; `accept(envelope)` verifies and posts a desired one."""
 
     def __init__(
         self,

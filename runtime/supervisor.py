@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from skerry.core.errors import StorageError
-from skerry.runtime.public import Responder
 from skerry.runtime.process import (
     Counts,
     Orphans,
@@ -23,6 +22,7 @@ from skerry.runtime.process import (
     describe_exit,
     start_worker,
 )
+from skerry.runtime.public import Responder
 from skerry.runtime.slots import Installed
 from skerry.runtime.update import Candidate, crash_loop, fits_beside, restart_delay
 
