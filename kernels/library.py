@@ -18,5 +18,7 @@ def library_path() -> Path:
         raise NotFound("load kernels", "_native", str(error), "run 'make build'") from error
     path = Path(_native.__file__).parent / LIBRARY
     if _native.ABI != ABI or not path.is_file():
-        raise NotFound("load kernels", path, f"not built, or for ABI {_native.ABI} instead of {ABI}", "run 'make build'")
+        raise NotFound(
+            "load kernels", path, f"not built, or for ABI {_native.ABI} instead of {ABI}", "run 'make build'"
+        )
     return path

@@ -37,9 +37,7 @@ class _Pass:
     done: int = 0
 
 
-def score_sequences(
-    runner: Runner, sequences: Sequence[tuple[Sequence[int], int]], batch_tokens: int
-) -> list[Scored]:
+def score_sequences(runner: Runner, sequences: Sequence[tuple[Sequence[int], int]], batch_tokens: int) -> list[Scored]:
     """Packs sequences into steps of at most `batch_tokens`; longer ones are cut into chunks."""
     found = [Scored(*(np.zeros(len(ids) - start, np.float32) for _ in range(2))) for ids, start in sequences]
     free = list(range(runner.pages))

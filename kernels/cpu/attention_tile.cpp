@@ -223,7 +223,8 @@ void merge(int rows, int head_size, const AttentionState& partial, const Attenti
   const int stride = padded(head_size);
   for (int r = 0; r < rows; ++r) {
     if (partial.max[r] == -INFINITY) continue;
-    const float max = partial.max[r] > state.max[r] ? partial.max[r] : state.max[r];
+    const bool grows = partial.max[r] > state.max[r] || partial.max[r] != partial.max[r];  // a NaN must show
+    const float max = grows ? partial.max[r] : state.max[r];
     float both[2] = {state.max[r] - max, partial.max[r] - max};
     Vec x = {};
     memcpy(&x, both, sizeof both);

@@ -134,10 +134,4 @@ ONNXTensorElementDataType PagedAttentionOp::GetInputType(size_t index) const {
   return index < kPositions ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
 }
 
-OrtStatusPtr PagedAttentionOp::InferOutputShape(Ort::ShapeInferContext& context) {
-  context.SetOutputShape(kOut, context.GetInputShape(kQ), ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
-  context.SetOutputShape(kKvOut, context.GetInputShape(kKv), ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
-  return nullptr;
-}
-
 }  // namespace skerry::ort

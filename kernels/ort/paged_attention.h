@@ -24,7 +24,6 @@ struct PagedAttentionOp : Ort::CustomOpBase<PagedAttentionOp, PagedAttentionKern
   ONNXTensorElementDataType GetInputType(size_t index) const;
   size_t GetOutputTypeCount() const { return 2; }
   ONNXTensorElementDataType GetOutputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }
-  static OrtStatusPtr InferOutputShape(Ort::ShapeInferContext& context);
 };
 
 }  // namespace skerry::ort

@@ -1,0 +1,43 @@
+"""Types of the compiled module (bind.cpp)."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+ABI: int
+VERSION: str
+OPS: tuple[str, ...]
+SPLIT_TOKENS: int
+__file__: str
+
+_F = npt.NDArray[np.float32]
+_I = npt.NDArray[np.int32]
+
+def isa() -> str: ...
+def paged_attention(
+    q: _F,
+    k: _F,
+    v: _F,
+    kv: _F,
+    cos: _F,
+    sin: _F,
+    positions: _I,
+    query_start: _I,
+    context_len: _I,
+    block_table: _I,
+    slot: _I,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    scale: float,
+    softcap: float = 0.0,
+    window: int = 0,
+    rotary_dim: int = 0,
+    interleaved: bool = False,
+    threads: int = 1,
+) -> _F: ...
+def sample(logits: _F, rows: Any, threads: int = 1) -> tuple[_I, _F, _F, _I, _F]: ...
+def kept(logits: _F, rows: Any, row: int) -> _I: ...
+def philox4x32(c0: int, c1: int, c2: int, c3: int, key0: int, key1: int) -> tuple[int, int, int, int]: ...
