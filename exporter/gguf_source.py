@@ -37,7 +37,9 @@ class GgufSource:
         self.path = path
         try:
             reader = gguf.GGUFReader(str(path))
-            self._fields = {name: field.contents() for name, field in reader.fields.items() if "tokenizer.ggml.t" not in name}
+            self._fields = {
+                name: field.contents() for name, field in reader.fields.items() if "tokenizer.ggml.t" not in name
+            }
             self._tensors = {hf_name(t.name): t for t in reader.tensors if t.name != "rope_freqs.weight"}
             self._rope_factors = next((np.array(t.data) for t in reader.tensors if t.name == "rope_freqs.weight"), None)
         except (ValueError, IndexError, KeyError, OSError, OverflowError) as error:

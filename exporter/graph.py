@@ -72,7 +72,9 @@ def _layer(writer: _Writer, spec: ModelSpec, index: int, layer: Layer, x: ir.Val
     k = writer.dense(layer.attention.k, normed, f"{at}.attention.k")
     v = writer.dense(layer.attention.v, normed, f"{at}.attention.v")
     attended = writer.attention(index, layer.window, q, k, v)
-    x = writer.op("Add", [x, writer.dense(layer.attention.o, attended, f"{at}.attention.o")], f"{at}.attention.add", shape)
+    x = writer.op(
+        "Add", [x, writer.dense(layer.attention.o, attended, f"{at}.attention.o")], f"{at}.attention.add", shape
+    )
     normed = writer.norm(layer.mlp_norm, x, f"{at}.mlp.norm", shape)
     gate = writer.dense(layer.mlp.gate, normed, f"{at}.mlp.gate")
     up = writer.dense(layer.mlp.up, normed, f"{at}.mlp.up")

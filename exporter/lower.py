@@ -20,6 +20,7 @@ from skerry.exporter.graph import COS, SIN, Emitted
 from skerry.exporter.placement import WeightFile
 from skerry.exporter.quantize import BLOCK, Quantized, check_width, quantize
 from skerry.exporter.rope import rope_tables
+from skerry.exporter.targets import MISSING
 from skerry.exporter.weights import Source
 
 MICROSOFT = "com.microsoft"
@@ -28,11 +29,6 @@ ACCURACY_LEVEL = 4
 BODY_BITS = {"int8": 8, "int4": 4}
 # The head decides every token and the embedding is a lookup: they stay at 8 bits when the body goes to 4.
 HEAD_BITS = 8
-MISSING = {
-    "ort-cuda": "the CUDA build of the skerry ops",
-    "tensorrt": "the skerry ops as TensorRT plugins and a TensorRT builder",
-    "tensorrt-rtx": "the lowering to TensorRT-RTX's own attention and KV update",
-}
 
 
 @dataclass
@@ -43,6 +39,7 @@ class Lowering:
     precision: str
     source: Source
     file: WeightFile
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None
     packed: dict[str, dict[str, ir.ExternalTensor]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
 
@@ -52,6 +49,7 @@ class Lowering:
             array = self.source.tensor(name)
             check_width(name, array.shape[1])
             self.packed[name] = _write(self.file, name, quantize(array, bits))
+            self.progress("quantize", len(self.packed), 7 * self.spec.layers + (1 if self.spec.tied_embeddings else 2))
         return self.packed[name]
 
 
@@ -107,7 +105,9 @@ def _quantize_dense(graph: ir.Graph, lowering: Lowering) -> int:
             node.inputs[0],
             _initializer(graph, parts["data"], f"{weight.name}.data", (outputs, blocks, BLOCK * bits // 8)),
             _initializer(graph, parts["scales"], f"{weight.name}.scales", (outputs, blocks)),
-            _initializer(graph, parts["zeros"], f"{weight.name}.zeros", (outputs, (blocks + 1) // 2)) if "zeros" in parts else None,
+            _initializer(graph, parts["zeros"], f"{weight.name}.zeros", (outputs, (blocks + 1) // 2))
+            if "zeros" in parts
+            else None,
         ]
         attributes = {"K": inputs, "N": outputs, "bits": bits, "block_size": BLOCK, "accuracy_level": ACCURACY_LEVEL}
         _replace(graph, [node], "MatMulNBits", [*operands, *([None, bias] if bias is not None else [])], attributes)
@@ -154,7 +154,9 @@ def _fuse_skip_norm(graph: ir.Graph, lowering: Lowering) -> int:
             {"epsilon": node.attributes["epsilon"].as_float()}, domain=MICROSOFT, outputs=outputs, name=node.name,
         )  # fmt: skip
         # The sum's readers come after the Add, so the fused node stands where the Add stood.
-        ir.convenience.replace_nodes_and_values(graph, add, [node, add], [fused], [normed, total], [outputs[0], outputs[3]])
+        ir.convenience.replace_nodes_and_values(
+            graph, add, [node, add], [fused], [normed, total], [outputs[0], outputs[3]]
+        )
         graph.opset_imports[MICROSOFT] = 1
         count += 1
     return count

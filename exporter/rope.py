@@ -44,7 +44,9 @@ def _frequencies(spec: ModelSpec) -> tuple[np.ndarray, float]:
             return base / np.array(scaling["factors"], np.longdouble).reshape(base.shape), 1.0
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise InputError("build rotary tables", kind, f"missing or malformed rope_scaling field {error}") from error
-    raise InputError("build rotary tables", kind, "unknown rope scaling", "one of default, factors, linear, llama3, yarn")
+    raise InputError(
+        "build rotary tables", kind, "unknown rope scaling", "one of default, factors, linear, llama3, yarn"
+    )
 
 
 def _llama3(base: np.ndarray, scaling: dict[str, Any]) -> np.ndarray:

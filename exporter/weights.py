@@ -70,7 +70,9 @@ class SafetensorsSource:
 
         loaded = self._handle(name).get_tensor(name)
         if not loaded.is_floating_point():
-            raise InputError("read weights", name, f"dtype {loaded.dtype}, want a floating one", "use unquantized weights")
+            raise InputError(
+                "read weights", name, f"dtype {loaded.dtype}, want a floating one", "use unquantized weights"
+            )
         return checked(name, loaded.to(torch.float32).numpy())
 
     def _handle(self, name: str) -> Any:
@@ -98,12 +100,16 @@ def _open_safetensors(path: Path) -> Any:
     try:
         return safe_open(str(path), framework="pt")
     except (SafetensorError, OSError) as error:
-        raise InputError("read weights", path, str(error), "the file is truncated or no safetensors: copy it again") from error
+        raise InputError(
+            "read weights", path, str(error), "the file is truncated or no safetensors: copy it again"
+        ) from error
 
 
 def checked(name: str, array: np.ndarray) -> np.ndarray:
     if not np.isfinite(array).all():
-        raise InputError("read weights", name, "holds NaN or infinity", "the checkpoint is damaged: train or copy it again")
+        raise InputError(
+            "read weights", name, "holds NaN or infinity", "the checkpoint is damaged: train or copy it again"
+        )
     return np.ascontiguousarray(array)
 
 
@@ -116,7 +122,9 @@ def check_names(source: Source, wanted: Mapping[str, tuple[int, ...]], tied: boo
     missing = sorted(set(wanted) - have)
     if missing:
         raise InputError("read weights", source.path, f"{len(missing)} tensors are missing, first {missing[0]}")
-    extra = sorted(n for n in have - set(wanted) if not n.endswith(IGNORED_SUFFIXES) and not (tied and n == "lm_head.weight"))
+    extra = sorted(
+        n for n in have - set(wanted) if not n.endswith(IGNORED_SUFFIXES) and not (tied and n == "lm_head.weight")
+    )
     if extra:
         raise InputError(
             "read weights", source.path, f"{len(extra)} tensors that the architecture does not use, first {extra[0]}"

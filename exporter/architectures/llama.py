@@ -7,8 +7,26 @@ Hugging Face keeps q and k in the rotate-half order (element i pairs with i + R/
 
 from __future__ import annotations
 
+from typing import Any
+
+from skerry.core.errors import InputError
 from skerry.core.model import ModelSpec
 from skerry.exporter.blocks import Attention, Decoder, Dense, Layer, Mlp
+
+
+def check(config: dict[str, Any]) -> None:
+    """Refuses what these blocks would silently get wrong. Raises InputError naming the config's field."""
+    rope = config.get("rope_parameters") or {}
+    facts = {
+        "hidden_act": (config.get("hidden_act", "silu") in ("silu", "swish"), "only silu"),
+        "mlp_bias": (not config.get("mlp_bias"), "only MLPs without biases"),
+        "partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0) == 1.0, "only whole heads rotated"),
+        "pretraining_tp": (config.get("pretraining_tp", 1) in (0, 1), "only 1"),
+        "layer_types": (len(set(config.get("layer_types") or [])) <= 1, "only one window for all layers"),
+    }
+    for name, (fits, supported) in facts.items():
+        if not fits:
+            raise InputError("emit graph", name, f"{config.get(name)!r} is not supported, {supported}")
 
 
 def blocks(spec: ModelSpec) -> Decoder:

@@ -1,0 +1,14 @@
+"""What `skerry doctor` says about exporting."""
+
+from __future__ import annotations
+
+from skerry.core.doctor import Check, package_check
+from skerry.exporter.targets import MISSING
+
+NEEDED = ("onnx", "onnx-ir", "onnxruntime", "safetensors", "gguf", "torch", "transformers", "tokenizers")
+
+
+def checks() -> list[Check]:
+    found = [package_check(name, "skerry export") for name in NEEDED]
+    found.append(Check("target ort-cpu", True, "fp32, int8, int4"))
+    return found + [Check(f"target {name}", None, f"not built yet: needs {what}") for name, what in MISSING.items()]

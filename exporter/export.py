@@ -1,0 +1,163 @@
+"""Checkpoint -> Bundle: emit, lower, measure, gate, describe, seal. Nothing is left at `out` unless all of it worked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from skerry.core.bundle import Bundle, KvGroup, open_bundle, seal
+from skerry.core.chat import ChatTemplate
+from skerry.core.files import write_json
+from skerry.core.target import Target
+from skerry.core.tokenizer import Tokenizer
+from skerry.exporter import gate, provenance
+from skerry.exporter.baseline import HASH_SEED, WINDOW_REQUESTS, measure_baseline
+from skerry.exporter.engine import open_runner
+from skerry.exporter.golden import measure_golden
+from skerry.exporter.graph import emit, skerry_ops
+from skerry.exporter.lower import Lowering, lower, rules_for
+from skerry.exporter.parity import Parity, measure
+from skerry.exporter.placement import WeightFile
+from skerry.exporter.reference import load_reference
+from skerry.exporter.staging import check_out, staged
+from skerry.exporter.subject import Subject, open_subject, plain_name, write_text_files
+from skerry.exporter.texts import Texts, encode_prompts, encode_rows, open_texts
+
+SAMPLE_OP = "skerry.Sample:1"
+# Prompts of golden and baseline rows longer than this are left out: they would only make the export slow.
+PROMPT_LIMIT = 1024
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What may vary besides checkpoint, target and precision; none of it but `max_context` changes an engine file."""
+
+    name: str = ""
+    version: str = ""
+    threads: int | None = None
+    eval_dir: Path | None = None
+    max_context: int | None = None
+    window_requests: int = WINDOW_REQUESTS
+    hash_seed: int = HASH_SEED
+    skip_baseline: bool = False
+    keep_refused: bool = False
+    progress: Progress = lambda stage, done, total: None
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The engine files of a staging directory and what the manifest says of them."""
+
+    precision: str
+    groups: tuple[KvGroup, ...]
+    ops: tuple[str, ...]
+    rules: dict[str, int]
+    settings: dict[str, Any]
+
+
+def export(checkpoint: Path, target: Target, precision: str, out: Path, options: Options | None = None) -> Bundle:
+    """Raises InputError (checkpoint), IncompatibleError (target), GateFailed (quality), StorageError (disk)."""
+    options = options or Options()
+    check_out(out)
+    rules_for(target, "fp32")
+    subject = open_subject(checkpoint, options.max_context)
+    texts = open_texts(subject.directory, options.eval_dir)
+    with staged(out) as staging:
+        engine = build_engine(subject, target, precision, staging, options.progress)
+        parity, refused = measure_engine(subject, texts, engine, target, staging, options)
+        describe(subject, texts, engine, parity, refused, staging, options)
+        seal_engine(subject, texts, engine, target, staging, options, qualified=not refused)
+    gate.refuse(f"{bundle_name(subject, options)} (kept at {out}, unqualified)", refused)
+    return open_bundle(out, verify=False)
+
+
+def build_engine(subject: Subject, target: Target, precision: str, out: Path, progress: Progress) -> Engine:
+    """graph.onnx, weights.bin and the text files: the same bytes for the same input, on every machine."""
+    import onnx_ir as ir
+
+    precision = subject.precision(precision)
+    settings = write_text_files(subject, out)
+    emitted = emit(subject.spec, subject.decoder)
+    with WeightFile(out / "weights.bin") as file:
+        lowering = Lowering(subject.spec, precision, subject.source, file, progress=progress)
+        model = lower(emitted, target, lowering)
+    (out / "graph.onnx").write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+    ops = tuple(sorted({*skerry_ops(model), SAMPLE_OP}))
+    return Engine(precision, emitted.groups, ops, lowering.counts, settings)
+
+
+def measure_engine(
+    subject: Subject, texts: Texts, engine: Engine, target: Target, staging: Path, options: Options
+) -> tuple[Parity, list[str]]:
+    """parity.json, golden.json and baseline.json; returns the figures and why the gate refuses them, if it does.
+
+    Parity comes first and a refused engine is measured no further, unless it is to be kept.
+    """
+    tokenizer, template = open_texts_files(staging, engine.settings)
+    limit = subject.spec.max_context
+    rows = encode_rows(texts.parity, tokenizer, template, limit)
+    golden = encode_prompts(texts.golden, tokenizer, template, min(PROMPT_LIMIT, limit // 2))
+    prompts = encode_prompts(texts.baseline, tokenizer, template, min(PROMPT_LIMIT, limit // 2))
+    bundle = seal_engine(subject, texts, engine, target, staging, options, qualified=False)
+    runner = open_runner(bundle, options.threads, max(len(ids) for ids, _ in rows))
+    options.progress("load reference", 0, 1)
+    parity = measure(load_reference(subject.source), runner, rows, options.progress)
+    refused = gate.problems(parity, engine.precision, subject.parity_nll)
+    document = {**parity.to_json(), "precision": engine.precision, "text": texts.origin, "refused": refused}
+    write_json(staging / "parity.json", _finite({**document, "limits": vars(gate.LIMITS[engine.precision])}))
+    if refused and not options.keep_refused:
+        gate.refuse(bundle_name(subject, options), refused)
+    options.progress("golden", 0, 1)
+    write_json(staging / "golden.json", measure_golden(runner, golden, engine.settings))
+    if not options.skip_baseline:
+        baseline = measure_baseline(
+            runner, prompts, engine.settings, tokenizer.digest, options.window_requests, options.hash_seed,
+            lambda done, total: options.progress("baseline", done, total),
+        )  # fmt: skip
+        write_json(staging / "baseline.json", baseline)
+    return parity, refused
+
+
+def open_texts_files(directory: Path, settings: dict[str, Any]) -> tuple[Tokenizer, ChatTemplate]:
+    template = ChatTemplate.open(directory, str(settings["bos_token"]), str(settings["eos_token"]))
+    return Tokenizer.open(directory), template
+
+
+def _finite(document: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: a figure of a broken engine that is none becomes null."""
+    import math
+
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in document.items()}
+
+
+def describe(
+    subject: Subject, texts: Texts, engine: Engine, parity: Parity, refused: list[str], out: Path, options: Options
+) -> None:
+    """model_card.md and sbom.cdx.json."""
+    name, version = bundle_name(subject, options), bundle_version(subject, options)
+    card = provenance.model_card(subject, name, version, engine.precision, parity, refused, texts)
+    (out / "model_card.md").write_text(card, encoding="utf-8")
+    write_json(out / "sbom.cdx.json", provenance.sbom(subject, name, version, out / "weights.bin"))
+
+
+def seal_engine(
+    subject: Subject, texts: Texts, engine: Engine, target: Target, out: Path, options: Options, qualified: bool
+) -> Bundle:
+    made = provenance.recipe(subject, engine.precision, str(target), engine.rules)
+    return seal(
+        out, name=bundle_name(subject, options), version=bundle_version(subject, options), target=target,
+        model=subject.spec, precision=engine.precision, kv=engine.groups, max_context=subject.spec.max_context,
+        ops=engine.ops, qualified=qualified, lineage=provenance.lineage(subject, made, texts),
+    )  # fmt: skip
+
+
+def bundle_name(subject: Subject, options: Options) -> str:
+    return plain_name(options.name) if options.name else subject.name
+
+
+def bundle_version(subject: Subject, options: Options) -> str:
+    return plain_name(options.version or str(subject.lineage.get("version") or "0"))

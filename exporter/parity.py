@@ -1,0 +1,103 @@
+"""How far an engine is from the checkpoint: perplexity ratio, mean KL, top-1 agreement on the answers of real text.
+
+The reference is transformers in float32 on torch. The engine runs through `kernels.runner`, the same code that serves.
+Both see the same token ids; each batch of rows is compared and dropped, so memory holds a few hundred rows of logits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from skerry.exporter.engine import answer_logits
+from skerry.exporter.texts import Sequence
+
+if TYPE_CHECKING:
+    import torch
+
+    from skerry.kernels.runner import Runner
+
+Progress = Callable[[str, int, int], None]
+BATCH_TOKENS = 1024
+MAX_TOKENS = 8000
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Means over answer tokens. `kl` is KL(reference || engine) in nats, `ppl_ratio` engine over reference."""
+
+    rows: int
+    tokens: int
+    reference_nll: float
+    engine_nll: float
+    ppl_ratio: float
+    kl: float
+    top1: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure(model: Any, runner: Runner, sequences: list[Sequence], progress: Progress) -> Parity:
+    """`model` is a transformers causal LM. Rows beyond MAX_TOKENS only count towards the reference's NLL."""
+    import torch
+
+    sums = {"reference": 0.0, "engine": 0.0, "compared": 0.0, "kl": 0.0, "same": 0}
+    tokens = compared = seen = done = 0
+    total = sum(len(ids) for ids, _ in sequences)
+    for batch in batches(sequences, BATCH_TOKENS):
+        expected, targets = reference_logprobs(model, batch)
+        nll = -expected.gather(1, targets[:, None])[:, 0].double().sum().item()
+        sums["reference"] += nll
+        tokens += len(targets)
+        if seen < MAX_TOKENS:
+            found = torch.from_numpy(answer_logits(runner, batch)).log_softmax(-1)
+            sums["compared"] += nll
+            sums["engine"] -= found.gather(1, targets[:, None])[:, 0].double().sum().item()
+            sums["kl"] += (expected.exp() * (expected - found)).sum(-1).double().sum().item()
+            sums["same"] += int((expected.argmax(-1) == found.argmax(-1)).sum())
+            compared += len(targets)
+        seen += sum(len(ids) for ids, _ in batch)
+        done += sum(len(ids) for ids, _ in batch)
+        progress("parity", done, total)
+    return Parity(
+        rows=len(sequences), tokens=compared, reference_nll=sums["reference"] / tokens,
+        engine_nll=sums["engine"] / compared, ppl_ratio=_exp((sums["engine"] - sums["compared"]) / compared),
+        kl=sums["kl"] / compared, top1=sums["same"] / compared,
+    )  # fmt: skip
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf
+
+
+def batches(sequences: list[Sequence], tokens: int) -> Iterator[list[Sequence]]:
+    """Rows of similar length together, at most `tokens` per batch with padding counted, in a stable order."""
+    batch: list[Sequence] = []
+    for sequence in sorted(sequences, key=lambda item: len(item[0])):
+        if batch and (len(batch) + 1) * len(sequence[0]) > tokens:
+            yield batch
+            batch = []
+        batch.append(sequence)
+    if batch:
+        yield batch
+
+
+def reference_logprobs(model: Any, batch: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log-probabilities [N, V], target ids [N]) of all answer tokens of the batch, row after row.
+
+    Rows are padded on the right: causal attention never looks there. Only answer positions go through the head.
+    """
+    import torch
+
+    width = max(len(ids) for ids, _ in batch)
+    ids = torch.zeros((len(batch), width), dtype=torch.long)
+    for row, (tokens, _) in enumerate(batch):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+    with torch.inference_mode():
+        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        picked = [hidden[row, start - 1 : len(tokens) - 1] for row, (tokens, start) in enumerate(batch)]
+        logits = model.get_output_embeddings()(torch.cat(picked)).float()
+    return logits.log_softmax(-1), torch.cat([torch.tensor(tokens[start:]) for tokens, start in batch])
