@@ -191,17 +191,21 @@ def _array(sketch: Histogram | HashedCounts) -> np.ndarray:
 def score(window: WindowSketch, baseline: Baseline) -> dict[str, float]:
     """p-value per feature: how often a window without drift lies this far out. 1.0 where there is nothing to compare.
 
-    The window must hold at least the baseline's `window_requests` (a shorter one is noisier than the null windows and
-    would look like drift): InputError otherwise. A longer one is compared conservatively.
+    A window that lost up to half of its requests to failures is noisier than the null windows, so its distances between
+    distributions, which fall as 1 / requests, are scaled back; with fewer left it says nothing: InputError. A window of
+    more requests is compared as it is, conservatively.
     """
-    if window.requests < baseline.window_requests:
+    needed = (baseline.window_requests + 1) // 2
+    if window.requests < needed:
         raise InputError(
-            "score window", "requests", f"{window.requests} are fewer than the baseline's {baseline.window_requests}"
+            "score window", "requests", f"{window.requests} are fewer than {needed}, half of the baseline's window"
         )
-    found = distances(window, baseline)
-    return {
-        name: p_value(found[name] / MARGIN[name], baseline.null[name]) if name in found else 1.0 for name in FEATURES
-    }
+    shrink = min(1.0, window.requests / baseline.window_requests)
+    p_values = dict.fromkeys(FEATURES, 1.0)
+    for name, distance in distances(window, baseline).items():
+        scale = 1.0 if name == "tokens" else shrink
+        p_values[name] = p_value(scale * distance / MARGIN[name], baseline.null[name])
+    return p_values
 
 
 def p_value(distance: float, null: Sequence[float]) -> float:

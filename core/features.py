@@ -40,7 +40,8 @@ FEATURES = (*HISTOGRAMS, "tokens")
 @dataclass(frozen=True)
 class Observation:
     """One answered request. `surprise` and `entropy` have one value (nats, >= 0) per output token, or are empty when
-    the engine was not asked for them. `prompt_ids` is the whole prompt as the engine saw it, template included."""
+    the engine was not asked for them. `prompt_tokens` is the whole prompt's length, template and history included;
+    `prompt_ids` are the ids of the last user turn alone (core.chat.last_user_text), since the rest says little."""
 
     prompt_tokens: int
     output_tokens: int
