@@ -286,7 +286,7 @@ def _problems(bundle: Bundle, deep: bool) -> Iterator[str]:
         elif deep and (found := describe_file(path)).sha256 != entry.sha256:
             chunk = next(i for i, (a, b) in enumerate(zip(found.chunks, entry.chunks)) if a != b)
             yield f"{entry.name} sha256 differs (first in chunk {chunk})"
-        elif deep and describe_file(path).chunks != entry.chunks:
+        elif deep and found.chunks != entry.chunks:
             yield f"{entry.name} chunk digests differ from its own digest"
     strays = sorted(f.name for f in bundle.path.iterdir() if f.name not in listed | {MANIFEST})
     if strays:
