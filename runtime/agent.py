@@ -242,6 +242,7 @@ class Agent:
             self._record(advanced(self.progress, action))
             self._aim()
             self.supervisor.reconcile()
+            fault(f"{action.to}:entered")
         elif action.do == "end":
             self._end(action)
         else:

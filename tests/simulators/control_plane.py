@@ -93,6 +93,7 @@ class ControlPlane:
         self.mode = "ok"
         self.blob_delay = 0.0
         self.wish: dict[str, Any] = {}
+        self.node_wishes: dict[str, tuple[int, dict[str, Any]]] = {}
         self.quarantined: tuple[str, ...] = ()
         self.floor = 0
         self.generation = 0
@@ -134,17 +135,22 @@ class ControlPlane:
         return {"release": release, "manifest_path": path, "manifest_sha256": bundle.digest,
                 "engine_digest": bundle.manifest.engine_digest}  # fmt: skip
 
-    def want(self, wish: dict[str, Any], **changes: Any) -> None:
+    def want(self, wish: dict[str, Any], node: str = "", **changes: Any) -> None:
+        """For all nodes, or for one."""
         with self.lock:
-            self.wish = {**wish, **changes}
             self.generation += 1
+            if node:
+                self.node_wishes[node] = (self.generation, {**wish, **changes})
+            else:
+                self.wish = {**wish, **changes}
 
     def desired(self, node: str) -> dict[str, Any]:
         if self.envelope is not None:
             return self.envelope
         blank = dict.fromkeys(("release", "manifest_path", "manifest_sha256", "engine_digest"))
+        generation, wish = self.node_wishes.get(node, (self.generation, self.wish))
         desired = Desired.from_json({
-            **blank, **self.wish, "node": node, "generation": self.generation, "poll_seconds": self.poll_seconds,
+            **blank, **wish, "node": node, "generation": generation, "poll_seconds": self.poll_seconds,
             "window_requests": 16, "quarantined": list(self.quarantined), "floor": self.floor, "hash_seed": 7,
         })  # fmt: skip
         return sign_document(desired.to_json(), self.director, "director")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -78,6 +80,23 @@ def make_bundle(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
+def install(directory: Path, bundle: Path, slot: str = "a") -> None:
+    """Puts a bundle into a slot and points to it, as if an update had been committed long ago."""
+    from skerry.core.bundle import read_manifest
+    from skerry.runtime.slots import Installed, Slots
+
+    slots, opened = Slots(directory), read_manifest(bundle)
+    shutil.copytree(bundle, slots.partial_path(slot))
+    installed = Installed(slot, opened.digest, opened.manifest.engine_digest, opened.manifest.version)
+    slots.promote(installed)
+    slots.point(installed)
+
+
+@pytest.fixture(scope="session")
+def install_bundle() -> Callable[..., None]:
+    return install
+
+
 class NodeProcess:
     """`skerry node run` as a real process on a directory that has joined."""
 
@@ -133,8 +152,14 @@ class NodeProcess:
         return self.process.wait(seconds)
 
 
+def unused_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 @pytest.fixture
-def make_node(tmp_path: Path, control: Any, free_port: int) -> Iterator[Callable[..., NodeProcess]]:
+def make_node(tmp_path: Path, control: Any) -> Iterator[Callable[..., NodeProcess]]:
     from skerry.runtime import identity
 
     made: list[NodeProcess] = []
@@ -142,7 +167,7 @@ def make_node(tmp_path: Path, control: Any, free_port: int) -> Iterator[Callable
     def make(name: str = "edge", **settings: Any) -> NodeProcess:
         directory = tmp_path / name
         identity.join(directory, control.url, "good-token", name)
-        made.append(NodeProcess(directory, free_port, **settings))
+        made.append(NodeProcess(directory, unused_port(), **settings))
         return made[-1]
 
     yield make
