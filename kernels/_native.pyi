@@ -9,7 +9,6 @@ ABI: int
 VERSION: str
 OPS: tuple[str, ...]
 SPLIT_TOKENS: int
-__file__: str
 
 _F = npt.NDArray[np.float32]
 _I = npt.NDArray[np.int32]

@@ -67,7 +67,7 @@ def _session(graph: Path, name: str, threads: int) -> Any:
     options.register_custom_ops_library(str(library_path()))
     try:
         return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # noqa: BLE001 - the runtime raises its own classes, none of them public
+    except Exception as error:
         cause = " ".join(str(error).split())[:600]
         raise IncompatibleError("open engine", name, f"ONNX Runtime refuses the graph: {cause}",
                                 "skerry bundle verify the directory, or export it with this version") from error  # fmt: skip

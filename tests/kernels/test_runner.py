@@ -194,9 +194,9 @@ def test_graph_unlike_its_manifest(make_bundle, make_graph):
         Runner.open(make_bundle(make_graph(page=32)), pages=4)
     with pytest.raises(IncompatibleError, match="logits have 64 columns"):
         Runner.open(make_bundle(make_graph(vocab=64)), pages=4)
-    with pytest.raises(IncompatibleError, match="kv.1 is missing"):
+    with pytest.raises(IncompatibleError, match=r"kv\.1 is missing"):
         Runner.open(make_bundle(make_graph(layers=1)), pages=4)
-    with pytest.raises(IncompatibleError, match="kv.2 is unknown"):
+    with pytest.raises(IncompatibleError, match=r"kv\.2 is unknown"):
         Runner.open(make_bundle(make_graph(layers=3)), pages=4)
 
 
@@ -204,7 +204,7 @@ def test_unknown_layout(make_bundle):
     sealed = make_bundle()
     group = replace(sealed.manifest.kv[0], layout="i8.n2hpd")
     other = replace(sealed, manifest=replace(sealed.manifest, kv=(group,)))
-    with pytest.raises(IncompatibleError, match="KV layout i8.n2hpd"):
+    with pytest.raises(IncompatibleError, match="KV layout i8"):
         Runner.open(other, pages=4)
 
 
