@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import socket
@@ -56,7 +57,8 @@ def serve(directory: Path, settings: Settings, announce: Callable[[dict[str, Any
         )
         announce({"url": _url(settings.host, port), "directory": str(directory), "zeroconf": advertisement is not None})
         try:
-            uvicorn.Server(config).run(sockets=[listener])
+            with contextlib.suppress(KeyboardInterrupt):  # uvicorn repeats the signal it stopped for
+                uvicorn.Server(config).run(sockets=[listener])
         finally:
             listener.close()
             if advertisement is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import uvicorn
 from skerry.core.bundle import Bundle, KvGroup, seal
 from skerry.core.drift import make_baseline
 from skerry.core.features import Observation, WindowSketch
-from skerry.core.files import canonical_json, write_json
+from skerry.core.files import canonical_json, sha256_bytes, write_json
 from skerry.core.model import ModelSpec
 from skerry.core.report import Event, Heartbeat, Latency, Window
 from skerry.core.sketch import HashedCounts
@@ -33,6 +34,7 @@ from skerry.fleet.settings import Settings
 SPEC = ModelSpec("llama", 64, 64, 1, 1, 1, 64, 64, 128, 1e-5, 1e4, None, True, False, 0, 0, (0,))
 DEVICE = Device("x86_64", "Linux", 2, 8 << 30)
 SEED = 12345
+TOKENIZER = sha256_bytes(b"{}")
 WINDOW = 8
 
 
@@ -49,6 +51,12 @@ def observations(domain: int, count: int, rng: np.random.Generator) -> list[Obse
         )
         for _ in range(count)
     ]
+
+
+@cache
+def baseline_document() -> dict[str, Any]:
+    rng = np.random.default_rng(1)
+    return make_baseline(observations(0, 6 * WINDOW, rng), WINDOW, TOKENIZER, SEED).to_json()
 
 
 def make_bundle(
@@ -73,11 +81,7 @@ def make_bundle(
         (path / name).write_bytes(data)
     write_json(path / "parity.json", {"gate": {"passed": passed, "reasons": [] if passed else ["ppl_ratio 4.2"]}})
     if baseline:
-        from skerry.core.files import sha256_bytes
-
-        rng = np.random.default_rng(1)
-        made = make_baseline(observations(0, 6 * WINDOW, rng), WINDOW, sha256_bytes(b"{}"), SEED)
-        write_json(path / "baseline.json", made.to_json())
+        write_json(path / "baseline.json", baseline_document())
     kv = (KvGroup((0,), 1, 64, 16, "float32", "f32.n2hpd", 0),)
     fields = {"qualified": True, **fields}
     return seal(path, name="tiny", version="v1", target=Target.parse(target), model=SPEC, precision="fp32", kv=kv,
@@ -195,9 +199,7 @@ class SimNode:
 
     def window(self, domain: int, rng: np.random.Generator, **changes: Any) -> dict[str, Any]:
         assert self.installed is not None and self.installed.engine_digest is not None
-        from skerry.core.files import sha256_bytes
-
-        sketch = WindowSketch.of(observations(domain, WINDOW, rng), sha256_bytes(b"{}"), self.installed.hash_seed)
+        sketch = WindowSketch.of(observations(domain, WINDOW, rng), TOKENIZER, self.installed.hash_seed)
         window = Window(
             self.id, self.boot, self.installed.engine_digest, self.windows, WINDOW, 0, sketch.to_json(),
             Latency(), Latency(), Latency(),
@@ -216,9 +218,33 @@ def bundle(tmp_path: Path) -> Callable[..., Bundle]:
     return lambda content=b"one", **options: make_bundle(tmp_path / "bundles" / str(next(made)), content, **options)
 
 
+SETTINGS = Settings(port=0, poll_seconds=0.2, tick_seconds=0.02, zeroconf=False, offline_polls=100)
+
+
 @pytest.fixture
 def settings() -> Settings:
-    return Settings(port=0, poll_seconds=0.2, tick_seconds=0.02, zeroconf=False, offline_polls=100)
+    return SETTINGS
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One control plane for a module whose tests leave it as they found it."""
+    running = Server(tmp_path_factory.mktemp("shared") / "fleet", SETTINGS)
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def serving(shared: Server, tmp_path_factory: pytest.TempPathFactory) -> SimNode:
+    """A node of the shared control plane that runs v1."""
+    shared.publish([make_bundle(tmp_path_factory.mktemp("bundle") / "one", b"one")], "v1")
+    with shared.client() as client:
+        node = SimNode(shared.url, client.create_token(1, 60)["token"], "serving")
+        quick = {"waves": "100%", "soak_requests": 0, "min_requests": 0, "soak_seconds": 0}
+        started = client.start_rollout("v1", quick)["rollout"]
+        while client.rollout(started)["state"] != "SUCCEEDED":
+            node.step()
+    return node
 
 
 @pytest.fixture
