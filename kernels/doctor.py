@@ -11,7 +11,10 @@ def checks() -> list[Check]:
     try:
         path = library_path()
     except NotFound as error:
-        return [Check("native kernels", False, error.cause, error.hint), package_check("onnxruntime", "running engines")]
+        return [
+            Check("native kernels", False, error.cause, error.hint),
+            package_check("onnxruntime", "running engines"),
+        ]
     from skerry.kernels import _native
 
     return [

@@ -24,7 +24,7 @@ class Graph:
 
 
 def open_graph(bundle: Bundle, threads: int) -> Graph:
-    """Raises IncompatibleError: unknown ops, missing or unknown inputs, wrong types, KV shapes unlike the manifest's."""
+    """Raises IncompatibleError: unknown ops, missing or unknown inputs, wrong types, other KV shapes than stated."""
     name = bundle.short
     for group in bundle.manifest.kv:
         if group.layout != LAYOUT or group.dtype != "float32":
@@ -69,8 +69,8 @@ def _session(graph: Path, name: str, threads: int) -> Any:
         return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         cause = " ".join(str(error).split())[:600]
-        raise IncompatibleError("open engine", name, f"ONNX Runtime refuses the graph: {cause}",
-                                "skerry bundle verify the directory, or export it with this version") from error  # fmt: skip
+        hint = "skerry bundle verify the directory, or export it with this version"
+        raise IncompatibleError("open engine", name, f"ONNX Runtime refuses the graph: {cause}", hint) from error
 
 
 def _layers(groups: tuple[KvGroup, ...]) -> list[tuple[int, KvGroup]]:

@@ -54,7 +54,7 @@ class AttentionShape:
 
 
 def rotate(x: Array, cos: Array, sin: Array, rotary_dim: int, interleaved: bool) -> npt.NDArray[np.float64]:
-    """x [..., head_size] by the rows cos, sin [rotary_dim / 2]: each pair (a, b) becomes (a cos - b sin, b cos + a sin).
+    """x [..., head_size] by the rows cos, sin [rotary_dim / 2]: a pair (a, b) becomes (a cos - b sin, b cos + a sin).
     Pairs are (i, i + rotary_dim / 2), or (2i, 2i + 1) interleaved (Su et al., RoFormer, 2021)."""
     out = x.astype(np.float64)
     half = rotary_dim // 2
@@ -201,7 +201,7 @@ def draw(logits: Float32, rows: SampleRows, row: int) -> int:
 
 def sample(logits: Float32, rows: SampleRows) -> Sampled:
     """All rows. `top_ids` past the vocabulary are -1, their log-probability -inf."""
-    count, vocabulary = logits.shape
+    count = len(logits)
     token = np.full(count, -1, np.int32)
     logprob, entropy = (np.full(count, np.nan, np.float32) for _ in range(2))
     top_ids = np.full((count, rows.top_n), -1, np.int32)

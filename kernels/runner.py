@@ -1,7 +1,7 @@
 """The step runner: opens a bundle's decoder graph, owns its KV pages, runs packed steps, samples and scores.
 
 The exporter's parity gate and the runtime's engine run this same code, so what was measured is what serves. One thread
-at a time may use a Runner. Pages are numbered 0..pages-1 in every KV group and all of them are the caller's to hand out.
+at a time may use a Runner. Pages are numbered 0..pages-1 in every KV group; all of them are the caller's to hand out.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Runner:
         pages: int | None = None,
         memory_bytes: int | None = None,
     ) -> Runner:
-        """`pages` per KV group, or as many as fit in `memory_bytes`. Raises BundleError, IncompatibleError, UsageError."""
+        """`pages` per KV group, or as many as fit in `memory_bytes`. Raises Bundle-, Incompatible- or UsageError."""
         if not isinstance(bundle, Bundle):
             bundle = open_bundle(bundle, verify=False)
         threads = usable_cores() if threads is None else threads
@@ -121,8 +121,8 @@ class Runner:
             raise StepError("sample", f"{len(rows)} rows", str(error)) from error
 
     def score(self, sequences: Sequence[tuple[Sequence[int], int]], batch_tokens: int = 512) -> list[Scored]:
-        """Teacher-forced log-probability and entropy of ids[start:] for each (ids, start), start >= 1. Uses pages from 0
-        up, so nothing else may be running."""
+        """Teacher-forced log-probability and entropy of ids[start:] for each (ids, start), start >= 1. Uses pages from
+        0 up, so nothing else may be running."""
         for ids, start in sequences:
             if not 1 <= start <= len(ids) <= self.max_context:
                 cause = f"start {start} and {len(ids)} tokens with a context of {self.max_context}"

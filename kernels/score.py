@@ -1,4 +1,4 @@
-"""Teacher-forced passes over whole sequences: parity, perplexity, golden log-probabilities, prompt log-probabilities."""
+"""Teacher-forced passes over whole sequences: parity, perplexity, golden and prompt log-probabilities."""
 
 from __future__ import annotations
 

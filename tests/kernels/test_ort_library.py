@@ -74,7 +74,7 @@ def test_attributes_have_defaults(attention_case):
 
 
 def test_bound_cache_is_one_buffer(attention_case):
-    """Bound to the same memory, input and output are the same pointer: nothing is copied, unowned slots stay as they are."""
+    """Bound to the same memory, input and output are the same pointer: nothing is copied."""
     case = attention_case(np.random.default_rng(2), AttentionShape(2, 2, 64, 0.125, rotary_dim=64), [(40, 3)])
     session, inputs = attention_session(case)
     kv = inputs.pop("kv").copy()
@@ -158,7 +158,8 @@ def test_sample_equals_the_direct_call(top_n):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("temperature", np.full(2, -1, np.float32), "temperature -1"), ("target", np.full(2, 10, np.int32), "target 10"),
+        ("temperature", np.full(2, -1, np.float32), "temperature -1"),
+        ("target", np.full(2, 10, np.int32), "target 10"),
         ("seed", np.zeros(1, np.uint64), "length of seed is 1, expected 2"),
         ("mask_row", np.zeros(2, np.int32), "mask_row 0 of row 0 is outside the 0 masks"),
         ("top_n", np.array([5000], np.int32), "top_n 5000"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -198,7 +199,7 @@ def test_other_instruction_sets(isa):
         "k = c.build_case(np.random.default_rng(0), s, [(600, 1), (300, 50), (3, 3)]);"
         "assert np.abs(k.run(2)[0] - k.expected()[0]).max() < 4e-6"
     )
-    here = os.path.dirname(__file__)
+    here = str(Path(__file__).parent)
     environment = os.environ | {"SKERRY_ISA": isa}
     done = subprocess.run(
         [sys.executable, "-c", script, here], env=environment, capture_output=True, text=True, check=False
