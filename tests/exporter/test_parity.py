@@ -1,0 +1,79 @@
+"""The emitted graph against transformers, family by family, on random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from skerry.core.target import Target
+from skerry.exporter.export import Options, export
+
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64, "rope_theta": 10000.0,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
+LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-untied-mha": ("llama", {"tie_word_embeddings": False, "num_key_value_heads": 4}),
+    "llama-bias": ("llama", {"attention_bias": True}),
+    "llama-head-size": ("llama", {"head_dim": 32}),
+    "llama3-rope": ("llama", {"rope_parameters": LLAMA3}),
+    "linear-rope": ("llama", {"rope_parameters": LINEAR}),
+    "yarn-rope": ("llama", {"rope_parameters": YARN}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "mistral-window": ("mistral", {"sliding_window": 24}),
+    "mistral-no-window": ("mistral", {"sliding_window": None}),
+    "one-kv-head": ("llama", {"num_key_value_heads": 1}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fp32_logits_equal_transformers(make_model: Callable[..., Path], tmp_path: Path, case: str) -> None:
+    import torch
+
+    from skerry.exporter.reference import load_reference
+    from skerry.exporter.weights import open_source
+    from skerry.kernels.runner import Runner
+
+    family, overrides = CASES[case]
+    checkpoint = make_model(family, **overrides)
+    bundle = export(checkpoint, Target("ort-cpu"), "fp32", tmp_path / "out", Options(skip_baseline=True, threads=1))
+    ids = np.random.default_rng(3).integers(0, 384, 150).tolist()
+    with Runner.open(bundle, threads=1, pages=16) as runner:
+        found = runner.logits_for(ids, batch_tokens=64)
+    with torch.inference_mode():
+        wanted = load_reference(open_source(checkpoint))(input_ids=torch.tensor([ids])).logits[0].numpy()
+    assert np.abs(wanted).max() > 1  # the weights do something
+    np.testing.assert_allclose(found, wanted, atol=1e-3, rtol=1e-3)
+
+
+def test_batches_keep_every_row_and_the_token_limit() -> None:
+    from skerry.exporter.parity import batches
+
+    rows = [([0] * n, 1) for n in (5, 40, 7, 300, 2, 90)]
+    found = list(batches(rows, 128))
+    assert sorted(len(ids) for batch in found for ids, _ in batch) == [2, 5, 7, 40, 90, 300]
+    assert all(len(batch) == 1 or len(batch) * max(len(ids) for ids, _ in batch) <= 128 for batch in found)
+
+
+def test_rows_in_one_step_and_in_chunks_give_the_same_logits(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    from skerry.exporter import engine
+    from skerry.kernels.runner import Runner
+
+    bundle = export(make_model(), Target("ort-cpu"), "fp32", tmp_path / "out", Options(skip_baseline=True, threads=1))
+    rng = np.random.default_rng(5)
+    batch = [(rng.integers(0, 256, n).tolist(), start) for n, start in ((20, 4), (33, 30), (2, 1), (400, 260))]
+    with Runner.open(bundle, threads=1, pages=40) as runner:
+        found = engine.answer_logits(runner, batch)
+        alone = np.concatenate([runner.logits_for(ids)[start - 1 : -1] for ids, start in batch])
+        assert len(found) == 16 + 3 + 1 + 140
+        np.testing.assert_allclose(found, alone, atol=1e-4)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine, "STEP_TOKENS", 64)
+            np.testing.assert_allclose(engine.answer_logits(runner, batch), alone, atol=1e-4)
