@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
@@ -41,6 +44,8 @@ def serve(
     drain_seconds: float,
 ) -> int:
     """Serve a BUNDLE over HTTP with an OpenAI-style API, until Ctrl-C."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _give_up)  # until the worker's own handlers take over
     import asyncio
 
     from skerry.runtime.listener import bind
@@ -62,6 +67,12 @@ def serve(
         return await Worker(options, sock, on_ready=lambda: click.echo(f"Serving {bundle} on {url}")).run()
 
     return asyncio.run(run())
+
+
+def _give_up(number: int, frame: FrameType | None) -> None:
+    """Nothing has been served yet. An exception would be swallowed or mistold by whatever import it fell into."""
+    os.write(2, b"Interrupted.\n")
+    os._exit(130)
 
 
 def read_keys(path: Path | None) -> tuple[bytes, ...]:

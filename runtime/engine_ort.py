@@ -20,9 +20,7 @@ class OrtEngine:
     def step(self, rows: list[StepRow]) -> list[SampledToken | None]:
         """Raises SkerryError: the graph failed, or a row's logits are not finite."""
         groups = self._runner.groups
-        packed = [
-            Row(row.tokens, row.start, [row.pages] * groups, "last" if row.sampling else "none") for row in rows
-        ]
+        packed = [Row(row.tokens, row.start, [row.pages] * groups, "last" if row.sampling else "none") for row in rows]
         logits = self._runner.step(pack_rows(packed, self.page_size))
         drawing = [(row, row.sampling) for row in rows if row.sampling is not None]
         if not drawing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ log = logging.getLogger("skerry.load")
 
 @dataclass(frozen=True)
 class Loaded:
-    """An engine that may serve. `golden` is None when the bundle has no golden prompts."""
+    """An engine that runs. Whether it may serve is up to `golden.require`; None: the bundle has no golden prompts."""
 
     bundle: Bundle
     engine: Engine
@@ -58,7 +59,7 @@ class Loaded:
 
 
 def load(path: Path, *, threads: int | None = None, memory_bytes: int | None = None) -> Loaded:
-    """Raises SkerryError: the bundle is broken, does not fit this machine, or fails its golden prompts."""
+    """Raises SkerryError: the bundle is broken, does not fit this machine, or its engine cannot run."""
     from skerry.core.target import incompatibility
     from skerry.kernels.runner import Runner
     from skerry.runtime.engine_ort import OrtEngine
@@ -71,15 +72,14 @@ def load(path: Path, *, threads: int | None = None, memory_bytes: int | None = N
     generation = read_json(bundle.file("generation.json"))
     if not isinstance(generation, dict):
         raise BundleError("read", "generation.json", "is no JSON object", "export the bundle again")
-    tokenizer = Tokenizer.open(bundle.file("tokenizer.json"))
-    template = ChatTemplate.open(
-        bundle.path, str(generation.get("bos_token") or ""), str(generation.get("eos_token") or "")
-    )
-    runner = Runner.open(bundle, threads=threads or usable_cores(), memory_bytes=memory_bytes)
+    special = (str(generation.get("bos_token") or ""), str(generation.get("eos_token") or ""))
+    with ThreadPoolExecutor(1) as pool:  # a large tokenizer takes as long as the graph
+        text = pool.submit(Tokenizer.open, bundle.file("tokenizer.json"))
+        runner = Runner.open(bundle, threads=threads or usable_cores(), memory_bytes=memory_bytes)
+        tokenizer, template = text.result(), ChatTemplate.open(bundle.path, *special)
     golden = None
     if any(entry.name == GOLDEN for entry in bundle.manifest.files):
         golden = check_golden(bundle, runner)
-        golden.require(bundle)
     engine = OrtEngine(runner)
     warm_up(engine)
     return Loaded(bundle, engine, tokenizer, template, generation, golden, time.monotonic() - began)

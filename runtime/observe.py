@@ -100,7 +100,7 @@ class Observer:
         self._emit = emit
         self._index = 0
         self._empty = WindowSketch.empty(tokenizer_digest, hash_seed)
-        self._open()
+        self._sketch, self._failed, self._latencies = self._empty, 0, Latencies()
 
     def finished(self, trace: Trace) -> None:
         self.requests += 1
@@ -115,9 +115,6 @@ class Observer:
         self._failed += 1
         self._close_if_full()
 
-    def _open(self) -> None:
-        self._sketch, self._failed, self._latencies = self._empty, 0, Latencies()
-
     def _close_if_full(self) -> None:
         requests = self._sketch.requests + self._failed
         if requests < self._window_requests:
@@ -127,4 +124,4 @@ class Observer:
             "sketch": self._sketch.to_json(), **self._latencies.to_json(),
         })  # fmt: skip
         self._index += 1
-        self._open()
+        self._sketch, self._failed, self._latencies = self._empty, 0, Latencies()

@@ -18,16 +18,16 @@ from skerry.runtime.request import SamplingParams
 
 MAX_CHOICES, MAX_STOPS, MAX_STOP_LENGTH, MAX_LOGPROBS, MAX_BIASES = 16, 16, 512, 20, 1024
 
-COMMON = frozenset(
-    "model stream stream_options seed temperature top_k top_p min_p presence_penalty frequency_penalty "
-    "repetition_penalty logit_bias logprobs max_tokens ignore_eos stop n".split()
-)
+COMMON = frozenset({
+    "model", "stream", "stream_options", "seed", "temperature", "top_k", "top_p", "min_p", "presence_penalty",
+    "frequency_penalty", "repetition_penalty", "logit_bias", "logprobs", "max_tokens", "ignore_eos", "stop", "n",
+})  # fmt: skip
 CHAT = COMMON | {"messages", "max_completion_tokens", "top_logprobs"}
 COMPLETION = COMMON | {"prompt"}
-HARMLESS = frozenset(
-    "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention parallel_tool_calls "
-    "verbosity".split()
-)
+HARMLESS = frozenset({
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+    "parallel_tool_calls", "verbosity",
+})  # fmt: skip
 # Field and the values that ask for nothing.
 UNIMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
@@ -267,7 +267,9 @@ def _number(body: dict[str, Any], field: str, low: float, high: float, default: 
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise refuse(field, "must be a number")
     if not low <= value <= high or not math.isfinite(value) or (above and value == low):
-        raise refuse(field, f"must be {'above' if above else 'from'} {low:g} {'and at most' if above else 'to'} {high:g}")
+        raise refuse(
+            field, f"must be {'above' if above else 'from'} {low:g} {'and at most' if above else 'to'} {high:g}"
+        )
     return float(value)
 
 

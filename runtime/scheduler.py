@@ -74,7 +74,9 @@ class Scheduler:
                 )  # fmt: skip
         held = len(self.waiting) + len(self.running)
         if held and held + len(requests) > self.limits.rows + self.limits.queue:
-            raise QueueFull("accept request", "", f"{len(self.waiting)} requests are already waiting", "try again later")
+            raise QueueFull(
+                "accept request", "", f"{len(self.waiting)} requests are already waiting", "try again later"
+            )
         sequences = [Sequence(request) for request in requests]
         self.waiting.extend(sequences)
         return sequences

@@ -1,4 +1,4 @@
-"""The HTTP API: routes, body limits, keys, errors in OpenAI's shape, and server-sent events that notice a lost client."""
+"""The HTTP API: routes, body limits, keys, errors in OpenAI's shape, server-sent events; notices clients that leave."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From token ids to text, one token at a time: bytes that are no whole character yet, and stop strings, are held back."""
+"""From token ids to text, one token at a time: incomplete characters and beginnings of stop strings are held back."""
 
 from __future__ import annotations
 

@@ -123,6 +123,10 @@ class Worker:
         loaded = await loading
         self._loaded = True
         manifest = loaded.bundle.manifest
+        if loaded.golden:
+            golden = loaded.golden
+            self._send("golden", ok=golden.ok, max_error=golden.max_error, mean_error=golden.mean_error)
+            golden.require(loaded.bundle)
         observer = Observer(
             manifest.engine_digest, manifest.tokenizer_digest, hash_seed=self.options.hash_seed,
             window_requests=self.options.window_requests, emit=lambda window: self._send("window", window=window),
@@ -133,9 +137,6 @@ class Worker:
         app = create_app(service, gate, Options(Access(self.options.api_keys), self.options.body_limit))
         self._listener = Listener(app, self._socket, gate, service)
         service.start()
-        if loaded.golden:
-            golden = loaded.golden
-            self._send("golden", ok=golden.ok, max_error=golden.max_error, mean_error=golden.mean_error)
         self._send(
             "ready", engine_digest=manifest.engine_digest, manifest_sha256=loaded.bundle.digest, pid=os.getpid(),
             load_seconds=round(time.monotonic() - self._began, 3),

@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+
 from skerry.core.chat import ChatTemplate
 from skerry.core.tokenizer import Tokenizer
 from skerry.runtime.listener import Listener, bind
@@ -27,7 +28,9 @@ from skerry.runtime.service import Model, Service
 
 EOS = 256  # after the 256 bytes
 VOCAB = 258
-TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+)
 
 
 @dataclass
@@ -271,7 +274,7 @@ def build_bundle(
         )  # fmt: skip
 
     sealed()
-    ids = [(list(b"<user>hello\n>") + [97, 98, 99, 100], 13)]
+    ids = [(list(b"<user>hello\n>abcd"), 13)]
     with Runner.open(open_bundle(path), threads=1, pages=16) as runner:
         logprobs = [float(value) + golden_offset for value in runner.score(ids)[0].logprob]
     row = {"ids": ids[0][0], "start": 13, "logprobs": logprobs}

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from skerry.core.errors import SkerryError
 from skerry.kernels.runner import Runner
 from skerry.runtime.engine import run_to_completion

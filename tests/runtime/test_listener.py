@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+
 from skerry.core.errors import SkerryError
 from skerry.runtime.listener import Listener, bind
 from skerry.runtime.observe import Observer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+
 from skerry.runtime.engine import run_to_completion
 from skerry.runtime.kvcache import PagePool
 from skerry.runtime.request import Request, SampledToken, SamplingParams, State

@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+
 from skerry.runtime.scheduler import Limits
 from skerry.runtime.server import Access, Options
 
@@ -168,7 +169,16 @@ def test_bad_and_unimplemented_fields_are_refused_by_name(start, run):
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{", b"\xff\xfe{}", b"[1]", b'"x"', b'{"messages": NaN}', b"[" * 100_000, b'{"seed": 1' + b"0" * 5000 + b"}"],
+    [
+        b"",
+        b"{",
+        b"\xff\xfe{}",
+        b"[1]",
+        b'"x"',
+        b'{"messages": NaN}',
+        b"[" * 100_000,
+        b'{"seed": 1' + b"0" * 5000 + b"}",
+    ],
 )
 def test_malformed_bodies_are_400(start, run, body):
     async def scenario() -> None:

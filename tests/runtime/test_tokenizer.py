@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 
 import pytest
+
 from skerry.runtime.tokenizer import Detokenizer, StopStrings, token_bytes
 
 
@@ -47,7 +48,13 @@ def test_stop_strings_hold_back_what_may_begin_one():
 
 @pytest.mark.parametrize(
     ("stops", "text", "shown"),
-    [(["ab", "b"], "xab", "x"), (["b", "ab"], "xab", "x"), (["aab"], "aaab", "a"), ([], "abc", "abc"), (["z"], "ab", "ab")],
+    [
+        (["ab", "b"], "xab", "x"),
+        (["b", "ab"], "xab", "x"),
+        (["aab"], "aaab", "a"),
+        ([], "abc", "abc"),
+        (["z"], "ab", "ab"),
+    ],
 )
 def test_the_first_stop_wins_however_the_text_arrives(stops, text, shown):
     for cut in range(len(text)):
