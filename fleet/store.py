@@ -260,6 +260,7 @@ class Store:
             try:
                 yield session
             finally:
+                session.expunge_all()  # rows stay readable afterwards
                 session.rollback()
 
     @contextmanager

@@ -109,6 +109,8 @@ class Server:
             time.sleep(0.005)
 
     def stop(self) -> None:
+        if self._server.should_exit:
+            return
         self._server.should_exit = True
         self._thread.join(10)
         self.plane.close()
@@ -123,6 +125,8 @@ class Server:
 
 class SimNode:
     """A node without an engine: it enrols, polls, "installs" at once and reports, over the real API."""
+
+    tokenizer = TOKENIZER
 
     def __init__(self, url: str, token: str, name: str, device: Device = DEVICE) -> None:
         self.key, self.http = generate_key(), httpx.Client(base_url=url, trust_env=False, timeout=10)
