@@ -377,7 +377,8 @@ class Agent:
             "generation": beat.generation, "wanted": self.desired.release if self.desired else None,
             "installed": self.installed.to_json() if self.installed else None, "port": self.port,
             "uptime_seconds": round(time.monotonic() - self._started, 3), "requests": beat.requests,
-            "failed": beat.failed, "running": beat.running, "waiting": beat.waiting, "ttft_p50": beat.ttft_p50,
+            "failed": beat.failed, "requests_running": beat.running, "requests_waiting": beat.waiting,
+            "ttft_p50": beat.ttft_p50,
             "workers": [{"pid": w.pid, "state": w.state, "release": w.installed.release}
                         for w in self.supervisor.workers()],
             "journal": [entry.to_json() for entry in list(self.journal.tail)], "floor": self.floor,

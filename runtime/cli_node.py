@@ -131,7 +131,7 @@ def _live_status(directory: Path) -> dict[str, Any] | None:
 
     document = json.loads(raw) if status == 200 else {}
     # The port may belong to another node's agent by now.
-    return {"running": True, **document} if document.get("node") == load_node(directory).node else None
+    return {**document, "running": True} if document.get("node") == load_node(directory).node else None
 
 
 def _status_on_disk(directory: Path) -> dict[str, Any]:

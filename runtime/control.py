@@ -39,6 +39,12 @@ MAX_POLL_SECONDS, MIN_POLL_SECONDS = 3600.0, 0.05
 MAX_BACKOFF_SECONDS = 300.0
 
 
+class Refused(InputError):
+    """The control plane itself says that what was sent is malformed: sending it again will not help."""
+
+    code = "refused"
+
+
 class Transport:
     """HTTP to one control plane. Raises Unavailable for anything the network does."""
 
@@ -51,7 +57,8 @@ class Transport:
         self.base = base_url.rstrip("/")
         self.read_seconds = read_seconds
         timeout = httpx.Timeout(read_seconds, connect=CONNECT_SECONDS)
-        self._client = httpx.Client(timeout=timeout, follow_redirects=False, trust_env=False)
+        headers = {"accept-encoding": "identity", "user-agent": "skerry-node"}
+        self._client = httpx.Client(timeout=timeout, headers=headers, follow_redirects=False, trust_env=False)
 
     def url(self, path: str) -> str:
         return self.base + path
@@ -83,7 +90,7 @@ class Transport:
         deadline = time.monotonic() + seconds
         with self.stream(self.url(path), method, body, headers) as response:
             raw = bytearray()
-            for block in response.iter_bytes(65536):
+            for block in response.iter_raw(65536):
                 raw += block
                 if len(raw) > limit:
                     raise InputError(method, path, f"the answer is larger than {limit} bytes")
@@ -97,12 +104,11 @@ class Transport:
 
 def _fail(operation: str, obj: str, status: int, raw: bytes) -> SkerryError:
     """The error an answer stands for, with the server's own words when it speaks our format."""
-    message, hint = f"HTTP {status}", ""
     try:
         error = json.loads(raw)["error"]
         message, hint = f"{str(error['message'])[:300]} (HTTP {status})", str(error.get("hint", ""))[:300]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        message = f"HTTP {status}"
+        return Unavailable(operation, obj, f"HTTP {status} from something that is no Skerry control plane")
     if status in (401, 403):
         return AuthError(operation, obj, message, hint)
     if status == 404:
@@ -111,16 +117,17 @@ def _fail(operation: str, obj: str, status: int, raw: bytes) -> SkerryError:
         return Conflict(operation, obj, message, hint)
     if status >= 500 or status in (408, 429):
         return Unavailable(operation, obj, message, hint)
-    return InputError(operation, obj, message, hint)
+    return Refused(operation, obj, message, hint)
 
 
 def _document(operation: str, obj: str, raw: bytes) -> dict[str, Any]:
+    """Garbage is taken for an outage (a captive portal, a proxy's page): whatever was sent is sent again later."""
     try:
         document = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise InputError(operation, obj, "the answer is not JSON: is this a Skerry control plane?") from error
+        raise Unavailable(operation, obj, "the answer is not JSON: is this a Skerry control plane?") from error
     if not isinstance(document, dict):
-        raise InputError(operation, obj, "the answer is no JSON object: is this a Skerry control plane?")
+        raise Unavailable(operation, obj, "the answer is no JSON object: is this a Skerry control plane?")
     return document
 
 

@@ -24,6 +24,8 @@ from skerry.runtime.journal import fault
 
 HEADROOM_BYTES = 64 << 20
 ATTEMPTS = 4
+CHUNK_SECONDS = 120.0
+ERROR_BYTES = 4096
 SYNC_BYTES = 64 << 20
 
 GetChunk = Callable[[Chunk], bytes]
@@ -67,12 +69,13 @@ def http_chunks(transport: Transport, sleep: Callable[[float], None] = time.slee
 
     def get(chunk: Chunk) -> bytes:
         failure: SkerryError | None = None
+        limit = max(chunk.size, ERROR_BYTES)
         for attempt in range(ATTEMPTS):
             if attempt:
                 sleep(0.2 * 2.0**attempt)
             try:
-                status, raw, _ = transport.exchange("GET", f"/blobs/{chunk.sha256}", limit=chunk.size, seconds=120.0)
-            except (Unavailable, SkerryError) as error:
+                status, raw, _ = transport.exchange("GET", f"/blobs/{chunk.sha256}", limit=limit, seconds=CHUNK_SECONDS)
+            except SkerryError as error:
                 failure = error
                 continue
             if status == 404:

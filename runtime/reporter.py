@@ -16,7 +16,7 @@ from typing import Any
 from skerry.core.errors import AuthError, InputError, SkerryError
 from skerry.core.report import Heartbeat
 from skerry.core.wire import Desired
-from skerry.runtime.control import ControlPlane, clamp_poll, next_wait
+from skerry.runtime.control import ControlPlane, Refused, clamp_poll, next_wait
 from skerry.runtime.telemetry import Spool
 
 log = logging.getLogger("skerry.agent")
@@ -125,17 +125,17 @@ class Reporter:
                 return
             try:
                 self._control.send(kind, [document for _, document in items])
-            except InputError as error:
+            except Refused as error:
                 self._one_by_one(kind, spool, items, error)
             else:
                 spool.done(name for name, _ in items)
 
-    def _one_by_one(self, kind: str, spool: Spool, items: list[tuple[str, dict[str, Any]]], why: InputError) -> None:
+    def _one_by_one(self, kind: str, spool: Spool, items: list[tuple[str, dict[str, Any]]], why: Refused) -> None:
         """The server refused a batch for what is in it: find out which, and drop only those."""
         log.warning("%s refused: %s", kind, why)
         for name, document in items:
             try:
                 self._control.send(kind, [document])
-            except InputError as error:
+            except Refused as error:
                 log.warning("dropped one of %s: %s", kind, error)
             spool.done([name])

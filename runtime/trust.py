@@ -126,7 +126,7 @@ def make_fetcher(transport: Transport) -> FetcherInterface:
                 with transport.stream(url) as response:
                     if response.status_code != 200:
                         raise DownloadHTTPError(f"{url}: HTTP {response.status_code}", response.status_code)
-                    for block in response.iter_bytes(65536):
+                    for block in response.iter_raw(65536):
                         if time.monotonic() > deadline:
                             raise DownloadError(f"{url}: slower than {METADATA_SECONDS:g} s")
                         yield block

@@ -1,4 +1,4 @@
-"""SIGKILL at every step of an update, a torn journal line on top, then a new start: the old or the new engine serves."""
+"""SIGKILL at each step of an update, a torn journal line on top, then a new start: the old or the new engine serves."""
 
 from __future__ import annotations
 

@@ -1,0 +1,330 @@
+"""An agent with real worker processes (fake engines) against a simulated control plane that misbehaves on demand."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from skerry.core.wire import generate_key, sign_document
+from skerry.runtime.update import Step
+
+
+@pytest.fixture
+def serving(control: Any, make_bundle: Any, make_agent: Any, install_bundle: Any, until: Any) -> Callable[..., Any]:
+    """A running agent that serves v1, and a function to ask its public port."""
+
+    def start(**settings: Any) -> Any:
+        local = make_agent(**settings)
+        bundle = make_bundle("v1")
+        control.v1 = control.publish(bundle)
+        install_bundle(local.agent.directory, bundle)
+        local.agent.installed = local.agent.slots.current()
+        control.want(control.v1)
+        local.start()
+        until(lambda: control.beat.get("engine_digest") == control.v1["engine_digest"], what="v1 serves")
+        return local.agent
+
+    return start
+
+
+def ask(agent: Any, path: str = "/") -> tuple[int, dict[str, Any]]:
+    import urllib.error
+    import urllib.request
+
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{agent.port}{path}", timeout=5) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+    except OSError:
+        return 0, {}
+
+
+def version(agent: Any) -> str | None:
+    return ask(agent)[1].get("version")
+
+
+def idle(agent: Any) -> bool:
+    return agent.progress.step is Step.IDLE
+
+
+def test_without_an_engine_it_says_so_then_installs_the_first(
+    control: Any, make_bundle: Any, make_agent: Any, until: Any
+) -> None:
+    wish = control.publish(make_bundle("v1"))
+    agent = make_agent().start().agent
+    until(lambda: ask(agent)[0] == 503)
+    assert ask(agent)[1]["error"]["code"] == "no_engine"
+    assert until(lambda: control.beat)["engine_digest"] is None
+    control.want(wish)
+    until(lambda: version(agent) == "v1")
+    until(lambda: control.beat["state"] == "IDLE" and control.beat["engine_digest"] == wish["engine_digest"])
+    assert agent.outcomes == {"committed": 1}
+
+
+def test_a_swap_loses_no_request(control: Any, make_bundle: Any, serving: Any, until: Any) -> None:
+    agent = serving()
+    wish = control.publish(make_bundle("v2", load=0.2))
+    control.want(wish)
+    seen = []
+    until(lambda: seen.append(ask(agent)) or seen[-1][1].get("version") == "v2")
+    until(lambda: seen.append(ask(agent)) or idle(agent))
+    assert {status for status, _ in seen} == {200}
+    versions = [body["version"] for _, body in seen]
+    assert versions == sorted(versions)
+
+
+def test_the_digest_reported_is_the_workers_own(control: Any, make_bundle: Any, serving: Any, until: Any) -> None:
+    agent = serving()
+    wish = control.publish(make_bundle("v2", lie=True))
+    control.want(wish)
+    until(lambda: agent.outcomes["reverted"] == 1)
+    assert all(beat["engine_digest"] != wish["engine_digest"] for beat in control.heartbeats)
+    assert version(agent) == "v1" and wish["engine_digest"] in agent.quarantine
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "reason"),
+    [
+        ({"golden": False}, "golden check failed"),
+        ({"fatal": True}, "wrong shape"),
+        ({"mute": True}, "not ready within"),
+    ],
+)
+def test_an_engine_that_does_not_warm_up_is_turned_back(
+    control: Any, make_bundle: Any, serving: Any, until: Any, behaviour: dict[str, bool], reason: str
+) -> None:
+    agent = serving(warm_seconds=1.0)
+    wish = control.publish(make_bundle("v2", **behaviour))
+    control.want(wish)
+    until(lambda: agent.outcomes["reverted"] == 1)
+    assert version(agent) == "v1"
+    reverted = until(lambda: control.of_kind("update.reverted"))
+    assert reason in reverted[0]["reason"] and reverted[0]["quarantine"] is True
+    until(lambda: control.beat["quarantined"] == [wish["engine_digest"]])
+    assert control.beat["engine_digest"] == control.v1["engine_digest"]
+
+
+def test_a_crash_in_probation_reverts_and_the_digest_never_comes_back_by_itself(
+    control: Any, make_bundle: Any, serving: Any, make_agent: Any, until: Any
+) -> None:
+    agent = serving(probation_seconds=60.0)
+    wish = control.publish(make_bundle("v2", crash=True))
+    control.want(wish)
+    until(lambda: version(agent) == "v2")
+    began = time.monotonic()
+    ask(agent, "/crash")
+    until(lambda: version(agent) == "v1")
+    print(f"crash to answer of the old engine: {time.monotonic() - began:.2f} s")
+    until(lambda: agent.outcomes["reverted"] == 1)
+    until(lambda: control.of_kind("worker.crashed")[0]["digest"] == wish["engine_digest"])
+    control.want(wish)
+    until(lambda: control.of_kind("update.blocked"))
+    time.sleep(0.3)
+    assert idle(agent) and version(agent) == "v1" and agent.outcomes == {"reverted": 1}
+    agent.stop()
+    until(lambda: not agent.supervisor.workers() or all(w.state == "gone" for w in agent.supervisor.workers()))
+
+
+def test_too_many_failures_in_probation_revert_while_the_old_engine_is_brought_back(
+    control: Any, make_bundle: Any, serving: Any, until: Any
+) -> None:
+    agent = serving(probation_seconds=60.0)
+    control.want(control.publish(make_bundle("v2")))
+    until(lambda: version(agent) == "v2")
+    statuses = [ask(agent, "/fail")[0] for _ in range(4)]
+    assert statuses == [500] * 4
+    until(lambda: version(agent) == "v1")
+    until(lambda: agent.outcomes["reverted"] == 1)
+    assert "requests failed in probation" in until(lambda: control.of_kind("update.reverted"))[0]["reason"]
+
+
+def test_the_fleet_takes_a_release_back_in_probation_without_blame(
+    control: Any, make_bundle: Any, serving: Any, until: Any
+) -> None:
+    agent = serving(probation_seconds=60.0)
+    control.want(control.publish(make_bundle("v2")))
+    until(lambda: version(agent) == "v2")
+    control.want(control.v1)
+    until(lambda: version(agent) == "v1")
+    until(lambda: agent.outcomes["reverted"] == 1)
+    assert not agent.quarantine.digests
+    assert until(lambda: control.of_kind("update.reverted"))[0]["quarantine"] is False
+
+
+def test_going_back_after_commit_fetches_nothing_again(
+    control: Any, make_bundle: Any, serving: Any, until: Any
+) -> None:
+    agent = serving()
+    control.want(control.publish(make_bundle("v2")))
+    until(lambda: agent.outcomes["committed"] == 1)
+    fetched = len(control.blob_requests)
+    control.want(control.v1)
+    until(lambda: agent.outcomes["committed"] == 2)
+    assert version(agent) == "v1" and len(control.blob_requests) == fetched
+
+
+def test_a_crash_loop_after_commit_falls_back_to_the_other_slot(
+    control: Any, make_bundle: Any, serving: Any, until: Any
+) -> None:
+    agent = serving()
+    wish = control.publish(make_bundle("v2", crash=True))
+    control.want(wish)
+    until(lambda: agent.outcomes["committed"] == 1)
+    for _ in range(3):
+        until(lambda: version(agent) == "v2")
+        ask(agent, "/crash")
+    until(lambda: version(agent) == "v1")
+    until(lambda: agent.outcomes["reverted"] == 1)
+    assert wish["engine_digest"] in agent.quarantine
+    assert agent.slots.current().release == "v1"
+
+
+def test_a_crashed_worker_is_started_again(control: Any, serving: Any, until: Any) -> None:
+    agent = serving()
+    before = ask(agent)[1]["pid"]
+    os.kill(before, signal.SIGKILL)
+    after = until(lambda: ask(agent)[1].get("pid"))
+    assert after != before and version(agent) == "v1"
+    assert until(lambda: control.of_kind("worker.crashed"))[0]["reason"] == "killed by SIGKILL"
+
+
+def test_replayed_and_forged_desired_states_change_nothing(
+    control: Any, make_bundle: Any, serving: Any, until: Any
+) -> None:
+    agent = serving()
+    old = control.desired("edge-1")
+    wish = control.publish(make_bundle("v2"))
+    control.want(wish)
+    until(lambda: agent.outcomes["committed"] == 1)
+    control.envelope = old
+    assert "older" in until(lambda: control.of_kind("desired.refused"))[0]["reason"]
+    newest = {**control.wish, "node": "edge-1", "generation": 99}
+    control.envelope = sign_document({**old["signed"], **newest, "release": "evil"}, generate_key(), "director")
+    assert "signature" in until(lambda: control.of_kind("desired.refused")[1:])[0]["reason"]
+    beats = len(control.heartbeats)
+    until(lambda: len(control.heartbeats) > beats + 2)
+    assert version(agent) == "v2" and agent.desired.generation == 2
+
+
+def test_expired_metadata_blocks_installs_but_not_serving(
+    control: Any, make_bundle: Any, serving: Any, until: Any
+) -> None:
+    agent = serving()
+    wish = control.publish(make_bundle("v2"))
+    control.repository.write(expires=datetime.now(UTC).replace(microsecond=0) - timedelta(hours=1))
+    control.want(wish)
+    until(lambda: agent.outcomes["abandoned"] >= 1)
+    assert "expired" in until(lambda: control.of_kind("update.abandoned"))[0]["reason"]
+    assert version(agent) == "v1" and not agent.quarantine.digests
+    control.repository.write()
+    until(lambda: version(agent) == "v2")
+
+
+def test_a_foreign_manifest_is_not_installed(control: Any, make_bundle: Any, serving: Any, until: Any) -> None:
+    agent = serving()
+    control.want(control.publish(make_bundle("v2"), sign=False))
+    assert "no signed release" in until(lambda: control.of_kind("update.abandoned"))[0]["reason"]
+    assert version(agent) == "v1"
+
+
+def test_a_bundle_for_another_device(control: Any, make_bundle: Any, serving: Any, until: Any) -> None:
+    agent = serving()
+    control.want(control.publish(make_bundle("v2", backend="tensorrt")))
+    assert "needs backend tensorrt" in until(lambda: control.of_kind("update.abandoned"))[0]["reason"]
+    assert control.blob_requests == [] and version(agent) == "v1"
+
+
+def test_a_tampered_chunk_is_never_installed(control: Any, make_bundle: Any, serving: Any, until: Any) -> None:
+    agent = serving()
+    wish = control.publish(make_bundle("v2"))
+    control.tampered = set(control.blobs)
+    control.want(wish)
+    assert "sha256 differs" in until(lambda: control.of_kind("update.abandoned"))[0]["reason"]
+    assert version(agent) == "v1" and agent.slots.held("b") is None
+    control.tampered = set()
+    until(lambda: version(agent) == "v2")
+
+
+def test_a_full_disk_leaves_nothing_half_installed(
+    control: Any, make_bundle: Any, serving: Any, until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from skerry.runtime import fetch
+
+    agent = serving()
+    wish = control.publish(make_bundle("v2"))
+
+    def refuse(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(fetch, "_sync", refuse)
+    control.want(wish)
+    assert "disk full" in until(lambda: control.of_kind("update.abandoned"))[0]["reason"]
+    assert version(agent) == "v1"
+    assert not agent.slots.partial_path("b").exists() and not agent.slots.bundle_path("b").exists()
+    monkeypatch.undo()
+    until(lambda: version(agent) == "v2")
+
+
+@pytest.mark.parametrize("mode", ["down", "garbage", "hang"])
+def test_serving_goes_on_whatever_the_control_plane_does(
+    control: Any, make_bundle: Any, serving: Any, until: Any, mode: str
+) -> None:
+    agent = serving()
+    control.mode = mode
+    ask(agent, "/window")
+    until(lambda: agent.reporter.failures >= 1)
+    assert version(agent) == "v1"
+    control.mode = "ok"
+    until(lambda: agent.reporter.failures == 0)
+    until(lambda: len(control.windows) == 1 and len(agent.windows) == 0)
+    window = control.windows[0]
+    assert (window["node"], window["boot"], window["index"]) == ("edge-1", 1, 0)
+    assert control.replays == 0
+
+
+def test_an_agent_that_starts_offline_serves(
+    control: Any, make_bundle: Any, make_agent: Any, install_bundle: Any, until: Any
+) -> None:
+    local = make_agent()
+    install_bundle(local.agent.directory, make_bundle("v1"))
+    local.agent.installed = local.agent.slots.current()
+    control.mode = "down"
+    local.start()
+    until(lambda: version(local.agent) == "v1")
+
+
+def test_counters_go_on_over_worker_restarts(control: Any, serving: Any, until: Any) -> None:
+    agent = serving()
+    for _ in range(3):
+        ask(agent)
+    until(lambda: control.beat["requests"] >= 3)
+    os.kill(ask(agent)[1]["pid"], signal.SIGKILL)
+    until(lambda: version(agent) == "v1")
+    until(lambda: control.beat["requests"] >= 5)
+
+
+def test_admin_answers(serving: Any) -> None:
+    from skerry.runtime.admin import AdminServer
+    from skerry.runtime.control import Transport
+
+    agent = serving()
+    server = AdminServer("127.0.0.1", 0, agent.status, agent.alive)
+    transport = Transport(f"http://127.0.0.1:{server.port}")
+    status, raw, _ = transport.exchange("GET", "/status")
+    document = json.loads(raw)
+    assert status == 200 and document["serving"] and document["release"] == "v1" and document["journal_entries"] == 0
+    assert transport.exchange("GET", "/health/live")[0] == 200
+    assert transport.exchange("GET", "/health/ready")[0] == 200
+    assert transport.exchange("GET", "/nothing")[0] == 404
+    metrics = transport.exchange("GET", "/metrics")[1].decode()
+    assert "skerry_agent_serving 1.0" in metrics and 'skerry_agent_step{step="IDLE"} 1.0' in metrics
+    server.close()
+    transport.close()
