@@ -96,8 +96,8 @@ class Call:
 
     @property
     def text_size(self) -> int:
-        """Characters to tokenize; decides whether that is worth a thread."""
-        return sum(len(m["content"]) for m in self.messages or ()) + len(self.prompt_text or "")
+        """Characters to tokenize, template included; decides whether that is worth a thread."""
+        return sum(len(m["content"]) + 32 for m in self.messages or ()) + len(self.prompt_text or "")
 
 
 @dataclass(frozen=True)

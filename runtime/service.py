@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from skerry.core.chat import ChatTemplate
+from skerry.core.chat import ChatTemplate, last_user_text
 from skerry.core.tokenizer import Tokenizer
 from skerry.runtime.engine import Engine, EngineLoop
 from skerry.runtime.metrics import Metrics
@@ -245,8 +245,7 @@ class Service:
             observed = prompt
         else:
             prompt = tuple(encode(self.model.template.render(call.messages)))
-            users = [message["content"] for message in call.messages if message["role"] == "user"]
-            observed = tuple(encode(users[-1])) if users else ()
+            observed = tuple(encode(last_user_text(call.messages)))
         if not prompt:
             raise ApiError(400, "the prompt has no tokens", param="messages" if call.chat else "prompt")
         return prompt, observed

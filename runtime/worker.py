@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -137,6 +138,8 @@ class Worker:
         app = create_app(service, gate, Options(Access(self.options.api_keys), self.options.body_limit))
         self._listener = Listener(app, self._socket, gate, service)
         service.start()
+        gc.collect()
+        gc.freeze()  # what is loaded stays: collections no longer walk it
         self._send(
             "ready", engine_digest=manifest.engine_digest, manifest_sha256=loaded.bundle.digest, pid=os.getpid(),
             load_seconds=round(time.monotonic() - self._began, 3),

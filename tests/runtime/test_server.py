@@ -294,7 +294,7 @@ def test_an_engine_that_always_fails_is_fatal(start, fake, run):
 
 
 def test_windows_hold_counts_of_requests_and_the_last_user_turn_only(start, fake, say, run):
-    from skerry.core.features import WindowSketch
+    from skerry.core.features import Observation, WindowSketch
     from skerry.core.report import Window
 
     async def scenario() -> None:
@@ -306,7 +306,8 @@ def test_windows_hold_counts_of_requests_and_the_last_user_turn_only(start, fake
             window = Window.from_json({"node": "n", "boot": 1, **server.windows[0]})
             assert (window.index, window.requests, window.failed, window.ttft.count) == (0, 4, 1, 3)
             sketch = WindowSketch.from_json(window.sketch)
-            assert sketch.requests == 3 and sum(sketch.tokens.counts) == 9  # three characters a turn, no template
+            turns = [Observation(10, 2, prompt_ids=tuple(text)) for text in (b"abc", b"abd", b"abe")]
+            assert sketch.requests == 3 and sketch.tokens == WindowSketch.of(turns, "t", 0).tokens
 
     run(scenario())
 
