@@ -30,6 +30,7 @@ WEIGHTS: dict[str, float] = {"tokens": 0.4, "prompt_tokens": 0.2, "surprise": 0.
 # A distance counts only as far as it exceeds this multiple of the null's: a hundred prompts know their domain only so
 # well, and a shift smaller than the baseline's own uncertainty is nobody's business. Chosen by simulation.
 MARGIN: dict[str, float] = {"tokens": 1.25, **{name: 1.5 for name in HISTOGRAMS}}
+TAIL_SHAPE = 0.25  # of the null's tail: heavier than exponential, moments beyond the fourth are assumed infinite
 MEAN_RUN_LENGTH = 10_000.0  # windows to a false alarm, at least
 
 
@@ -212,7 +213,8 @@ def p_value(distance: float, null: Sequence[float]) -> float:
     """Conservative p-value of a distance against sorted null distances, at least P_FLOOR.
 
     Inside the null it is the add-one rank. Beyond the 90% point a generalised Pareto tail with shape TAIL_SHAPE takes
-    over where it is the smaller claim of the two; its scale is the mean excess.
+    over where it is the smaller claim of the two; its scale is the mean excess. The scale has a floor, so that a null
+    without spread (every prompt equally long) does not call the first other value impossible.
     """
     if not null:
         return 1.0
@@ -223,12 +225,9 @@ def p_value(distance: float, null: Sequence[float]) -> float:
     if distance <= threshold or rank > 2 / (count + 1):
         return max(rank, P_FLOOR)
     excess = sum(value - threshold for value in null[knot:]) / (count - knot)
-    scale = max(excess * (1 - TAIL_SHAPE), 1e-3 * threshold, 1e-12)
+    scale = max(excess * (1 - TAIL_SHAPE), 0.02 * threshold, 0.01)
     tail = 0.1 * (1 + TAIL_SHAPE * (distance - threshold) / scale) ** (-1 / TAIL_SHAPE)
     return min(rank, max(tail, P_FLOOR))
-
-
-TAIL_SHAPE = 0.25  # heavier than exponential: all moments beyond the fourth are assumed infinite
 
 
 def e_value(p: float) -> float:

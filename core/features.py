@@ -20,7 +20,7 @@ from skerry.core.sketch import HashedCounts, Histogram, decode_counts, encode_co
 EDGES_VERSION = (
     1  # raise it whenever an edge, the hash or one of the two limits changes: sketches of two versions never mix
 )
-SCORED_TOKENS = 32
+SCORED_TOKENS = 16
 TOKEN_REPEATS = 3
 BUCKETS = 256
 
