@@ -31,7 +31,6 @@ struct Workspace {
   std::vector<int32_t> ids;         // candidates, ascending
   std::vector<uint32_t> keys;       // of the candidates
   std::vector<double> kept_weight;  // of the candidates
-  std::vector<uint32_t> words;      // noise
 
   void resize(int64_t n) {
     logits.resize(n);
@@ -96,38 +95,90 @@ int64_t apply(const Cut& cut, int64_t n, Workspace& space) {
   return count;
 }
 
-// Candidates after top-k, top-p and min-p into space.ids and space.kept_weight. x: scaled logits; returns how many.
-int64_t select(const SampleArgs& a, int64_t row, const float* x, const double* weight, Workspace& space) {
+// Candidates x >= floor, ascending, into the workspace; returns how many.
+int64_t gather(const float* x, const double* weight, int64_t n, float floor, Workspace& space) {
+  constexpr int64_t kBlock = 64;  // blocks without a candidate cost a vector compare
+  int64_t count = 0;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = std::min(n, begin + kBlock);
+    int32_t any = 0;
+    for (int64_t i = begin; i < end; ++i) any |= x[i] >= floor;
+    for (int64_t i = begin; any != 0 && i < end; ++i) {
+      space.ids[count] = static_cast<int32_t>(i);
+      space.keys[count] = ordered_bits(x[i] + 0.0f);
+      space.kept_weight[count] = weight[i];
+      count += x[i] >= floor;
+    }
+  }
+  return count;
+}
+
+constexpr float kLowest = std::numeric_limits<float>::lowest();
+constexpr float kDepths[] = {5.0f, 12.0f, 28.0f};  // how far below the maximum to look first, for the few that matter
+
+uint64_t kept_mass(const Workspace& space, int64_t n) { return sample_math().mass(space.kept_weight.data(), n); }
+
+// At least the `k` largest (all, where there are fewer).
+int64_t gather_count(const float* x, const double* weight, int64_t n, float max, int64_t k, Workspace& space) {
+  for (const float depth : kDepths) {
+    if (sample_math().count_from(x, n, max - depth) >= k) return gather(x, weight, n, max - depth, space);
+  }
+  return gather(x, weight, n, kLowest, space);
+}
+
+// The largest, with at least `need` of mass among them.
+int64_t gather_mass(const float* x, const double* weight, int64_t n, float max, uint64_t need, Workspace& space) {
+  for (const float depth : kDepths) {
+    const int64_t count = gather(x, weight, n, max - depth, space);
+    if (kept_mass(space, count) >= need) return count;
+  }
+  return gather(x, weight, n, kLowest, space);
+}
+
+uint64_t needed_mass(float top_p, uint64_t total) {
+  const double wanted = std::ceil(static_cast<double>(std::max(top_p, 0.0f)) * static_cast<double>(total));
+  return std::clamp<uint64_t>(static_cast<uint64_t>(wanted), 1, total);
+}
+
+// Candidates after top-k, top-p and min-p into space.ids and space.kept_weight; returns how many. x: scaled logits.
+int64_t select(const SampleArgs& a, int64_t row, const float* x, float max, const double* weight, Workspace& space) {
+  const int64_t vocabulary = a.vocabulary, k = a.top_k[row];
+  const bool by_mass = a.top_p[row] < 1.0f;
   int64_t n = 0;
-  for (int64_t i = 0; i < a.vocabulary; ++i) {
-    space.ids[n] = static_cast<int32_t>(i);
-    space.keys[n] = ordered_bits(x[i]);
-    space.kept_weight[n] = weight[i];
-    n += x[i] > -kInfinity;
+  uint64_t need = 0;
+  if (k > 0 && k < vocabulary) {
+    n = gather_count(x, weight, vocabulary, max, k, space);
+    if (k < n) n = apply(find_cut(space.keys.data(), n, k, [](int64_t) { return uint64_t{1}; }), n, space);
+    if (by_mass) need = needed_mass(a.top_p[row], kept_mass(space, n));
+  } else if (by_mass) {
+    need = needed_mass(a.top_p[row], sample_math().mass(weight, vocabulary));
+    n = gather_mass(x, weight, vocabulary, max, need, space);
+  } else {
+    // min_p alone. Weights below it lie further down than this; the exact comparison follows.
+    const float depth = 0.1f - std::log(a.min_p[row]) + std::abs(max) * 1e-6f;
+    n = gather(x, weight, vocabulary, std::max(kLowest, max - depth), space);
   }
-  if (a.top_k[row] > 0 && a.top_k[row] < n) {
-    n = apply(find_cut(space.keys.data(), n, a.top_k[row], [](int64_t) { return uint64_t{1}; }), n, space);
-  }
-  if (a.top_p[row] < 1.0f) {
+  if (by_mass) {
     const double* kept = space.kept_weight.data();
-    uint64_t total = 0;
-    for (int64_t i = 0; i < n; ++i) total += mass_of(kept[i]);
-    const double wanted = std::ceil(static_cast<double>(std::max(a.top_p[row], 0.0f)) * static_cast<double>(total));
-    const uint64_t need = std::clamp<uint64_t>(static_cast<uint64_t>(wanted), 1, total);
     n = apply(find_cut(space.keys.data(), n, need, [kept](int64_t i) { return mass_of(kept[i]); }), n, space);
   }
   if (a.min_p[row] > 0.0f) {
     const double least = a.min_p[row];
     int64_t count = 0;
     for (int64_t i = 0; i < n; ++i) {
-      space.ids[count] = space.ids[i];
       const double w = space.kept_weight[i];
+      space.ids[count] = space.ids[i];
       space.kept_weight[count] = w;
       count += w >= least;
     }
     n = count;
   }
   return n;
+}
+
+bool keeps_all(const SampleArgs& a, int64_t row) {
+  const int64_t k = a.top_k[row];
+  return (k == 0 || k >= a.vocabulary) && a.top_p[row] >= 1.0f && a.min_p[row] == 0.0f;
 }
 
 // Gumbel-max in its exponential form: the candidate with the least -log(u) / weight wins, the first of equals.
@@ -147,48 +198,46 @@ struct Race {
   }
 };
 
-int32_t draw(const SampleArgs& a, int64_t row, int64_t n, Workspace& space) {
+// Over the whole vocabulary: excluded ids have weight 0.
+int32_t draw_all(const SampleArgs& a, int64_t row, const double* weight) {
+  constexpr int64_t kBlocks = 64, kWords = 4 * kBlocks;
   Race race;
-  const uint64_t seed = a.seed[row];
-  const uint32_t index = static_cast<uint32_t>(a.token_index[row]);
-  if (n * 8 >= a.vocabulary) {
-    constexpr int64_t kBlocks = 512;
-    space.words.resize(4 * kBlocks);
-    int64_t i = 0;
-    for (int64_t block = 0; i < n; block += kBlocks) {
-      if (space.ids[i] >= 4 * (block + kBlocks)) continue;
-      sample_math().noise(seed, index, static_cast<uint32_t>(block), kBlocks, space.words.data());
-      for (; i < n && space.ids[i] < 4 * (block + kBlocks); ++i) {
-        race.enter(space.ids[i], space.kept_weight[i], space.words[space.ids[i] - 4 * block]);
-      }
+  uint32_t words[kWords];
+  for (int64_t id = 0; id < a.vocabulary; id += kWords) {
+    const int64_t count = std::min(kWords, a.vocabulary - id);
+    sample_math().noise(a.seed[row], static_cast<uint32_t>(a.token_index[row]), static_cast<uint32_t>(id / 4), kBlocks,
+                        words);
+    if (!sample_math().any_survivor(words, weight + id, count, race.best)) continue;
+    for (int64_t i = 0; i < count; ++i) race.enter(static_cast<int32_t>(id + i), weight[id + i], words[i]);
+  }
+  return race.winner;
+}
+
+int32_t draw(const SampleArgs& a, int64_t row, int64_t n, const Workspace& space) {
+  Race race;
+  uint32_t words[4] = {};
+  int32_t block = -1;
+  for (int64_t i = 0; i < n; ++i) {
+    if (space.ids[i] / 4 != block) {
+      block = space.ids[i] / 4;
+      words[0] = static_cast<uint32_t>(block);
+      words[1] = static_cast<uint32_t>(a.token_index[row]);
+      words[2] = words[3] = 0;
+      philox4x32(words, static_cast<uint32_t>(a.seed[row]), static_cast<uint32_t>(a.seed[row] >> 32));
     }
-  } else {
-    uint32_t words[4] = {};
-    int32_t block = -1;
-    for (int64_t i = 0; i < n; ++i) {
-      if (space.ids[i] / 4 != block) {
-        block = space.ids[i] / 4;
-        words[0] = static_cast<uint32_t>(block);
-        words[1] = index;
-        words[2] = words[3] = 0;
-        philox4x32(words, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
-      }
-      race.enter(space.ids[i], space.kept_weight[i], words[space.ids[i] % 4]);
-    }
+    race.enter(space.ids[i], space.kept_weight[i], words[space.ids[i] % 4]);
   }
   return race.winner;
 }
 
 // The most likely ids of the raw logits. lse: log of the sum of exponentials.
-void write_top(const SampleArgs& a, int64_t row, const float* raw, double lse, Workspace& space) {
+void write_top(const SampleArgs& a, int64_t row, const float* raw, float max, double lse, Workspace& space) {
   int32_t* ids = a.top_ids + row * a.top_n;
   float* logprobs = a.top_logprobs + row * a.top_n;
   const int64_t n = std::min<int64_t>(a.top_n, a.vocabulary);
-  for (int64_t i = 0; i < a.vocabulary; ++i) {
-    space.ids[i] = static_cast<int32_t>(i);
-    space.keys[i] = ordered_bits(raw[i] + 0.0f);
-  }
-  apply(find_cut(space.keys.data(), a.vocabulary, n, [](int64_t) { return uint64_t{1}; }), a.vocabulary, space);
+  int64_t candidates = gather_count(raw, space.weight.data(), a.vocabulary, max, n, space);
+  if (candidates < n) candidates = gather(raw, space.weight.data(), a.vocabulary, -kInfinity, space);
+  apply(find_cut(space.keys.data(), candidates, n, [](int64_t) { return uint64_t{1}; }), candidates, space);
   std::vector<int64_t> order(n);
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return space.keys[i] > space.keys[j]; });
@@ -214,7 +263,7 @@ const float* prepare(const SampleArgs& a, int64_t row, Workspace& space, float* 
     adjust(a, row, space.logits.data());
     x = space.logits.data();
   }
-  if (a.temperature[row] >= kGreedyTemperature) {
+  if (a.temperature[row] >= kGreedyTemperature && a.temperature[row] != 1.0f) {
     math.scale(x, a.vocabulary, a.temperature[row], space.scaled.data());
     x = space.scaled.data();
   }
@@ -229,23 +278,22 @@ int32_t choose(const SampleArgs& a, int64_t row, Workspace& space) {
   if (x == nullptr) return -1;
   if (a.temperature[row] < kGreedyTemperature) return first_of(x, a.vocabulary, max);
   sample_math().weights(x, a.vocabulary, max, space.weight.data());
-  return draw(a, row, select(a, row, x, space.weight.data(), space), space);
+  if (keeps_all(a, row)) return draw_all(a, row, space.weight.data());
+  return draw(a, row, select(a, row, x, max, space.weight.data(), space), space);
 }
 
 void sample_row(void* argument, int row) {
   const SampleArgs& a = *static_cast<const SampleArgs*>(argument);
-  const SampleMath& math = sample_math();
   Workspace& space = workspace(a.vocabulary);
   const float* raw = a.logits + row * a.vocabulary;
   bool broken = false;
-  const float max = math.maximum(raw, a.vocabulary, &broken);
+  const float max = sample_math().maximum(raw, a.vocabulary, &broken);
   if (broken || max == -kInfinity) return write_broken(a, row);
 
-  math.weights(raw, a.vocabulary, max, space.weight.data());
-  const RowStatistics found = math.statistics(raw, space.weight.data(), a.vocabulary, max);
+  const RowStatistics found = sample_math().statistics(raw, a.vocabulary, max);
   const double lse = static_cast<double>(max) + std::log(found.sum);
   a.entropy[row] = static_cast<float>(std::max(0.0, std::log(found.sum) - found.weighted / found.sum));
-  if (a.top_n > 0) write_top(a, row, raw, lse, space);
+  if (a.top_n > 0) write_top(a, row, raw, max, lse, space);
   a.token[row] = a.target[row] >= 0 ? a.target[row] : choose(a, row, space);
   a.logprob[row] = a.token[row] >= 0 ? static_cast<float>(raw[a.token[row]] - lse) : kNan;
 }
@@ -333,7 +381,7 @@ int64_t kept_ids(const SampleArgs& args, int64_t row, int32_t* kept) {
     return 1;
   }
   sample_math().weights(x, args.vocabulary, max, space.weight.data());
-  const int64_t n = select(args, row, x, space.weight.data(), space);
+  const int64_t n = select(args, row, x, max, space.weight.data(), space);
   std::copy_n(space.ids.data(), n, kept);
   return n;
 }

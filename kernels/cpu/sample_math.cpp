@@ -69,26 +69,75 @@ void weights(const float* x, int64_t n, float max, double* weight) {
   }
 }
 
-RowStatistics statistics(const float* x, const double* weight, int64_t n, float max) {
-  double sum[kLanes] = {}, weighted[kLanes] = {};
-  int64_t j = 0;
-  for (; j + kLanes <= n; j += kLanes) {
+uint64_t mass(const double* weight, int64_t n) {
+  uint64_t sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += static_cast<uint64_t>(static_cast<int64_t>(weight[i] * 1099511627776.0));
+  return sum;
+}
+
+// e^d within 2 ulp for -87 <= d <= 0 (Cephes' expf)
+inline float exp_float(float d) {
+  const float magic = 12582912.0f;
+  const float t = d * 1.44269504088896341f + magic;
+  const float k = t - magic;
+  const float r = (d - k * 0.693359375f) - k * -2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  uint32_t bits, exponent;
+  memcpy(&bits, &p, sizeof bits);
+  memcpy(&exponent, &t, sizeof exponent);
+  bits += exponent << 23;
+  memcpy(&p, &bits, sizeof p);
+  return p;
+}
+
+RowStatistics statistics(const float* x, int64_t n, float max) {
+  constexpr int64_t kBlock = 512;  // float sums of a block, double sums of blocks
+  double sum = 0.0, weighted = 0.0;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = begin + kBlock < n ? begin + kBlock : n;
+    float part[kLanes] = {}, part_weighted[kLanes] = {};
+    int64_t j = begin;
+    for (; j + kLanes <= end; j += kLanes) {
+      for (int i = 0; i < kLanes; ++i) {
+        const float d = x[j + i] - max < -87.0f ? -87.0f : x[j + i] - max;
+        const float e = exp_float(d);
+        part[i] += e;
+        part_weighted[i] += e * d;
+      }
+    }
+    for (; j < end; ++j) {
+      const float d = x[j] - max < -87.0f ? -87.0f : x[j] - max;
+      const float e = exp_float(d);
+      part[0] += e;
+      part_weighted[0] += e * d;
+    }
     for (int i = 0; i < kLanes; ++i) {
-      const double d = static_cast<double>(x[j + i]) - static_cast<double>(max);
-      sum[i] += weight[j + i];
-      weighted[i] += weight[j + i] * (d < -700.0 ? -700.0 : d);
+      sum += static_cast<double>(part[i]);
+      weighted += static_cast<double>(part_weighted[i]);
     }
   }
-  for (; j < n; ++j) {
-    const double d = static_cast<double>(x[j]) - static_cast<double>(max);
-    sum[0] += weight[j];
-    weighted[0] += weight[j] * (d < -700.0 ? -700.0 : d);
+  return {sum, weighted};
+}
+
+int64_t count_from(const float* x, int64_t n, float floor) {
+  int32_t count = 0;
+  for (int64_t i = 0; i < n; ++i) count += x[i] >= floor;
+  return count;
+}
+
+bool any_survivor(const uint32_t* words, const double* weight, int64_t count, double best) {
+  int32_t any = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const double u = (static_cast<double>(words[i]) + 0.5) * 0x1p-32;
+    any |= (1.0 - u) * (1.0 - 1e-9) <= best * weight[i];
   }
-  for (int i = 1; i < kLanes; ++i) {
-    sum[0] += sum[i];
-    weighted[0] += weighted[i];
-  }
-  return {sum[0], weighted[0]};
+  return any != 0;
 }
 
 void noise(uint64_t seed, uint32_t token_index, uint32_t first_block, int64_t count, uint32_t* out) {
@@ -115,6 +164,7 @@ void noise(uint64_t seed, uint32_t token_index, uint32_t first_block, int64_t co
 
 }  // namespace
 
-extern const SampleMath SKERRY_SAMPLE_TABLE = {maximum, scale, weights, statistics, noise};
+extern const SampleMath SKERRY_SAMPLE_TABLE = {maximum,    scale,      weights,      mass,
+                                               statistics, count_from, any_survivor, noise};
 
 }  // namespace skerry

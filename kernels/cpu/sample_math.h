@@ -18,7 +18,13 @@ struct SampleMath {
   void (*scale)(const float* x, int64_t n, float temperature, float* out);
   // weight[i] = e^(x[i] - max) in double, 0 more than 700 below the maximum
   void (*weights)(const float* x, int64_t n, float max, double* weight);
-  RowStatistics (*statistics)(const float* x, const double* weight, int64_t n, float max);
+  // Sum of floor(weight * 2^40)
+  uint64_t (*mass)(const double* weight, int64_t n);
+  // For log-probability and entropy, where float32's exponential is enough
+  RowStatistics (*statistics)(const float* x, int64_t n, float max);
+  int64_t (*count_from)(const float* x, int64_t n, float floor);  // how many are >= floor
+  // Whether any of the `count` entrants could beat `best` (Race in sample.cpp)
+  bool (*any_survivor)(const uint32_t* words, const double* weight, int64_t count, double best);
   // Four words for each of `count` consecutive blocks of the stream (seed, token_index).
   void (*noise)(uint64_t seed, uint32_t token_index, uint32_t first_block, int64_t count, uint32_t* out);
 };
