@@ -101,6 +101,7 @@ def create_app(plane: Plane, *, run_controller: bool = True) -> FastAPI:
             frame.route("GET", "/health/ready", ready),
             frame.route("GET", "/metrics", metrics),
             frame.route("GET", "/", dashboard.page),
+            frame.route("GET", "/fleet.css", dashboard.style),
         ]
     )
     install_error_handlers(app)
