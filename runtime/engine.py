@@ -108,12 +108,21 @@ class EngineLoop:
             self._thread.join()
 
     def _run(self) -> None:
+        """The thread: the loop until it ends, and never a request left without an answer."""
+        try:
+            self._loop()
+        except Exception as error:
+            log.exception("the engine loop ended by a bug")
+            self._end(f"the engine loop failed: {error!r}")
+        self._abandon()
+
+    def _loop(self) -> None:
         while True:
             with self._changed:
                 while not self.scheduler.has_work and not self._closing:
                     self._changed.wait()
                 if self._closing:
-                    break
+                    return
                 planned = self.scheduler.plan()
             sampled, errors = self._step(planned)
             with self._changed:
@@ -121,10 +130,12 @@ class EngineLoop:
             if updates:
                 self._deliver(updates)
             if self._failed_in_a_row >= FATAL_STEPS:
-                self._fatal = True
-                self._closing = f"{FATAL_STEPS} steps failed in a row: {next(iter(errors.values()))}"
-                self._on_fatal(self._closing)
-        self._abandon()
+                return self._end(f"{FATAL_STEPS} steps failed in a row: {next(iter(errors.values()))}")
+
+    def _end(self, cause: str) -> None:
+        """The engine is of no more use; the worker is told."""
+        self._fatal, self._closing = True, cause
+        self._on_fatal(cause)
 
     def _step(self, planned: list[Planned]) -> tuple[list[SampledToken | None], dict[int, str]]:
         """Runs the batch; when it fails, each row alone, so that a poisoned request costs only itself.

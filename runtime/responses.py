@@ -124,7 +124,8 @@ def _chat_token(token: TokenInfo) -> dict[str, Any]:
 
 
 def sse(document: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _encode(document).encode() + b"\n\n"
 
 
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 SSE_END = b"data: [DONE]\n\n"

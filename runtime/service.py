@@ -27,6 +27,8 @@ from skerry.runtime.tokenizer import Detokenizer, StopStrings, token_bytes
 
 # Longer texts are tokenized in a thread: at about 1 MB/s, this many characters take 4 ms.
 THREAD_CHARACTERS = 4_000
+# A node serves one model at a time and rollouts change its name, so clients of a fleet may ask for "skerry".
+ALIASES = ("skerry", "default")
 LOWEST_LOGPROB = -9999.0  # JSON has no -inf
 
 
@@ -189,7 +191,7 @@ class Service:
         await asyncio.to_thread(self.loop.close, reason)
 
     def check_model(self, name: str | None) -> None:
-        if name not in (None, "default", self.model.name):
+        if name not in (None, *ALIASES, self.model.name):
             message = f"model {name!r} is not served here; this server has {self.model.name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 

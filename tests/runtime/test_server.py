@@ -343,6 +343,7 @@ def test_health_models_metrics_and_unknown_paths(start, run):
             assert 'vllm:request_success_total{finished_reason="length",model_name="tiny"} 1.0' in text
             assert (await server.client.get("/v1/nothing")).json()["error"]["code"] == "not_found"
             assert (await server.client.get("/v1/completions")).status_code == 405
+            assert (await server.chat(model="skerry")).status_code == 200
             assert (await server.chat(model="other")).json()["error"]["code"] == "model_not_found"
             assert (await server.client.get("/v1/models/tiny")).json()["id"] == "tiny"
 
