@@ -8,6 +8,7 @@ from typing import Any
 
 from skerry.core.errors import UsageError
 
+SMALL_MODEL = 20_000_000  # parameters below which one thread and float32 are fastest
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -42,11 +43,11 @@ class Recipe:
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise UsageError("read recipe", "precision", f"{self.precision!r} is not auto, float32 or bfloat16")
 
-    def resolved(self) -> Recipe:
-        """`auto` replaced by what this machine does: that, not the wish, belongs in a lineage."""
+    def resolved(self, parameters: int) -> Recipe:
+        """`auto` replaced by what this machine does for a model of that size: that, not the wish, goes into lineage."""
         if self.precision != "auto":
             return self
-        return replace(self, precision="bfloat16" if native_bfloat16() else "float32")
+        return replace(self, precision="bfloat16" if parameters >= SMALL_MODEL and native_bfloat16() else "float32")
 
     def rate(self, step: int) -> float:
         """Learning rate of `step` (from 0): linear warm-up, then a half cosine down to zero."""

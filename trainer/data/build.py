@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from skerry.core.chat import last_user_text
 from skerry.core.errors import InputError, UsageError
 from skerry.core.features import add_prompt
-from skerry.core.files import canonical_json, sha256_file, write_atomic
+from skerry.core.files import canonical_json, read_json, sha256_file, write_atomic
 from skerry.core.sketch import HashedCounts
 from skerry.trainer.data.dedupe import remove_contaminated, remove_duplicates
 from skerry.trainer.data.python_docs import read_python_docs
@@ -135,6 +135,15 @@ def mix(
     if replays:
         train, _ = remove_contaminated(train, holdout)
     return train, holdout, described
+
+
+def add_replay(dataset: Dataset, replays: Sequence[Replay], store: Path, seed: int) -> Dataset:
+    """A version of `dataset` with replay mixed in, saved beside it."""
+    train, holdout, mixed = mix(dataset.rows("train"), dataset.rows("holdout"), replays, seed)
+    document = {key: value for key, value in dataset.document.items() if key not in ("schema", "files")}
+    document["counts"] = {**document["counts"], "train": len(train), "holdout": len(holdout)}
+    document["replay"] = [*document["replay"], *mixed]
+    return save(store, document, train, holdout, read_json(dataset.path / "sketch.json"))
 
 
 def _quarantine(home: Path, name: str, valid: int, broken: list[Broken], max_broken: float) -> None:

@@ -1,0 +1,10 @@
+"""The trainer's commands, by name; each imports what it needs when it is called."""
+
+from __future__ import annotations
+
+from skerry.trainer.cli_data import data
+from skerry.trainer.cli_pipeline import pipeline
+from skerry.trainer.cli_train import train
+from skerry.trainer.demo_cli import demo
+
+__all__ = ["data", "demo", "pipeline", "train"]
