@@ -22,7 +22,7 @@ import pytest
 from skerry.core.bundle import open_bundle
 from skerry.core.report import Window
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 CHAT = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 12, "seed": 4}
 
 
