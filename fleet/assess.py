@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from functools import reduce
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from skerry.core import drift
@@ -186,6 +186,7 @@ def status(session: Session, plane: Plane, limit: int = 200) -> dict[str, Any]:
         Window.received_at,
         Window.requests,
         Window.failed,
+        Window.bytes,
         Window.p_values,
         Window.statistic,
         Window.alarmed,
@@ -193,14 +194,16 @@ def status(session: Session, plane: Plane, limit: int = 200) -> dict[str, Any]:
     query = select(*columns).where(Window.assessed == 1).order_by(Window.id.desc()).limit(limit * 50)
     for node, engine, *values in session.execute(query):
         if len(history[node, engine]) < limit:
-            names = ("window", "received_at", "requests", "failed", "p_values", "statistic", "alarmed")
+            names = ("window", "received_at", "requests", "failed", "bytes", "p_values", "statistic", "alarmed")
             history[node, engine].append(dict(zip(names, values)))
     active = {node.id: node.name for node in nodes.active(session)}
     rows = session.execute(select(DetectorRow).order_by(DetectorRow.node, DetectorRow.updated_at)).scalars()
     states = detectors(session, release) if release else {}
     settings = plane.settings
+    largest = session.execute(select(func.max(Window.bytes))).scalar() or 0
     return {
         "release": release,
+        "largest_window_bytes": largest,
         "quorum": drift.quorum(states, settings.quorum, settings.quorum_nodes) if states else False,
         "needed_share": settings.quorum,
         "needed_nodes": settings.quorum_nodes,

@@ -223,11 +223,11 @@ def rollout() -> None:
 @rollout.command("start")
 @click.argument("version")
 @click.option("--waves", help="Nodes in total after each wave, counts or shares.  [default: 1,50%,100%]")
-@click.option("--soak-requests", type=int, help="Answers a wave must give before it is judged.")
+@click.option("--soak-requests", type=int, help="Answers a wave must give before it is judged; 0: none.")
 @click.option("--soak-seconds", type=float, help="Seconds a wave must serve before it is judged.")
 @click.option("--wave-deadline", "wave_deadline_seconds", type=float, help="Seconds a wave may take to fill.")
 @click.option("--max-failed-ratio", type=float, help="Share of failed requests a wave may have.")
-@click.option("--min-requests", type=int, help="Fewer answers than this are no data.")
+@click.option("--min-requests", type=int, help="Fewer answers than this are no data.  [default: 4, or --soak-requests]")
 @click.option("--on-no-data", type=click.Choice(["pause", "rollback"]), help="What a wave without data does.")
 @click.option("--approval", is_flag=True, default=None, help="Wait for `rollout approve` before the first wave.")
 @click.option("--auto-rollback/--no-auto-rollback", default=None, help="Turn back by itself.  [default: yes]")
@@ -247,9 +247,12 @@ def rollout_start(
     **policy: Any,
 ) -> None:
     """Roll a published release out, wave by wave."""
+    from skerry.core.policy import Policy
     from skerry.fleet import text
 
     given = {name: value for name, value in policy.items() if value is not None}
+    if "soak_requests" in given and "min_requests" not in given:
+        given["min_requests"] = min(given["soak_requests"], Policy().min_requests)
     with connect(server, token_file) as client:
         document = client.start_rollout(version, given, dry_run)
         if watch and not dry_run:

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from skerry.core.errors import InputError
 from skerry.core.features import WindowSketch
+from skerry.core.files import canonical_json
 from skerry.core.report import Event, Heartbeat, Window
 from skerry.fleet import releases
 from skerry.fleet.store import Counter, Node
@@ -63,7 +64,7 @@ def events(session: Session, node: Node, document: Any, now: float | None = None
         if item.boot > node.boot:
             raise InputError("read event", item.kind, f"boot {item.boot}, the node itself is at {node.boot}")
         values = {**item.to_json(), "received_at": now}
-        accepted += session.execute(insert(EventRow).values(**values).on_conflict_do_nothing()).rowcount
+        accepted += _insert_once(session, EventRow, values)
     return {"accepted": accepted, "duplicate": len(parsed) - accepted}
 
 
@@ -82,10 +83,16 @@ def windows(session: Session, node: Node, document: Any, now: float | None = Non
         if reason:
             reasons.append(reason)
             continue
-        accepted += session.execute(insert(WindowRow).values(**_row(item, now)).on_conflict_do_nothing()).rowcount
+        accepted += _insert_once(session, WindowRow, _row(item, now))
     if reasons and len(reasons) == len(parsed):
         raise InputError("read windows", node.id, "; ".join(sorted(set(reasons))))
     return {"accepted": accepted, "duplicate": len(parsed) - accepted - len(reasons), "rejected": len(reasons)}
+
+
+def _insert_once(session: Session, table: type[Any], values: dict[str, Any]) -> int:
+    """1 when the row is new, 0 when its key was there."""
+    result: Any = session.execute(insert(table).values(**values).on_conflict_do_nothing())
+    return int(result.rowcount)
 
 
 def _misfit(session: Session, node: Node, item: Window, sketch: WindowSketch) -> str | None:
@@ -105,9 +112,18 @@ def _misfit(session: Session, node: Node, item: Window, sketch: WindowSketch) ->
 
 def _row(item: Window, now: float) -> dict[str, Any]:
     body = item.to_json()
+    size = len(canonical_json(body))
     columns = {name: body.pop(name) for name in ("node", "boot", "engine_digest", "requests", "failed")}
     body.pop("index")
-    return {**columns, "number": item.index, "received_at": now, "body": body, "assessed": 0, "alarmed": 0}
+    return {
+        **columns,
+        "number": item.index,
+        "received_at": now,
+        "bytes": size,
+        "body": body,
+        "assessed": 0,
+        "alarmed": 0,
+    }
 
 
 def _listed(document: Any, field: str, limit: int) -> list[Any]:

@@ -14,16 +14,27 @@ EDGES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        at = {"registry": self.registry}
-        self.requests = Counter("skerry_fleet_requests", "Requests by route and status.", ["route", "code"], **at)
-        self.seconds = Histogram("skerry_fleet_request_seconds", "Time to answer.", ["route"], buckets=EDGES, **at)
-        self.windows = Counter("skerry_fleet_windows", "Sketch windows by outcome.", ["outcome"], **at)
-        self.telemetry = Counter("skerry_fleet_telemetry_bytes", "Bytes of windows received.", **at)
-        self.transitions = Counter("skerry_fleet_rollout_transitions", "Rollout transitions.", ["state"], **at)
-        self.ticks = Counter("skerry_fleet_controller_ticks", "Controller rounds by outcome.", ["outcome"], **at)
-        self.nodes = Gauge("skerry_fleet_nodes", "Nodes by presence.", ["state"], **at)
-        self.live = Gauge("skerry_fleet_live_rollouts", "Rollouts that are not finished.", **at)
-        self.retrains = Gauge("skerry_fleet_open_retrain_requests", "Retrain requests nobody finished.", **at)
+        self.requests = Counter(
+            "skerry_fleet_requests", "Requests by route and status.", ["route", "code"], registry=self.registry
+        )
+        self.seconds = Histogram(
+            "skerry_fleet_request_seconds", "Time to answer.", ["route"], buckets=EDGES, registry=self.registry
+        )
+        self.windows = Counter(
+            "skerry_fleet_windows", "Sketch windows by outcome.", ["outcome"], registry=self.registry
+        )
+        self.telemetry = Counter("skerry_fleet_telemetry_bytes", "Bytes of windows received.", registry=self.registry)
+        self.transitions = Counter(
+            "skerry_fleet_rollout_transitions", "Rollout transitions.", ["state"], registry=self.registry
+        )
+        self.ticks = Counter(
+            "skerry_fleet_controller_ticks", "Controller rounds by outcome.", ["outcome"], registry=self.registry
+        )
+        self.nodes = Gauge("skerry_fleet_nodes", "Nodes by presence.", ["state"], registry=self.registry)
+        self.live = Gauge("skerry_fleet_live_rollouts", "Rollouts that are not finished.", registry=self.registry)
+        self.retrains = Gauge(
+            "skerry_fleet_open_retrain_requests", "Retrain requests nobody finished.", registry=self.registry
+        )
 
     def render(self, session: Session, now: float, offline_seconds: float) -> bytes:
         """The text format; gauges are read from the store at this moment."""

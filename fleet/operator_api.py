@@ -93,8 +93,15 @@ def start_rollout(call: Call) -> Response:
     with call.plane.store.write(durable=True) as session:
         rollout, plan = rollouts.start(session, document, call.plane.settings.offline_seconds)
     dry = bool(document.get("dry_run"))
-    answer = {"rollout": None if dry else rollout.id, "release": rollout.release, "previous": rollout.previous}
-    answer.update(state=rollout.state, policy=rollout.policy.to_json(), plan=plan, dry_run=dry)
+    answer = {
+        "rollout": None if dry else rollout.id,
+        "release": rollout.release,
+        "previous": rollout.previous,
+        "state": rollout.state,
+        "policy": rollout.policy.to_json(),
+        "plan": plan,
+        "dry_run": dry,
+    }
     return json_response(answer, 200 if dry else 201)
 
 

@@ -49,7 +49,7 @@ def init(directory: Path, now: float | None = None) -> dict[str, str]:
     for path in files:
         save_key(path, generate_key())
     signers = {path.stem: load_signer(path) for path in files if path.stem != "director"}
-    first = repository.create(**signers)
+    first = repository.create(**signers)  # type: ignore[arg-type]
     for role, body in (("root", first.root), ("targets", first.targets), ("releases", first.releases)):
         write_atomic(metadata / f"1.{role}.json", body)
     write_atomic(directory / "root.json", first.root)

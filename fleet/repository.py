@@ -57,7 +57,7 @@ _SERIALIZER = JSONSerializer(compact=True)
 def load_signer(path: Path) -> CryptoSigner:
     """Raises AuthError when the key is missing or not a private key."""
     try:
-        return CryptoSigner(load_pem_private_key(path.read_bytes(), None))  # type: ignore[arg-type]
+        return CryptoSigner(load_pem_private_key(path.read_bytes(), None))
     except OSError as error:
         raise AuthError("read key", path, error.strerror or str(error), "skerry fleet init --dir D makes it") from error
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:

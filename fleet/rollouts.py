@@ -185,9 +185,10 @@ def keep(session: Session, row: RolloutRow, after: Rollout, actor: str, now: flo
 
 def _quarantine(session: Session, rollout: Rollout, reason: str, now: float) -> None:
     """The release's engines, fleet-wide; not those that the release before it consists of too."""
-    safe = {row.engine_digest for row in releases.rows(session, rollout.previous)} if rollout.previous else set()
+    before = releases.rows(session, rollout.previous) if rollout.previous else []
+    safe = {row.engine_digest for row in before}
     for row in releases.rows(session, rollout.release):
-        if row.engine_digest in safe or session.get(Quarantine, row.engine_digest):
+        if row.engine_digest in safe or session.get(Quarantine, row.engine_digest) is not None:
             continue
         session.add(Quarantine(engine_digest=row.engine_digest, release=row.release, reason=reason[:1000], at=now))
         data = {"release": row.release, "reason": reason[:1000]}

@@ -106,6 +106,7 @@ class Window(Base):
     received_at: Mapped[float]
     requests: Mapped[int]
     failed: Mapped[int]
+    bytes: Mapped[int]
     body: Mapped[dict[str, Any] | None]
     assessed: Mapped[int] = mapped_column(default=0)
     # Filled by assess: p-value per feature, and the detector's statistic after this window.

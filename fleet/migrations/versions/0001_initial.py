@@ -202,6 +202,7 @@ def upgrade() -> None:
         sa.Column("received_at", sa.Double(), nullable=False),
         sa.Column("requests", sa.Integer(), nullable=False),
         sa.Column("failed", sa.Integer(), nullable=False),
+        sa.Column("bytes", sa.Integer(), nullable=False),
         sa.Column("body", sa.JSON(), nullable=True),
         sa.Column("assessed", sa.Integer(), nullable=False),
         sa.Column("p_values", sa.JSON(), nullable=True),
