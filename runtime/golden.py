@@ -16,7 +16,7 @@ from skerry.core.errors import BundleError, GateFailed
 from skerry.core.files import read_json
 
 GOLDEN = "golden.json"
-TOKEN_LIMIT = 256  # rows beyond this many tokens are left out: a node shall answer within seconds of its start
+TOKEN_LIMIT = 128  # rows beyond this many tokens are left out: a node shall answer within seconds of its start
 
 
 class Scorer(Protocol):
