@@ -63,18 +63,24 @@ def pack_rows(rows: Sequence[Row], page_size: int) -> Batch:
         if first == last or row.start < 0 or len(row.pages) != groups:
             raise InputError("pack step", f"row {index}", f"{last - first} tokens at {row.start}, {groups} page lists")
         input_ids[first:last] = row.tokens
-        at = np.arange(row.start, ends[index], dtype=np.int32)
-        positions[first:last] = at
+        positions[first:last] = row.start if last == first + 1 else np.arange(row.start, ends[index])
         for group, pages in enumerate(row.pages):
             if len(pages) < needed:
                 cause = f"{len(pages)} pages of {page_size} for {ends[index]} tokens"
                 raise InputError("pack step", f"row {index}", cause, "reserve pages before packing")
             tables[group][index, :needed] = pages[:needed]
-            slots[group][first:last] = tables[group][index, at // page_size] * page_size + at % page_size
-            slots[group][first : first + row.shared] = -1
+            slots[group][first:last] = _slots(row, tables[group][index], positions[first:last], page_size)
         wanted += _wanted(row, index, first, last - first)
     context_len = np.array(ends, np.int32)
     return Batch(input_ids, positions, query_start, context_len, tables, slots, np.array(wanted, np.int32))
+
+
+def _slots(row: Row, table: Int32, at: Int32, page_size: int) -> Int32 | int:
+    if len(at) == 1:  # a decode row: most rows of most steps
+        return -1 if row.shared else int(table[row.start // page_size]) * page_size + row.start % page_size
+    slots = table[at // page_size] * page_size + at % page_size
+    slots[: row.shared] = -1
+    return slots
 
 
 def _wanted(row: Row, index: int, first: int, count: int) -> list[int]:

@@ -250,3 +250,20 @@ def test_bad_shapes_are_named(attention_case, fields, message):
     cos = np.zeros((40, shape.rotary_dim // 2), np.float32)
     with pytest.raises(ValueError, match=message):
         case.changed(shape=shape, q=q, cos=cos, sin=cos).run()
+
+
+def test_random_indices_never_crash(attention_case):
+    """Any integers at all: an answer or a ValueError."""
+    rng = np.random.default_rng(11)
+    refused = 0
+    for _ in range(400):
+        case = attention_case(rng, shape_of(2, 16, window=int(rng.choice([0, 5]))), [(40, 20), (30, 2)])
+        name = str(rng.choice(["block_table", "slot", "positions", "query_start", "context_len"]))
+        array = getattr(case, name).copy()
+        extremes = [-(2**31), -2, -1, 0, 1, 15, 16, 100, 2**31 - 1, int(rng.integers(-(2**31), 2**31))]
+        array.flat[rng.integers(0, array.size, size=2)] = rng.choice(extremes, size=2)
+        try:
+            case.changed(**{name: array}).run(threads=2)
+        except ValueError:
+            refused += 1
+    assert 200 < refused < 400
