@@ -29,7 +29,7 @@ P_FLOOR = 1e-4  # no claim that a hundred prompts know the tail better than one 
 WEIGHTS: dict[str, float] = {"tokens": 0.4, "prompt_tokens": 0.2, "surprise": 0.2, "entropy": 0.2, "output_tokens": 0.0}
 # A distance counts only as far as it exceeds this multiple of the null's: a hundred prompts know their domain only so
 # well, and a shift smaller than the baseline's own uncertainty is nobody's business. Chosen by simulation.
-MARGIN: dict[str, float] = {"tokens": 1.25, **{name: 1.5 for name in HISTOGRAMS}}
+MARGIN: dict[str, float] = {"tokens": 1.2, **{name: 1.5 for name in HISTOGRAMS}}
 TAIL_SHAPE = 0.25  # of the null's tail: heavier than exponential, moments beyond the fourth are assumed infinite
 MEAN_RUN_LENGTH = 10_000.0  # windows to a false alarm, at least
 
@@ -158,7 +158,7 @@ def _token_distance(
 
     Per bucket twice the log-likelihood ratio of a Poisson count with its own mean against the reference's mean, divided
     by the overdispersion that the reference shows between prompts (words come in bursts). Root mean square over a row's
-    buckets, mean over the rows: the square lets the few telling tokens speak, the mean keeps one unlucky bucket quiet.
+    buckets, mean over the rows: the square lets the few telling tokens speak, the mean keeps one unlucky row quiet.
     Two virtual prompts of even counts smooth buckets that the reference never saw.
     """
     if window.sum() == 0 or reference.sum() == 0 or prompts == 0:

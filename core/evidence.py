@@ -12,7 +12,7 @@ import math
 
 def rate_above(failed: int, requests: int, limit: float) -> float:
     """e-value against "each request fails with probability at most `limit`" after `failed` of `requests`."""
-    if requests <= 0 or failed <= 0 or limit >= 1:
+    if requests <= 0 or limit >= 1:
         return 1.0
     return _beta_mixture(failed, requests, max(limit, 1e-9))
 
@@ -26,7 +26,7 @@ def worse_than_control(
     the arms' requests, failures rare); each failure is a trial of that coin. 1.0 without a control arm. The margin
     stands for differences between nodes that are not the release's doing.
     """
-    if requests <= 0 or control_requests <= 0 or failed <= 0:
+    if requests <= 0 or control_requests <= 0:
         return 1.0
     share = margin * requests / (margin * requests + control_requests)
     return _beta_mixture(failed, failed + control_failed, share)

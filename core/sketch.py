@@ -22,7 +22,7 @@ MAX_COUNT = 1 << 53  # every JSON reader keeps integers up to here exactly
 MAX_BINS = 4096
 MAX_SEED = (1 << 64) - 1
 BUCKETS = 256  # over all rows
-ROWS = 2
+ROWS = 4
 
 
 def malformed(what: str, field: str, cause: str) -> InputError:
@@ -175,8 +175,8 @@ class HashedCounts:
     """How many tokens fell into each bucket of ROWS independent seeded hashes, as in a count sketch.
 
     `counts` holds the rows one after another; each id counts once in every row. With one row of 256, a rare telling
-    token shares its bucket with one of the 25 commonest under one seed of ten and is drowned; with two rows of 128, in
-    both of them hardly ever.
+    token shares its bucket with one of the 25 commonest under one seed of ten and is drowned; with four rows of 64, in
+    all of them hardly ever.
     """
 
     seed: int

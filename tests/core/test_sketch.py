@@ -106,7 +106,7 @@ def test_buckets_are_filled_evenly() -> None:
     filled = hashed(list(range(25_600)))
     expected = 25_600 * ROWS / BUCKETS
     chi_square = sum((count - expected) ** 2 / expected for count in filled.counts)
-    assert chi_square < 360  # 254 degrees of freedom, upper 1e-5
+    assert chi_square < 360  # 252 degrees of freedom, upper 1e-5
 
 
 @given(ids, ids)
@@ -162,7 +162,7 @@ def test_hostile_documents_raise_input_error_or_parse(a: object, b: object, c: o
         ({"seed": 1, "buckets": 10**9, "counts": []}, "buckets"),
         ({"seed": 1, "buckets": 3, "counts": []}, "buckets"),
         ({"seed": -1, "buckets": 256, "counts": []}, "seed"),
-        ({"seed": 1, "buckets": 2, "counts": [1 << 60, 1 << 60]}, "counts"),
+        ({"seed": 1, "buckets": 4, "counts": [1 << 60, 1 << 60]}, "counts"),
         ({"seed": True, "buckets": 2, "counts": []}, "seed"),
         ({"buckets": 2, "counts": []}, "seed"),
         ([], "seed"),
