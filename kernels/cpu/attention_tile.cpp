@@ -21,6 +21,13 @@ typedef float Vec __attribute__((vector_size(SKERRY_LANES * 4), may_alias));
 typedef int32_t VecI __attribute__((vector_size(SKERRY_LANES * 4), may_alias));
 typedef float Vec4 __attribute__((vector_size(16), may_alias));
 
+#if defined(__clang__) || __GNUC__ >= 12
+#  define SKERRY_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+typedef int32_t VecI4 __attribute__((vector_size(16)));
+#  define SKERRY_SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, VecI4{i, j, k, l})
+#endif
+
 #define SKERRY_INLINE static inline __attribute__((always_inline))
 
 SKERRY_INLINE Vec load(const float* p) {
@@ -93,14 +100,12 @@ SKERRY_INLINE void transpose(const AttentionTile& t, const Keys& keys, int from,
     float* block = out + static_cast<int64_t>(j / kBlock) * kBlock * t.head_size + j % kBlock;
     for (int d = 0; d < d_whole; d += 4) {
       const Vec4 a = load4(row[0] + d), b = load4(row[1] + d), c = load4(row[2] + d), e = load4(row[3] + d);
-      const Vec4 ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5),
-                 ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-      const Vec4 ce_low = __builtin_shufflevector(c, e, 0, 4, 1, 5),
-                 ce_high = __builtin_shufflevector(c, e, 2, 6, 3, 7);
-      store4(block + (d + 0) * kBlock, __builtin_shufflevector(ab_low, ce_low, 0, 1, 4, 5));
-      store4(block + (d + 1) * kBlock, __builtin_shufflevector(ab_low, ce_low, 2, 3, 6, 7));
-      store4(block + (d + 2) * kBlock, __builtin_shufflevector(ab_high, ce_high, 0, 1, 4, 5));
-      store4(block + (d + 3) * kBlock, __builtin_shufflevector(ab_high, ce_high, 2, 3, 6, 7));
+      const Vec4 ab_low = SKERRY_SHUFFLE(a, b, 0, 4, 1, 5), ab_high = SKERRY_SHUFFLE(a, b, 2, 6, 3, 7);
+      const Vec4 ce_low = SKERRY_SHUFFLE(c, e, 0, 4, 1, 5), ce_high = SKERRY_SHUFFLE(c, e, 2, 6, 3, 7);
+      store4(block + (d + 0) * kBlock, SKERRY_SHUFFLE(ab_low, ce_low, 0, 1, 4, 5));
+      store4(block + (d + 1) * kBlock, SKERRY_SHUFFLE(ab_low, ce_low, 2, 3, 6, 7));
+      store4(block + (d + 2) * kBlock, SKERRY_SHUFFLE(ab_high, ce_high, 0, 1, 4, 5));
+      store4(block + (d + 3) * kBlock, SKERRY_SHUFFLE(ab_high, ce_high, 2, 3, 6, 7));
     }
     for (int d = d_whole; d < t.head_size; ++d) {
       for (int i = 0; i < 4; ++i) block[d * kBlock + i] = row[i][d];

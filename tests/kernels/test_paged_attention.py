@@ -197,7 +197,8 @@ def test_other_instruction_sets(isa):
         "from skerry.kernels import _native; print(_native.isa());"
         "s = c.AttentionShape(6, 2, 80, 0.1, 80, False, 9.0, 300);"
         "k = c.build_case(np.random.default_rng(0), s, [(600, 1), (300, 50), (3, 3)]);"
-        "assert np.abs(k.run(2)[0] - k.expected()[0]).max() < 4e-6"
+        "assert np.abs(k.run(2)[0] - k.expected()[0]).max() < 4e-6; import test_sample as t;"
+        "[t.test_random_rows(1000, kind) for kind in ('smooth', 'ties', 'two values', 'peaked')]"
     )
     here = str(Path(__file__).parent)
     environment = os.environ | {"SKERRY_ISA": isa}
