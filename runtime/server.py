@@ -13,6 +13,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from skerry.core.errors import SkerryError
@@ -236,6 +237,9 @@ async def _guard(service: Service, work: Awaitable[Response]) -> Response:
     """Turns every failure into an ApiError and counts it; a bug of ours is a 500 like the engine's failures."""
     try:
         return await work
+    except ClientDisconnect:  # in the middle of its body
+        service.metrics.cancelled()
+        return Response(status_code=CLIENT_CLOSED)
     except ApiError as error:
         service.failed(error)
         raise

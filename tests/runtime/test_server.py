@@ -263,6 +263,25 @@ def test_a_lost_client_frees_its_pages_running_or_queued(start, fake, say, run, 
     run(scenario())
 
 
+def test_a_client_that_leaves_within_its_body_is_no_failure(start, run):
+    async def scenario() -> None:
+        async with start() as server:
+            host, port = server.url.removeprefix("http://").split(":")
+            head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 500\r\n\r\n"
+            for sent in (head, head + b'{"messages":'):
+                _, writer = await asyncio.open_connection(host, int(port))
+                writer.write(sent)
+                await writer.drain()
+                await server.until(lambda: server.gate.in_flight == 1)
+                writer.close()
+                await server.until(lambda: server.gate.in_flight == 0)
+            assert server.service.observer.requests == 0
+            assert 'skerry:requests_cancelled_total{model_name="tiny"} 2.0' in server.service.metrics.render().decode()
+            assert (await server.chat()).status_code == 200
+
+    run(scenario())
+
+
 def test_a_failing_request_gets_500_and_the_engine_goes_on(start, fake, run):
     async def scenario() -> None:
         async with start(fake(rows=20)) as server:
