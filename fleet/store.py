@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from sqlalchemy import JSON, ForeignKey, Index, LargeBinary, UniqueConstraint, create_engine, event, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DatabaseError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from skerry.core.errors import StorageError, Unavailable
@@ -249,7 +249,7 @@ class Store:
                 connection.exec_driver_sql("PRAGMA journal_mode=WAL")
                 config.attributes["connection"] = connection
                 command.upgrade(config, "head")
-        except (OperationalError, CommandError) as error:
+        except (DatabaseError, CommandError) as error:
             hint = "restore a backup, or point --dir at another directory"
             raise StorageError("open", self.path, str(error).splitlines()[0], hint) from error
 
