@@ -15,64 +15,41 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from skerry.core.errors import AuthError, InputError, SkerryError, StorageError
-from skerry.core.files import read_json, write_json
-from skerry.core.report import Event, Heartbeat, Window
+from skerry.core.files import read_json
 from skerry.core.target import Device, local_device
 from skerry.core.wire import Desired
 from skerry.runtime import identity
 from skerry.runtime.control import ControlPlane, Transport
 from skerry.runtime.jobs import Jobs
 from skerry.runtime.journal import Journal, fault
+from skerry.runtime.node_settings import NodeSettings
 from skerry.runtime.process import Orphans, WorkerProcess
 from skerry.runtime.public import Responder, bind_public
 from skerry.runtime.reporter import Reporter
+from skerry.runtime.reports import Reports
 from skerry.runtime.slots import Installed, Quarantine, Slots, other
 from skerry.runtime.supervisor import Supervisor
-from skerry.runtime.telemetry import Spool
-from skerry.runtime.trust import TrustedManifests, accept_desired
+from skerry.runtime.trust import Director, TrustedManifests
 from skerry.runtime.update import (
     Action,
     Facts,
-    Policy,
     Progress,
+    Retry,
     Step,
     Update,
     Wish,
     advanced,
-    blocked,
     next_step,
 )
 
 log = logging.getLogger("skerry.agent")
 TICK_SECONDS = 0.1
-MAX_RETRY_SECONDS = 300.0
-EVENTS_KEPT, WINDOWS_KEPT = 2000, 512
-
-
-@dataclass(frozen=True)
-class NodeSettings:
-    """The `[node]` section of skerry.toml. Port 0 lets the system choose."""
-
-    host: str = "127.0.0.1"
-    port: int = 8080
-    admin_host: str = "127.0.0.1"
-    admin_port: int = 8081
-    threads: int = 0
-    memory_bytes: int = 0
-    warm_seconds: float = 120.0
-    probation_requests: int = 64
-    probation_seconds: float = 30.0
-    max_failed_ratio: float = 0.1
-    drain_seconds: float = 10.0
-    worker_command: tuple[str, ...] = ()
-
-    def policy(self) -> Policy:
-        return Policy(self.warm_seconds, self.probation_requests, self.probation_seconds, self.max_failed_ratio)
+DISK_SECONDS = 2.0
+STALLED_SECONDS = 15.0
 
 
 class Agent:
@@ -82,92 +59,79 @@ class Agent:
         self.directory, self.settings, self.policy = directory, settings, settings.policy()
         self.node = identity.load_node(directory)
         self._lock = identity.Lock(directory)
-        self.started_at, self._started = time.time(), time.monotonic()
+        self.started = time.monotonic()
         self.device: Device = local_device(runtime_version=identity.runtime_version(), labels=self.node.labels)
         self.slots, self.quarantine = Slots(directory), Quarantine(directory)
         self.journal = Journal(directory / "journal.jsonl", time.time)
         self.progress = Progress.of(self.journal.last)
         self.installed: Installed | None = self.slots.current()
-        self.desired: Desired | None = _last_desired(directory / "desired.json", self.node)
-        self.floor = self.desired.floor if self.desired else 0
-        self.boot = identity.next_boot(directory)
-        self.events = Spool(directory / "spool" / "events", EVENTS_KEPT)
-        self.windows = Spool(directory / "spool" / "windows", WINDOWS_KEPT)
-        self._event_seq = 0
-        self._window_index: Counter[str] = Counter()
+        self.director = Director(directory, self.node.director_key, self.node.node)
+        self.boot, self._silent = _boot(directory)
         self.outcomes: Counter[str] = Counter()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = threading.Event()
-        self._failures, self._retry_at, self._failed_wish = 0, 0.0, ""
-        self._blocked_said = self._refused_said = ""
+        self._retry = Retry()
+        self._disk_at = 0.0
         self._ticked = time.monotonic()
-        self.crashes = 0
-        self._wire(directory)
+        self.reports = Reports(self)
+        self._wire()
 
-    def _wire(self, directory: Path) -> None:
+    def _wire(self) -> None:
+        directory, settings = self.directory, self.settings
         orphans = Orphans(directory / "workers.json")
-        self.public = bind_public(self.settings.host, self.settings.port, orphans)
+        self.public = bind_public(settings.host, settings.port, orphans)
         self.port = int(self.public.getsockname()[1])
         self.supervisor = Supervisor(
             Responder(self.public), self.public, orphans, self.slots.bundle_path, self._worker_options,
-            self._post_worker, self.settings.worker_command or None, self.settings.threads or self.device.cores,
-            self.settings.warm_seconds,
+            self._post_worker, settings.worker_command or None, settings.threads or self.device.cores,
+            settings.warm_seconds,
         )  # fmt: skip
         self._transport, self._fetch_transport = Transport(self.node.url), Transport(self.node.url)
-        root = (directory / "root.json").read_bytes()
-        trusted = TrustedManifests(directory / "tuf", self._fetch_transport, root)
-        self.jobs = Jobs(self.slots, trusted, self._fetch_transport, self.device, lambda: self.floor, self._inbox.put)
+        trusted = TrustedManifests(directory / "tuf", self._fetch_transport, (directory / "root.json").read_bytes())
+        floor = functools.partial(getattr, self.director, "floor")
+        self.jobs = Jobs(self.slots, trusted, self._fetch_transport, self.device, floor, self._inbox.put)
         control = ControlPlane(self._transport, self.node.node, identity.open_key(directory), self.boot)
         self.reporter = Reporter(
-            control, self.events, self.windows, self._heartbeat, self._accept, self.node.poll_seconds, seed=self.boot
-        )
+            control, self.reports.events, self.reports.windows, self.reports.heartbeat, self._accept,
+            self.node.poll_seconds, seed=self.boot,
+        )  # fmt: skip
 
     # News from other threads ---------------------------------------------------------------------------------------
 
     def _post_worker(self, worker: WorkerProcess, message: dict[str, Any] | None) -> None:
-        self._inbox.put(lambda: self._hear(worker, message))
-
-    def _accept(self, envelope: Any) -> Desired:
-        """On the reporter's thread: verify, keep on disk (so that an older one is refused after a restart), post."""
-        try:
-            desired = accept_desired(envelope, self.node.director_key, self.node.node, self.desired)
-        except (AuthError, InputError) as error:
-            self._inbox.put(functools.partial(self._say_refused, str(error)))
-            raise
-        if desired != self.desired:
-            write_json(self.directory / "desired.json", envelope)
-        self.desired, self.floor = desired, max(self.floor, desired.floor)
-        self._inbox.put(lambda: None)
-        return desired
+        self._inbox.put(functools.partial(self._hear, worker, message))
 
     def _hear(self, worker: WorkerProcess, message: dict[str, Any] | None) -> None:
         if message is None:
             self.supervisor.exited(worker)
         elif message.get("type") == "window":
-            self._keep_window(worker, message.get("window"))
+            self.reports.keep_window(worker, message.get("window"))
         else:
             self.supervisor.hear(worker, message)
 
-    def _keep_window(self, worker: WorkerProcess, raw: Any) -> None:
-        digest = worker.installed.engine_digest
+    def _accept(self, envelope: Any) -> Desired:
+        """On the reporter's thread. What is refused is reported once, and changes nothing."""
         try:
-            stamped = {"node": self.node.node, "boot": self.boot, "engine_digest": digest}
-            window = Window.from_json({**raw, **stamped, "index": self._window_index[digest]})
-        except (InputError, TypeError) as error:
-            log.warning("worker %d sent a malformed window: %s", worker.pid, error)
-            return
-        self._window_index[digest] += 1
-        self.windows.put(window.to_json())
-        self.reporter.wake()
+            desired = self.director.accept(envelope)
+        except (AuthError, InputError) as error:
+            data = {"reason": str(error)}
+            self._inbox.put(functools.partial(self.reports.say_once, "desired.refused", data, str(error)))
+            raise
+        self._inbox.put(_wake_up)
+        return desired
 
     # The loop ------------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Serves until `stop`; returns after everything has drained."""
-        self._say("agent.started", {"recovering": self.progress.step, "torn_bytes": self.journal.torn})
+        self.reports.say("agent.started", {"recovering": self.progress.step, "torn_bytes": self.journal.torn})
         self._aim()
         self.supervisor.reconcile()
-        self.reporter.start()
+        if self._silent:
+            log.error("%s: serving without the control plane", self._silent)
+            self.reporter.last_error = self._silent
+        else:
+            self.reporter.start()
         try:
             while not self._stopping.is_set():
                 self._tick()
@@ -178,7 +142,14 @@ class Agent:
     def stop(self) -> None:
         """From any thread or a signal handler."""
         self._stopping.set()
-        self._inbox.put(lambda: None)
+        self._inbox.put(_wake_up)
+
+    def alive(self) -> bool:
+        """The loop has turned lately."""
+        return time.monotonic() - self._ticked < STALLED_SECONDS
+
+    def status(self) -> dict[str, Any]:
+        return self.reports.status()
 
     def _wait(self, seconds: float = TICK_SECONDS) -> None:
         """Takes in all news there is, waiting for the first."""
@@ -191,50 +162,59 @@ class Agent:
 
     def _tick(self) -> None:
         """Rules first, then processes: a candidate that died is reverted before it could be started again."""
-        try:
-            for _ in range(len(Step) + 2):
-                action = next_step(self.progress, self._facts(), self.policy)
-                if action.do == "wait":
-                    break
-                self._perform(action)
-                if action.do == "work" and self.progress.step is not Step.COMMIT:
-                    break
-        except StorageError as error:
-            self._storage_failed(error)
+        if time.monotonic() >= self._disk_at:
+            try:
+                self._follow_rules()
+                self._disk_at = 0.0
+                self.reports.say_once("disk.error", {}, "")
+            except StorageError as error:
+                self._disk_refuses(error)
         self._aim()
         self.supervisor.reconcile()
-        if self.progress.step is Step.IDLE and self.supervisor.looping():
-            self._fall_back()
-        self._report_notices()
-        self._say_blocked()
+        self.reports.notices()
+        self.reports.blocked()
         self._ticked = time.monotonic()
 
-    def _facts(self) -> Facts:
-        update = self.progress.update
+    def _follow_rules(self) -> None:
+        if self.progress.step is Step.IDLE and self.supervisor.looping():
+            self._fall_back()
+        for _ in Step:
+            action = next_step(self.progress, self.facts(), self.policy)
+            if action.do == "wait":
+                return
+            self._perform(action)
+            if action.do == "work" and self.progress.step is not Step.COMMIT:
+                return
+
+    def facts(self) -> Facts:
+        update, desired = self.progress.update, self.director.desired
+        wish = Wish.of(desired)
         return Facts(
             now=time.monotonic(),
-            wish=Wish.of(self.desired),
+            wish=wish,
             installed=self.installed,
-            refused=self.quarantine.digests | frozenset(self.desired.quarantined if self.desired else ()),
-            retry_at=self._retry_at if self._failed_wish == _name(Wish.of(self.desired)) else 0.0,
+            refused=self.quarantine.digests | frozenset(desired.quarantined if desired else ()),
+            retry_at=self._retry.until(wish.manifest_sha256) if wish else 0.0,
             job=self.jobs.current,
             candidate=self.supervisor.candidate(update.installed) if update else None,
             settled=self.supervisor.settled(),
         )
 
     def _aim(self) -> None:
-        """What the journal's state means for the public socket."""
+        """What the journal's state means for the public socket. While the disk refuses to record that a candidate
+        failed, the committed engine is aimed at all the same: that is what a restart would do."""
         step, update = self.progress.step, self.progress.update
         engine = update.installed if update else None
         trial = engine if step in (Step.WARM, Step.SWITCH) else None
         target = engine if step in (Step.SWITCH, Step.COMMIT) else self.installed
-        self.supervisor.aim(target, trial)
+        failed = trial is not None and self._disk_at and self.supervisor.failed(trial)
+        self.supervisor.aim(self.installed if failed else target, trial)
 
     # Effects -------------------------------------------------------------------------------------------------------
 
     def _perform(self, action: Action) -> None:
         if action.do == "begin":
-            wish = Wish.of(self.desired)
+            wish = Wish.of(self.director.desired)
             assert wish is not None
             slot = other(self.installed.slot if self.installed else None)
             self._record(Progress(Step.PREFLIGHT, Update(wish, slot, self.installed)))
@@ -252,14 +232,13 @@ class Agent:
         """Journal first; the step is only ours once it is on disk."""
         self.journal.append(progress.step, progress.to_data())
         self.progress = progress
-        update = progress.update
-        if update is not None:
-            data = {"step": progress.step, "release": update.wish.release, "digest": update.wish.engine_digest,
-                    "generation": update.wish.generation, "reason": progress.reason}  # fmt: skip
-            log.info("%s %s %s", progress.step, update.wish.release, progress.reason)
-            self._say("update.step", data)
+        assert progress.update is not None
+        wish = progress.update.wish
+        log.info("%s %s %s", progress.step, wish.release, progress.reason)
+        self.reports.say("update.step", {"step": progress.step, **_about(wish), "reason": progress.reason})
 
     def _work(self) -> None:
+        """Each of these may be done again after a crash, or while it is being waited for."""
         step, update = self.progress.step, self.progress.update
         assert update is not None
         if step in (Step.PREFLIGHT, Step.FETCH, Step.VERIFY):
@@ -267,12 +246,11 @@ class Agent:
         elif step is Step.COMMIT:
             self._point(update.installed)
         elif step is Step.REVERT:
-            if self.progress.quarantine and update.wish.engine_digest not in self.quarantine:
-                wish = update.wish
+            wish = update.wish
+            if self.progress.quarantine and wish.engine_digest not in self.quarantine:
                 self.quarantine.add(wish.engine_digest, wish.release, self.progress.reason, time.time())
                 fault("REVERT:quarantined")
-                data = {"digest": wish.engine_digest, "release": wish.release, "reason": self.progress.reason}
-                self._say("engine.quarantined", data)
+                self.reports.say("engine.quarantined", {**_about(wish), "reason": self.progress.reason})
             if self.installed == update.installed and update.previous is not None:
                 self._point(update.previous)
 
@@ -280,141 +258,65 @@ class Agent:
         if self.installed != installed:
             self.slots.point(installed)
             self.installed = installed
-            fault("COMMIT:pointed")
+            fault(f"{self.progress.step}:pointed")
 
     def _end(self, action: Action) -> None:
-        update, quarantined = self.progress.update, self.progress.quarantine
+        update, quarantine = self.progress.update, self.progress.quarantine
         assert update is not None
         self.jobs.cancel()
         self.journal.append(Step.IDLE, {"outcome": action.outcome, "reason": action.reason, "update": None})
         self.progress = Progress()
         self.outcomes[action.outcome] += 1
-        wish = update.wish
-        if action.outcome == "abandoned":
-            self._back_off(wish)
-        else:
-            self._failures, self._failed_wish = 0, ""
-        data = {"release": wish.release, "digest": wish.engine_digest, "reason": action.reason,
-                "quarantine": quarantined}  # fmt: skip
+        wish, now = update.wish, time.monotonic()
+        failed = action.outcome == "abandoned"
+        self._retry = self._retry.after(wish.manifest_sha256, now, self.reporter.poll_seconds) if failed else Retry()
         log.info("%s %s: %s", action.outcome, wish.release, action.reason)
-        self._say(f"update.{action.outcome}", data)
+        data = {**_about(wish), "reason": action.reason, "quarantine": quarantine}
+        self.reports.say(f"update.{action.outcome}", data)
 
-    def _back_off(self, wish: Wish) -> None:
-        self._failures = self._failures + 1 if self._failed_wish == _name(wish) else 1
-        self._failed_wish = _name(wish)
-        base = max(0.5, self.reporter.poll_seconds)
-        self._retry_at = time.monotonic() + min(MAX_RETRY_SECONDS, base * 2.0 ** min(self._failures - 1, 16))
-
-    def _storage_failed(self, error: StorageError) -> None:
-        """The disk refuses the journal: nothing is begun or switched until it takes lines again; serving goes on."""
+    def _disk_refuses(self, error: StorageError) -> None:
+        """Nothing is begun or switched until the journal takes lines again; serving goes on."""
+        self._disk_at = time.monotonic() + DISK_SECONDS
         log.error("%s", error)
-        self._say("disk.error", {"error": str(error)})
-        self._stopping.wait(1.0)
+        self.reports.say_once("disk.error", {"reason": str(error)}, str(error))
 
     def _fall_back(self) -> None:
-        """The committed engine crashes over and over: back to the other slot, if that holds a sound engine."""
+        """The committed engine crashes over and over: back to the other slot, if that holds a sound engine. When the
+        disk has damaged it, the digest is not to blame, and the engine may be fetched again."""
         bad = self.installed
-        spare = self.slots.held(other(bad.slot), verify=True) if bad else None
-        if bad is None or spare is None or spare.engine_digest in self.quarantine:
+        if bad is None:
             return
-        wish = Wish(self.desired.generation if self.desired else 0, bad.release, "", bad.manifest_sha256,
-                    bad.engine_digest)  # fmt: skip
-        reason = f"{bad.release} crashed again and again"
-        self._record(Progress(Step.REVERT, Update(wish, bad.slot, spare), reason, quarantine=True))
-
-    # What the fleet is told ----------------------------------------------------------------------------------------
-
-    def _say(self, kind: str, data: dict[str, Any]) -> None:
-        self._event_seq += 1
-        event = Event(self.node.node, self.boot, self._event_seq, kind, round(time.time(), 3), data)
-        self.events.put(event.to_json())
-        self.reporter.wake()
-
-    def _report_notices(self) -> None:
-        for notice in self.supervisor.notices:
-            self.crashes += notice.kind == "worker.crashed"
-            log.info("%s %s", notice.kind, notice.data)
-            self._say(notice.kind, notice.data)
-        self.supervisor.notices.clear()
-
-    def _say_refused(self, reason: str) -> None:
-        if reason != self._refused_said:
-            self._refused_said = reason
-            self._say("desired.refused", {"reason": reason})
-
-    def _say_blocked(self) -> None:
-        facts = self._facts()
-        same = facts.wish and facts.installed and facts.wish.manifest_sha256 == facts.installed.manifest_sha256
-        reason = "" if same else blocked(facts.wish, facts.refused)
-        if reason and facts.wish and self._blocked_said != _name(facts.wish):
-            self._say("update.blocked", {"release": facts.wish.release, "reason": reason})
-        self._blocked_said = _name(facts.wish) if reason else ""
-
-    def _heartbeat(self, seq: int) -> Heartbeat:
-        """On the reporter's thread; reads single references only. The digest is the worker's own word."""
-        active = self.supervisor.active
-        serving = active is not None and active.state == "accepting"
-        digest = active.observed_digest if active and serving else None
-        totals = self.supervisor.totals.get(digest or "")
-        counts = active.counts if active and serving else None
-        return Heartbeat(
-            node=self.node.node, boot=self.boot, seq=seq, at=round(time.time(), 3),
-            generation=self.desired.generation if self.desired else 0, state=self.progress.step.value,
-            engine_digest=digest, manifest_sha256=active.observed_manifest if active and serving else None,
-            release=active.installed.release if active and serving else None,
-            requests=totals.requests if totals else 0, failed=totals.failed if totals else 0,
-            ttft_p50=counts.ttft_p50 if counts else None, running=counts.running if counts else 0,
-            waiting=counts.waiting if counts else 0, quarantined=tuple(sorted(self.quarantine.digests)),
-            device=self.device if seq == 1 else None,
-        )  # fmt: skip
-
-    def status(self) -> dict[str, Any]:
-        """For /status and /metrics; read from other threads."""
-        beat = self._heartbeat(0)
-        return {
-            "node": self.node.node, "boot": self.boot, "state": beat.state, "serving": beat.engine_digest is not None,
-            "release": beat.release, "observed_digest": beat.engine_digest, "manifest_sha256": beat.manifest_sha256,
-            "generation": beat.generation, "wanted": self.desired.release if self.desired else None,
-            "installed": self.installed.to_json() if self.installed else None, "port": self.port,
-            "uptime_seconds": round(time.monotonic() - self._started, 3), "requests": beat.requests,
-            "failed": beat.failed, "requests_running": beat.running, "requests_waiting": beat.waiting,
-            "ttft_p50": beat.ttft_p50,
-            "workers": [{"pid": w.pid, "state": w.state, "release": w.installed.release}
-                        for w in self.supervisor.workers()],
-            "journal": [entry.to_json() for entry in list(self.journal.tail)], "floor": self.floor,
-            "journal_entries": self.journal.last.n if self.journal.last else 0,
-            "quarantine": self.quarantine.to_json(), "outcomes": dict(self.outcomes),
-            "totals": {d: {"requests": t.requests, "failed": t.failed}
-                       for d, t in list(self.supervisor.totals.items())},
-            "events_waiting": len(self.events), "windows_waiting": len(self.windows),
-            "spool_dropped": self.events.dropped + self.windows.dropped, "worker_crashes": self.crashes,
-            "poll_failures": self.reporter.failures, "poll_seconds": self.reporter.poll_seconds,
-            "last_contact": self.reporter.last_contact, "control_plane": self.node.url,
-            "control_error": self.reporter.last_error,
-        }  # fmt: skip
-
-    def alive(self) -> bool:
-        """The loop has turned lately."""
-        return time.monotonic() - self._ticked < 15.0
+        damaged = self.slots.held(bad.slot, verify=True) is None
+        spare = self.slots.held(other(bad.slot), verify=True)
+        if spare is not None and spare.engine_digest not in self.quarantine:
+            wish = Wish(0, bad.release, "", bad.manifest_sha256, bad.engine_digest)
+            reason = "its files are damaged" if damaged else "it crashed again and again"
+            self._record(Progress(Step.REVERT, Update(wish, bad.slot, spare), reason, quarantine=not damaged))
+        elif damaged:
+            self.reports.say("engine.damaged", {"release": bad.release, "digest": bad.engine_digest})
+            self.installed = None
+        self.supervisor.forget_crashes(bad)
 
     # Odds and ends -------------------------------------------------------------------------------------------------
 
     def _worker_options(self, installed: Installed) -> list[str]:
         """Windows are made with the seed of the bundle's own baseline, so that they can be compared with it."""
-        options = ["--window-requests", str(self.desired.window_requests if self.desired else 16)]
+        desired = self.director.desired
         seed = _baseline_seed(self.slots.bundle_path(installed.slot))
-        options += ["--hash-seed", str(seed if seed is not None else self.desired.hash_seed if self.desired else 0)]
-        if self.settings.memory_bytes:
-            options += ["--memory-bytes", str(self.settings.memory_bytes)]
-        return options
+        if seed is None:
+            seed = desired.hash_seed if desired else 0
+        window = desired.window_requests if desired else 16
+        options = ["--window-requests", str(window), "--hash-seed", str(seed)]
+        return options + (["--memory-bytes", str(self.settings.memory_bytes)] if self.settings.memory_bytes else [])
 
     def _shut_down(self) -> None:
         log.info("stopping: draining workers")
         self.jobs.cancel()
         self.supervisor.shut_down(self.settings.drain_seconds)
         self._wait(0.2)
-        self._say("agent.stopped", {})
-        self.reporter.stop(3.0)
+        self.reports.say("agent.stopped", {})
+        if not self._silent:
+            self.reporter.stop(3.0)
         self.public.close()
         self.journal.close()
         self._transport.close()
@@ -422,24 +324,25 @@ class Agent:
         self._lock.release()
 
 
-def _name(wish: Wish | None) -> str:
-    return f"{wish.manifest_sha256}" if wish else ""
+def _wake_up() -> None:
+    """Put into the inbox when nothing has to be done but looking at the facts again."""
 
 
-def _last_desired(path: Path, node: identity.Node) -> Desired | None:
-    """The last accepted envelope, verified again; a damaged file counts as none (the next poll brings it back)."""
-    if not path.exists():
-        return None
+def _about(wish: Wish) -> dict[str, Any]:
+    return {"release": wish.release, "digest": wish.engine_digest, "generation": wish.generation}
+
+
+def _boot(directory: Path) -> tuple[int, str]:
+    """(this start's number, why the node must keep silent). Without a number on disk no request may be signed: it
+    could be one that was used before."""
     try:
-        return accept_desired(read_json(path, limit=4 << 20), node.director_key, node.node, None)
-    except SkerryError as error:
-        log.warning("%s", error)
-        return None
+        return identity.next_boot(directory), ""
+    except StorageError as error:
+        return 0, str(error)
 
 
 def _baseline_seed(bundle: Path) -> int | None:
     try:
-        seed = read_json(bundle / "baseline.json")["hash_seed"]
-        return int(seed)
+        return int(read_json(bundle / "baseline.json")["hash_seed"])
     except (SkerryError, KeyError, TypeError, ValueError):
         return None

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from skerry.core.cli import emit, json_option
-from skerry.core.errors import SkerryError, UsageError
+from skerry.core.errors import SkerryError, StorageError, UsageError
 
 directory_option = click.option(
     "--dir", "directory", required=True, type=click.Path(file_okay=False, path_type=Path), help="The node's directory."
@@ -85,7 +85,8 @@ def run(directory: Path, config: Path | None, **flags: Any) -> None:
     from skerry.core.config import load
     from skerry.core.files import write_json
     from skerry.runtime.admin import AdminServer
-    from skerry.runtime.agent import Agent, NodeSettings
+    from skerry.runtime.agent import Agent
+    from skerry.runtime.node_settings import NodeSettings
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -95,7 +96,10 @@ def run(directory: Path, config: Path | None, **flags: Any) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: agent.stop())
     address = f"{settings.host}:{agent.port}"
-    write_json(directory / "agent.json", {"address": address, "admin": f"{settings.admin_host}:{admin.port}"})
+    try:
+        write_json(directory / "agent.json", {"address": address, "admin": f"{settings.admin_host}:{admin.port}"})
+    except StorageError as error:
+        logging.getLogger("skerry.agent").warning("%s", error)  # serving matters more than being found by `status`
     click.echo(f"Node {agent.node.node} on http://{address}, status on port {admin.port}.", err=True)
     try:
         agent.run()

@@ -58,7 +58,10 @@ class Transport:
         self.read_seconds = read_seconds
         timeout = httpx.Timeout(read_seconds, connect=CONNECT_SECONDS)
         headers = {"accept-encoding": "identity", "user-agent": "skerry-node"}
-        self._client = httpx.Client(timeout=timeout, headers=headers, follow_redirects=False, trust_env=False)
+        self._client = httpx.Client(
+            timeout=timeout, headers=headers, follow_redirects=False, trust_env=False,
+            limits=httpx.Limits(max_keepalive_connections=2, keepalive_expiry=3.0),
+        )  # fmt: skip
 
     def url(self, path: str) -> str:
         return self.base + path

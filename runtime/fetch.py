@@ -72,7 +72,7 @@ def http_chunks(transport: Transport, sleep: Callable[[float], None] = time.slee
         limit = max(chunk.size, ERROR_BYTES)
         for attempt in range(ATTEMPTS):
             if attempt:
-                sleep(0.2 * 2.0**attempt)
+                sleep(0.1 * 2.0**attempt)
             try:
                 status, raw, _ = transport.exchange("GET", f"/blobs/{chunk.sha256}", limit=limit, seconds=CHUNK_SECONDS)
             except SkerryError as error:

@@ -165,7 +165,7 @@ class Lock:
 
     def __init__(self, directory: Path) -> None:
         try:
-            self._descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._descriptor = _open_lock(directory / "lock")
         except OSError as error:
             raise StorageError("lock", directory, error.strerror or str(error)) from error
         try:
@@ -176,3 +176,11 @@ class Lock:
 
     def release(self) -> None:
         os.close(self._descriptor)
+
+
+def _open_lock(path: Path) -> int:
+    """On a disk that has become read-only, the file that is there already can be locked all the same."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)

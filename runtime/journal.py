@@ -8,6 +8,8 @@ entry alone says what to do next, and old ones may be dropped.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import signal
@@ -23,6 +25,7 @@ from skerry.core.files import canonical_json, write_atomic
 TAIL = 24
 COMPACT_BYTES = 256 << 10
 LINE_LIMIT = 64 << 10
+CLOSED = -1
 FAULT_VARIABLE = "SKERRY_FAULT"
 
 
@@ -81,19 +84,17 @@ class Journal:
     """Append-only file of entries; `tail` holds the newest ones, `torn` the bytes that opening cut off."""
 
     def __init__(self, path: Path | str, clock: Callable[[], float]) -> None:
-        """Raises StorageError when the file cannot be read or the torn end cannot be cut off."""
+        """Raises StorageError when the file cannot be read. Where it can only not be written, `append` raises."""
         self.path = Path(path)
         self._clock = clock
         try:
             raw = self.path.read_bytes() if self.path.exists() else b""
-            entries, good = parse(raw)
-            self.torn = len(raw) - good
-            if self.torn:
-                write_atomic(self.path, raw[:good])
-            self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
-            raise StorageError("open journal", self.path, error.strerror or str(error)) from error
-        self._size = good
+            raise StorageError("read journal", self.path, error.strerror or str(error)) from error
+        entries, self._size = parse(raw)
+        self.torn = len(raw) - self._size
+        self._file = CLOSED
+        self._cut = self.torn == 0
         self.tail: deque[Entry] = deque(entries, maxlen=TAIL)
 
     @property
@@ -102,11 +103,12 @@ class Journal:
 
     def append(self, step: str, data: dict[str, Any]) -> Entry:
         """On disk when this returns. Raises StorageError (disk full): the step was not recorded and must not run."""
+        self._open()
         entry = Entry((self.last.n + 1) if self.last else 1, round(self._clock(), 3), step, data)
         line = entry.to_line()
         try:
             if os.write(self._file, line) != len(line):
-                raise OSError(28, "short write, disk full")
+                raise OSError(errno.ENOSPC, "disk full")
             os.fsync(self._file)
         except OSError as error:
             self._cut_back()
@@ -118,19 +120,30 @@ class Journal:
         fault(step)
         return entry
 
-    def _cut_back(self) -> None:
-        """Best effort: a half line left behind is cut off by the next open as well."""
+    def _open(self) -> None:
+        """Ready to append, any torn end cut off. Raises StorageError."""
         try:
-            os.ftruncate(self._file, self._size)
+            if self._file == CLOSED:
+                self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            if not self._cut:
+                os.ftruncate(self._file, self._size)
+                self._cut = True
         except OSError as error:
-            raise StorageError("truncate journal", self.path, error.strerror or str(error)) from error
+            raise StorageError("open journal", self.path, error.strerror or str(error), "free disk space") from error
+
+    def _cut_back(self) -> None:
+        """A half line left behind is cut off before the next append, or when the file is opened again."""
+        self._cut = False
+        with contextlib.suppress(StorageError):
+            self._open()
 
     def _compact(self) -> None:
         raw = b"".join(entry.to_line() for entry in self.tail)
         write_atomic(self.path, raw)
-        os.close(self._file)
-        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        self.close()
         self._size = len(raw)
 
     def close(self) -> None:
-        os.close(self._file)
+        if self._file != CLOSED:
+            os.close(self._file)
+            self._file = CLOSED

@@ -1,8 +1,7 @@
 """Keeps the wished-for worker in front of the public socket: starts, swaps, restarts, drains.
 
-`plan(view)` is the rule (pure): given who answers now (`active`), who is being loaded (`incoming`), who should answer
-(`target`) and who is to be tried next (`trial`), the one move to make. The Supervisor makes it. The agent only ever
-sets target and trial; starting, reverting and recovering from a crash are all the same reconciliation.
+swap.plan is the rule, this is the hand. The agent only ever sets who should answer (`target`) and who is to be tried
+next (`trial`); starting, reverting and recovering from a crash are all the same reconciliation.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from skerry.core.errors import StorageError
 from skerry.runtime.process import (
@@ -24,57 +23,11 @@ from skerry.runtime.process import (
 )
 from skerry.runtime.public import Responder
 from skerry.runtime.slots import Installed
+from skerry.runtime.swap import Move, View, plan
 from skerry.runtime.update import Candidate, crash_loop, fits_beside, restart_delay
 
 DRAIN_SECONDS = 30.0
 CRASH_WINDOW_SECONDS = 120.0
-Move = Literal["none", "start-target", "start-trial", "swap", "drop-incoming", "retire-active", "drain-first"]
-
-
-@dataclass(frozen=True)
-class View:
-    """What `plan` decides by. `may_start`: the back-off after a crash is over; `trial_over`: the trial failed already;
-    `fits`: one more worker fits into memory beside those alive; `room`: the old one made room for the trial."""
-
-    active: Installed | None = None
-    incoming: Installed | None = None
-    incoming_ready: bool = False
-    target: Installed | None = None
-    trial: Installed | None = None
-    trial_over: bool = False
-    may_start: bool = True
-    fits: bool = True
-    room: bool = False
-
-
-def plan(view: View) -> Move:
-    """One move; the caller makes it and asks again."""
-    if view.incoming is not None and view.incoming not in _wanted(view):
-        return "drop-incoming"
-    making_room = view.room and view.trial is not None and not view.trial_over and view.trial != view.target
-    if view.target is None:
-        if view.active is not None:
-            return "retire-active"
-    elif view.active != view.target and not making_room:
-        if view.incoming == view.target:
-            return "swap" if view.incoming_ready else "none"
-        if view.incoming is not None or not view.may_start:
-            return "none"
-        return _load("start-target", view)
-    if view.trial is None or view.incoming is not None or view.trial_over or view.trial == view.active:
-        return "none"
-    return _load("start-trial", view)
-
-
-def _wanted(view: View) -> tuple[Installed | None, ...]:
-    return (view.target if view.active != view.target else None, view.trial)
-
-
-def _load(move: Move, view: View) -> Move:
-    """Where both do not fit, the old one drains and goes first; connections wait in the backlog meanwhile."""
-    if view.fits:
-        return move
-    return "drain-first" if view.active is not None else "none"
 
 
 @dataclass
@@ -159,6 +112,14 @@ class Supervisor:
         if self.active is not None and self.active.installed == self.target:
             return True
         return len(self.crashes.get(self.target, ())) >= 2
+
+    def failed(self, engine: Installed) -> bool:
+        """The trial is over, and badly."""
+        return engine == self.trial and bool(self.trial_failure)
+
+    def forget_crashes(self, engine: Installed) -> None:
+        """Something was done about them."""
+        self.crashes.pop(engine, None)
 
     def looping(self) -> bool:
         """The target crashes again and again."""

@@ -7,20 +7,22 @@ stops the engine that is serving. Client workflow: https://theupdateframework.gi
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skerry.core.bundle import MANIFEST_LIMIT
-from skerry.core.errors import AuthError, InputError, NotFound, StorageError, Unavailable
-from skerry.core.files import sha256_bytes, write_atomic
+from skerry.core.errors import AuthError, InputError, NotFound, SkerryError, StorageError, Unavailable
+from skerry.core.files import read_json, sha256_bytes, write_atomic, write_json
 from skerry.core.wire import Desired, verify_document
 from skerry.runtime.control import Transport
 
 if TYPE_CHECKING:
     from tuf.ngclient.fetcher import FetcherInterface
 
+log = logging.getLogger("skerry.agent")
 METADATA_SECONDS = 60.0
 
 
@@ -35,6 +37,45 @@ def accept_desired(envelope: Any, director_key: str, node: str, last: Desired | 
     if last is not None and desired.generation == last.generation and _order(desired) != _order(last):
         raise AuthError("accept desired state", desired.generation, "the same generation says something else")
     return desired
+
+
+class Director:
+    """The last desired state this node accepted and the highest floor it was ever told, both kept on disk, so that
+    neither a replay nor a stolen director key can undo them over a restart."""
+
+    def __init__(self, directory: Path, key: str, node: str) -> None:
+        self._path, self._floor_path = directory / "desired.json", directory / "floor"
+        self._key, self._node = key, node
+        self.desired = self._last()
+        self.floor = max(_read_count(self._floor_path), self.desired.floor if self.desired else 0)
+
+    def _last(self) -> Desired | None:
+        """Verified again; a damaged file counts as none, the next poll brings it back."""
+        if not self._path.exists():
+            return None
+        try:
+            return accept_desired(read_json(self._path, limit=4 << 20), self._key, self._node, None)
+        except SkerryError as error:
+            log.warning("%s", error)
+            return None
+
+    def accept(self, envelope: Any) -> Desired:
+        """On disk before it is acted on. Raises what accept_desired raises, and StorageError."""
+        desired = accept_desired(envelope, self._key, self._node, self.desired)
+        if desired != self.desired:
+            write_json(self._path, envelope)
+        if desired.floor > self.floor:
+            write_atomic(self._floor_path, f"{desired.floor}\n")
+            self.floor = desired.floor
+        self.desired = desired
+        return desired
+
+
+def _read_count(path: Path) -> int:
+    try:
+        return int(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return 0
 
 
 def _order(desired: Desired) -> tuple[Any, ...]:

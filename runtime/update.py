@@ -295,6 +295,23 @@ def advanced(progress: Progress, action: Action) -> Progress:
     return Progress(action.to, update, action.reason, action.quarantine)
 
 
+@dataclass(frozen=True)
+class Retry:
+    """Back-off after an update that was abandoned: one manifest's failures in a row and when it may be tried again."""
+
+    manifest_sha256: str = ""
+    failures: int = 0
+    at: float = 0.0
+
+    def after(self, manifest_sha256: str, now: float, poll_seconds: float) -> Retry:
+        """One more failure: a poll interval (at least 0.5 s), then twice as long each time, at most 300 s."""
+        failures = self.failures + 1 if manifest_sha256 == self.manifest_sha256 else 1
+        return Retry(manifest_sha256, failures, now + min(300.0, max(0.5, poll_seconds) * 2.0 ** min(failures - 1, 16)))
+
+    def until(self, manifest_sha256: str) -> float:
+        return self.at if manifest_sha256 == self.manifest_sha256 else 0.0
+
+
 def restart_delay(crashes: int) -> float:
     """Seconds to wait before starting a worker again after so many crashes in a row: 0, 0.5, 1, 2, ... 30."""
     return 0.0 if crashes <= 1 else min(30.0, 0.5 * 2.0 ** (crashes - 2))

@@ -196,7 +196,8 @@ class LocalAgent:
 @pytest.fixture
 def make_agent(tmp_path: Path, control: Any) -> Iterator[Callable[..., LocalAgent]]:
     from skerry.runtime import identity
-    from skerry.runtime.agent import Agent, NodeSettings
+    from skerry.runtime.agent import Agent
+    from skerry.runtime.node_settings import NodeSettings
 
     made: list[LocalAgent] = []
 
@@ -213,3 +214,8 @@ def make_agent(tmp_path: Path, control: Any) -> Iterator[Callable[..., LocalAgen
     for local in made:
         if local._thread.is_alive():
             local.stop()
+
+
+@pytest.fixture(scope="session")
+def fake_worker() -> tuple[str, ...]:
+    return FAKE_WORKER

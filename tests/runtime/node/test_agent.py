@@ -211,7 +211,7 @@ def test_replayed_and_forged_desired_states_change_nothing(
     assert "signature" in until(lambda: control.of_kind("desired.refused")[1:])[0]["reason"]
     beats = len(control.heartbeats)
     until(lambda: len(control.heartbeats) > beats + 2)
-    assert version(agent) == "v2" and agent.desired.generation == 2
+    assert version(agent) == "v2" and agent.director.desired.generation == 2
 
 
 def test_expired_metadata_blocks_installs_but_not_serving(
@@ -284,7 +284,7 @@ def test_serving_goes_on_whatever_the_control_plane_does(
     assert version(agent) == "v1"
     control.mode = "ok"
     until(lambda: agent.reporter.failures == 0)
-    until(lambda: len(control.windows) == 1 and len(agent.windows) == 0)
+    until(lambda: len(control.windows) == 1 and len(agent.reports.windows) == 0)
     window = control.windows[0]
     assert (window["node"], window["boot"], window["index"]) == ("edge-1", 1, 0)
     assert control.replays == 0

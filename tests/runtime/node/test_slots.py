@@ -10,6 +10,7 @@ import pytest
 
 from skerry.core.bundle import read_manifest
 from skerry.core.errors import InputError
+from skerry.runtime import slots as module
 from skerry.runtime.slots import Installed, Quarantine, Slots, other
 
 
@@ -59,14 +60,15 @@ def test_other_slot() -> None:
     assert [other(slot) for slot in ("a", "b", None)] == ["b", "a", "a"]
 
 
-def test_quarantine_is_kept_bounded_and_only_lifted_by_hand(tmp_path: Path) -> None:
+def test_quarantine_is_kept_bounded_and_only_lifted_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "QUARANTINE_LIMIT", 4)
     quarantine = Quarantine(tmp_path)
-    for index in range(300):
+    for index in range(6):
         quarantine.add(f"{index:064d}", "v", "crashed", float(index))
     again = Quarantine(tmp_path)
-    assert len(again.digests) == 256 and f"{299:064d}" in again and f"{0:064d}" not in again
-    assert again.lift(f"{299:064d}") and not again.lift(f"{299:064d}")
-    assert f"{299:064d}" not in Quarantine(tmp_path)
+    assert again.digests == {f"{index:064d}" for index in (2, 3, 4, 5)}
+    assert again.lift(f"{5:064d}") and not again.lift(f"{5:064d}")
+    assert f"{5:064d}" not in Quarantine(tmp_path)
 
 
 def test_a_damaged_quarantine_is_an_error_not_an_amnesty(tmp_path: Path) -> None:
