@@ -105,7 +105,7 @@ class NodeProcess:
         self.process: subprocess.Popen[bytes] | None = None
         self.log = directory / "log"
 
-    def start(self, fault: str = "", **settings: Any) -> NodeProcess:
+    def start(self, fault: str = "", file_limit: int = 0, **settings: Any) -> NodeProcess:
         environment = {
             **os.environ, "SKERRY_NODE_WORKER_COMMAND": ",".join(FAKE_WORKER), "SKERRY_FAULT": fault,
             "SKERRY_NODE_PROBATION_SECONDS": "0.3", "SKERRY_NODE_PROBATION_REQUESTS": "1000",
@@ -116,6 +116,8 @@ class NodeProcess:
         arguments = ["node", "run", "--dir", str(self.directory), "--port", str(self.port), "--admin-port", "0"]
         with self.log.open("ab") as log:
             command = [sys.executable, "-c", "from skerry.core.cli import main; main()", *arguments]
+            if file_limit:
+                command = ["prlimit", f"--fsize={file_limit}", *command]
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         return self
 
