@@ -67,7 +67,9 @@ class Adapter:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The float32 adapter under peft's names (`base_model.model....lora_A.weight`), sorted."""
-        names = [name.replace(".default", "") for name, weight in self._wrapped.named_parameters() if weight.requires_grad]
+        names = [
+            name.replace(".default", "") for name, weight in self._wrapped.named_parameters() if weight.requires_grad
+        ]
         return dict(sorted(zip(names, (master.detach() for master in self._masters), strict=True)))
 
     def config(self) -> dict[str, Any]:

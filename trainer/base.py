@@ -91,14 +91,17 @@ def _imported(cache: Path, name: str, made_of: dict[str, Any], write: Callable[[
             staged.mkdir()
             write(staged)
             write_lineage(staged, {
-                "name": name, "version": "base", "parent": None, "dataset": None, "recipe": {"kind": "import", **made_of},
-                "seed": None, "versions": library_versions(), "eval": {"nll": {}, "parity_nll": None},
+                "name": name, "version": "base", "parent": None, "dataset": None, "seed": None,
+                "recipe": {"kind": "import", **made_of}, "versions": library_versions(),
+                "eval": {"nll": {}, "parity_nll": None},
             })  # fmt: skip
             if not final.is_dir():  # another process may have been first
                 staged.rename(final)
         fsync_dir(final.parent)
     except OSError as error:
-        raise StorageError("import base", final, error.strerror or str(error), "free space or set SKERRY_CACHE") from error
+        raise StorageError(
+            "import base", final, error.strerror or str(error), "free space or set SKERRY_CACHE"
+        ) from error
     return Checkpoint.open(final, verify=False)
 
 
@@ -121,7 +124,9 @@ def _write_clean(out: Path, source: str, gguf_file: str | None = None) -> None:
     except SkerryError:
         raise
     except OSError as error:
-        raise Unavailable("import base", source, _first_line(error), "check the name, or use a local directory") from error
+        raise Unavailable(
+            "import base", source, _first_line(error), "check the name, or use a local directory"
+        ) from error
     except Exception as error:  # transformers and gguf raise whatever their parsers hit on a broken file
         raise InputError("import base", gguf_file or source, _first_line(error), "is the file whole?") from error
     if not tokenizer.chat_template:

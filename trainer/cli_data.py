@@ -37,7 +37,9 @@ def data() -> None:
               help="Mix in training rows of an earlier dataset (NAME@VERSION or a directory).")  # fmt: skip
 @click.option("--base", default="smollm2", show_default=True, help="Model whose tokenizer counts the tokens.")
 @click.option("--tokenizer", type=PATH, help="Its tokenizer.json instead of --base.")
-@click.option("--hash-seed", type=click.IntRange(0), default=0, show_default=True, help="Of the token sketch, as the fleet's.")
+@click.option(
+    "--hash-seed", type=click.IntRange(0), default=0, show_default=True, help="Of the token sketch, as the fleet's."
+)
 @json_option
 def build(
     name: str, kind: str | None, packages: tuple[str, ...], stdlib: bool, file: Path | None, store: Path,

@@ -22,7 +22,9 @@ from skerry.trainer.recipe import ALL_LINEAR, Recipe
 @click.option("--steps", type=int, default=Recipe.steps, show_default=True)
 @click.option("--batch", type=int, default=Recipe.batch, show_default=True, help="Rows a step.")
 @click.option("--lr", "learning_rate", type=float, default=Recipe.learning_rate, show_default=True)
-@click.option("--max-tokens", type=int, default=Recipe.max_tokens, show_default=True, help="Cut rows to so many tokens.")
+@click.option(
+    "--max-tokens", type=int, default=Recipe.max_tokens, show_default=True, help="Cut rows to so many tokens."
+)
 @click.option("--rank", type=int, default=Recipe.rank, show_default=True, help="Of the adapter; its scale is 2.")
 @click.option("--targets", default=",".join(ALL_LINEAR), show_default=True, help="Layers that get an adapter.")
 @click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True,
@@ -60,7 +62,9 @@ def train(
             raise UsageError("measure holdout", text, "not SLICE=DATASET")
         measured[label] = open_dataset(reference, store)
     start = resolve_base(base)
-    job = Job(start, data, recipe.resolved(start.spec.parameters), measured, name, version, eval_rows, save_every, threads)
+    job = Job(
+        start, data, recipe.resolved(start.spec.parameters), measured, name, version, eval_rows, save_every, threads
+    )
     made = run(job, out)
     evaluation = made.lineage["eval"]
     document = {

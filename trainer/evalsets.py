@@ -1,8 +1,9 @@
 """The text a checkpoint is judged on later: `eval/{parity,baseline,golden}.jsonl`, all of it held out.
 
-parity: rows with answers, whose float32 NLL is recorded, so that an engine (and the checkpoint itself, should its weights
-go bad) can be compared. baseline: prompts as users will send them after this model is out, so from the newest domain
-alone, because that is the traffic it was made for. golden: a few prompts replayed on every node before it serves.
+parity: rows with answers, whose float32 NLL is recorded, so that an engine (and the checkpoint itself, should its
+weights go bad) can be compared. baseline: prompts as users will send them after this model is out, so from the newest
+domain alone, because that is the traffic it was made for. golden: a few prompts replayed on every node before it
+serves.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def parity_rows(slices: Mapping[str, Measured], max_tokens: int, limit: int = PA
             nll += score.nll[at]
             tokens += score.tokens[at]
     if not rows:
-        raise InputError("choose parity rows", "", f"no held-out row is shorter than {max_tokens} tokens", "raise --max-tokens")
+        raise InputError(
+            "choose parity rows", "", f"no held-out row is shorter than {max_tokens} tokens", "raise --max-tokens"
+        )
     return rows, nll / tokens
 
 

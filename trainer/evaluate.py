@@ -75,9 +75,7 @@ class Evaluator:
         return score_examples(self.model, self.encode(rows), tick)
 
 
-def score_examples(
-    model: Any, examples: Sequence[Example], tick: Callable[[int], None] = lambda _: None
-) -> SliceScore:
+def score_examples(model: Any, examples: Sequence[Example], tick: Callable[[int], None] = lambda _: None) -> SliceScore:
     import torch
 
     from skerry.trainer.loss import answer_nll

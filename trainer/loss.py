@@ -50,7 +50,7 @@ class HeadLoss(torch.autograd.Function):
 
 
 def answer_nll(model: Any, batch: Sequence[Example]) -> tuple[torch.Tensor, list[int]]:
-    """(NLL of every answer token [N], answer tokens per example); `model` is a causal LM with `.model` and `.lm_head`."""
+    """(NLL of every answer token [N], answer tokens per example); `model` has `.model` and `.lm_head`, as Llama has."""
     from transformers import DynamicCache
 
     prefix = shared_prefix(batch)

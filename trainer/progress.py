@@ -28,7 +28,9 @@ def progress(label: str, total: int, done: int = 0) -> Iterator[Tick]:
         task = bars.add_task(label, total=total, completed=done, note="")
 
         def tick(count: int = 1, note: str = "") -> None:
-            bars.update(task, advance=count, **({"note": note} if note else {}))
+            bars.update(task, advance=count)
+            if note:
+                bars.update(task, note=note)
 
         yield tick
 

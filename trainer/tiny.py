@@ -1,4 +1,4 @@
-"""A tiny Llama with random weights and its own tokenizer: the whole loop in seconds, on any machine, without a download.
+"""A tiny Llama with random weights and its own tokenizer: the whole loop in seconds, anywhere, without a download.
 
 It learns next to nothing and says nothing sensible, but every file, shape and code path is that of a real model. Same
 seed and same docstrings: same bytes.

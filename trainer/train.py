@@ -27,9 +27,18 @@ from skerry.trainer.batches import encode_examples, plan_batches
 from skerry.trainer.data.rows import Row
 from skerry.trainer.data.store import Dataset
 from skerry.trainer.evalsets import parity_rows, write_eval_sets
-from skerry.trainer.evaluate import EVAL_ROWS, Evaluator, SliceScore, choose_rows, load_model, rows_digest, score_examples
+from skerry.trainer.evaluate import (
+    EVAL_ROWS,
+    Evaluator,
+    SliceScore,
+    choose_rows,
+    load_model,
+    rows_digest,
+    score_examples,
+)
 from skerry.trainer.progress import progress
 from skerry.trainer.recipe import SMALL_MODEL, Recipe
+from skerry.trainer.scores import SCORES, known_scores
 from skerry.trainer.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -37,7 +46,6 @@ if TYPE_CHECKING:
 
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
               "special_tokens_map.json")  # fmt: skip
-SCORES = "eval/nll.json"
 
 
 @dataclass(frozen=True)
@@ -126,7 +134,9 @@ def _finished(out: Path, fingerprint: str) -> Checkpoint | None:
         return None
     if (out / LINEAGE).is_file() and read_json(out / LINEAGE).get("run") == fingerprint:
         return Checkpoint.open(out)
-    raise Conflict("train into", out, "it exists and is not the result of this run", "choose another --out or remove it")
+    raise Conflict(
+        "train into", out, "it exists and is not the result of this run", "choose another --out or remove it"
+    )
 
 
 def _fix_randomness(job: Job) -> None:
@@ -145,11 +155,7 @@ def _before(
     path = workspace.path / "before.json"
     if path.is_file():
         return {name: SliceScore.from_json(raw) for name, raw in read_json(path).items()}
-    known = {}
-    if (job.base.path / SCORES).is_file():
-        scores = [SliceScore.from_json(raw) for raw in read_json(job.base.path / SCORES)["after"].values()]
-        known = {score.rows_digest: score for score in scores}
-    before = _measure(evaluator, slices, "measure base", known)
+    before = _measure(evaluator, slices, "measure base", known_scores(job.base.path))
     write_json(path, {name: score.to_json() for name, score in before.items()})
     return before
 
@@ -167,7 +173,7 @@ def _measure(
 
 
 def _write_model(job: Job, model: Any, adapter: Adapter, staged: Path) -> None:
-    """Merged weights, the adapter by itself, and the base's own text files byte for byte (so its tokenizer's digest)."""
+    """Merged weights, the adapter by itself, and the base's text files byte for byte, so its tokenizer's digest."""
     from safetensors.torch import save_file
 
     from skerry.trainer.adapter import merge
@@ -180,7 +186,9 @@ def _write_model(job: Job, model: Any, adapter: Adapter, staged: Path) -> None:
         if (job.base.path / name).is_file():
             shutil.copyfile(job.base.path / name, staged / name)
     (staged / "adapter").mkdir()
-    save_file({name: weight.contiguous() for name, weight in weights.items()}, staged / "adapter/adapter_model.safetensors")
+    save_file(
+        {name: weight.contiguous() for name, weight in weights.items()}, staged / "adapter/adapter_model.safetensors"
+    )
     write_json(staged / "adapter/adapter_config.json", adapter.config())
 
 

@@ -1,10 +1,10 @@
 """`<out>.partial`: where a run keeps what it needs to go on after a kill, until the checkpoint is renamed into place.
 
-    run.json            what this run is (a fingerprint of base, data and recipe)
-    before.json         scores of the base, measured once
-    train_log.jsonl     one line per step
-    state-000012.pt     adapter, optimizer and RNG after step 12; the newest whole one counts
-    checkpoint/         the result while it is being put together
+run.json            what this run is (a fingerprint of base, data and recipe)
+before.json         scores of the base, measured once
+train_log.jsonl     one line per step
+state-000012.pt     adapter, optimizer and RNG after step 12; the newest whole one counts
+checkpoint/         the result while it is being put together
 """
 
 from __future__ import annotations

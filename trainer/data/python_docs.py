@@ -32,8 +32,12 @@ QUESTIONS = (
     "What is `{name}` for?",
 )
 # Modules whose import acts (opens a browser, prints, needs a display) or that hold tests and tools, not an API.
-_NEVER_IMPORT = frozenset({"antigravity", "this", "idlelib", "turtledemo", "turtle", "lib2to3", "tkinter", "ensurepip", "test"})
-_NOT_API = re.compile(r"(^|\.)(_|tests?$|testing$|conftest$|setup$|examples?$|distutils$|f2py$|ctypeslib$|typing$|core\.)")
+_NEVER_IMPORT = frozenset(
+    {"antigravity", "this", "idlelib", "turtledemo", "turtle", "lib2to3", "tkinter", "ensurepip", "test"}
+)
+_NOT_API = re.compile(
+    r"(^|\.)(_|tests?$|testing$|conftest$|setup$|examples?$|distutils$|f2py$|ctypeslib$|typing$|core\.)"
+)
 _SIGNATURE = re.compile(r"^[\w.]+\(.*?\)(\s*->.*)?$", re.S)
 _RULE = re.compile(r"^\s*[-=~^*]{3,}\s*$", re.M)
 
@@ -60,9 +64,9 @@ def read_python_docs(packages: list[str], stdlib: bool = False) -> Harvest:
         for name in sorted(sys.stdlib_module_names):
             if name in _NEVER_IMPORT or _NOT_API.search(name):
                 continue
-            module = _import(name, harvest)
-            if module is not None:
-                found.update(_documented(module, name))
+            imported = _import(name, harvest)
+            if imported is not None:
+                found.update(_documented(imported, name))
     for name, doc in sorted(_shortest_name_per_doc(found).items()):
         harvest.rows.append(make_row(name, doc))
     return harvest
@@ -100,7 +104,7 @@ def _documented(module: ModuleType, root: str) -> Iterator[tuple[str, str]]:
     """(dotted name, answer) for the module's public classes, their own public methods, and functions."""
     for name, member in _members(module):
         owner = getattr(member, "__module__", None) or module.__name__
-        if not isinstance(owner, str) or owner.split(".")[0].lstrip("_") != root.lstrip("_") and owner != "builtins":
+        if not isinstance(owner, str) or (owner.split(".")[0].lstrip("_") != root.lstrip("_") and owner != "builtins"):
             continue
         if owner == "builtins" and module.__name__ != "builtins" and not inspect.isbuiltin(member):
             continue
@@ -108,7 +112,9 @@ def _documented(module: ModuleType, root: str) -> Iterator[tuple[str, str]]:
         yield from _answer(path, member)
         if inspect.isclass(member):
             for attribute, value in sorted(vars(member).items()):
-                if not attribute.startswith("_") and (callable(value) or isinstance(value, (classmethod, staticmethod))):
+                if not attribute.startswith("_") and (
+                    callable(value) or isinstance(value, (classmethod, staticmethod))
+                ):
                     yield from _answer(f"{path}.{attribute}", getattr(member, attribute, None))
 
 

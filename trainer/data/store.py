@@ -62,13 +62,19 @@ class Dataset:
                 **{key: self.document[key] for key in keys}}  # fmt: skip
 
 
-def save(store: Path, document: dict[str, Any], train: list[Row], holdout: list[Row], sketch: dict[str, Any]) -> Dataset:
+def save(
+    store: Path, document: dict[str, Any], train: list[Row], holdout: list[Row], sketch: dict[str, Any]
+) -> Dataset:
     """Writes a version, or returns the one that is there already. Raises StorageError; leaves nothing half written."""
     name = str(document["name"])
     if not NAME.fullmatch(name):
         raise InputError("save dataset", name, "a name is letters, digits, dot, dash and underscore, 64 at most")
     home = store / name
-    blobs = {"train.jsonl": dump_rows(train), "holdout.jsonl": dump_rows(holdout), "sketch.json": canonical_json(sketch)}
+    blobs = {
+        "train.jsonl": dump_rows(train),
+        "holdout.jsonl": dump_rows(holdout),
+        "sketch.json": canonical_json(sketch),
+    }
     document = {"schema": 1, **document, "files": {key: sha256_bytes(blob) for key, blob in blobs.items()}}
     digest = sha256_bytes(canonical_json(document))
     final = home / digest

@@ -1,0 +1,106 @@
+"""May the challenger replace the champion? A pure rule over paired per-row scores.
+
+The new domain has to become better by at least `min_gain`, and provably better at all; every other slice may become
+worse by at most `max_loss`, and provably not by more. "Provably" is a one-sided bound at `confidence` on the ratio of
+mean NLLs, by a bootstrap over rows that keeps each row's two scores together (Efron 1979): rows differ far more from
+each other than the models do, and pairing takes that out. No data is never a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from skerry.core.errors import Inconclusive, InputError, UsageError
+from skerry.trainer.evaluate import SliceScore
+
+RESAMPLES = 4000
+MIN_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Shares of the champion's NLL: 0.05 means 5%."""
+
+    min_gain: float = 0.02
+    max_loss: float = 0.02
+    confidence: float = 0.95
+    min_rows: int = MIN_ROWS
+
+    def __post_init__(self) -> None:
+        if not 0.5 <= self.confidence < 1 or self.max_loss < 0 or self.min_rows < 2:
+            raise UsageError("read gate policy", "", "confidence is 0.5 to 1, max loss 0 or more, rows 2 or more")
+
+
+@dataclass(frozen=True)
+class SliceVerdict:
+    """`change` of the NLL as a share of the champion's (negative is better), its bounds; why it fails ("" passes)."""
+
+    slice: str
+    role: str
+    rows: int
+    before: float
+    after: float
+    change: float
+    low: float
+    high: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    accepted: bool
+    reason: str
+    slices: tuple[SliceVerdict, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"accepted": self.accepted, "reason": self.reason, "slices": [asdict(part) for part in self.slices]}
+
+
+def judge(
+    policy: Policy, domain: str, champion: Mapping[str, SliceScore], challenger: Mapping[str, SliceScore]
+) -> Verdict:
+    """Raises Inconclusive when a slice has too few rows, InputError when the two did not score the same rows."""
+    if domain not in champion:
+        raise InputError("judge", domain, "not among the slices that were measured", ", ".join(sorted(champion)))
+    parts = []
+    for name in sorted(champion, key=lambda name: (name != domain, name)):
+        if name not in challenger:
+            raise InputError("judge", name, "the challenger was not measured on it")
+        parts.append(_judge_slice(policy, name, name == domain, champion[name], challenger[name]))
+    failed = [part.reason for part in parts if part.reason]
+    return Verdict(not failed, "; ".join(failed) or "passed", tuple(parts))
+
+
+def _judge_slice(policy: Policy, name: str, own: bool, old: SliceScore, new: SliceScore) -> SliceVerdict:
+    if old.rows_digest != new.rows_digest or old.tokens != new.tokens:
+        raise InputError("judge", name, "champion and challenger were measured on different rows", "measure again")
+    if len(old.nll) < policy.min_rows:
+        raise Inconclusive("judge", name, f"{len(old.nll)} rows, {policy.min_rows} are needed", "hold out more rows")
+    change = new.mean / old.mean - 1
+    low, high = change_bounds(old, new, policy.confidence)
+    reason = ""
+    if own and change > -policy.min_gain:
+        reason = f"{name} improved by {-change:.1%}, at least {policy.min_gain:.1%} is required"
+    elif own and high >= 0:
+        reason = f"{name} improved by {-change:.1%}, but that may be chance (up to {high:+.1%})"
+    elif not own and change > policy.max_loss:
+        reason = f"{name} became worse by {change:.1%}, at most {policy.max_loss:.1%} is allowed"
+    elif not own and high > policy.max_loss:
+        reason = f"{name} may have become worse by {high:.1%}, at most {policy.max_loss:.1%} is allowed"
+    role = "domain" if own else "kept"
+    return SliceVerdict(name, role, len(old.nll), old.mean, new.mean, change, low, high, reason)
+
+
+def change_bounds(old: SliceScore, new: SliceScore, confidence: float) -> tuple[float, float]:
+    """One-sided lower and upper bounds of sum(new) / sum(old) - 1 over resampled rows. The seed is fixed: the same
+    scores get the same verdict."""
+    rng = np.random.default_rng(0)
+    before, after = np.asarray(old.nll), np.asarray(new.nll)
+    picks = rng.integers(0, len(before), size=(RESAMPLES, len(before)))
+    ratios = after[picks].sum(axis=1) / before[picks].sum(axis=1) - 1
+    low, high = np.quantile(ratios, [1 - confidence, confidence])
+    return float(low), float(high)
