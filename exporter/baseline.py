@@ -19,12 +19,15 @@ MAX_PROMPTS = 96
 
 
 def measure_baseline(
-    runner: Runner, prompts: list[list[int]], settings: dict[str, Any], tokenizer_digest: str,
+    runner: Runner, prompts: list[list[int]], asked: list[list[int]], settings: dict[str, Any], tokenizer_digest: str,
     window_requests: int = WINDOW_REQUESTS, hash_seed: int = HASH_SEED,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Answers the prompts (the first MAX_PROMPTS) as a node would and sketches them. Raises InputError when they are
-    fewer than three windows."""
+    """Answers the prompts (the first MAX_PROMPTS) as a node would and sketches them.
+
+    `asked[i]`: ids of the last user turn of prompt i alone, which is what a node counts too. Raises InputError when the
+    prompts are fewer than three windows.
+    """
     answers = generate(runner, prompts[:MAX_PROMPTS], NEW_TOKENS, settings, progress)
     observations = [
         Observation(
@@ -32,8 +35,8 @@ def measure_baseline(
             output_tokens=len(a.ids),
             surprise=tuple(a.surprise),
             entropy=tuple(a.entropy),
-            prompt_ids=a.prompt,
+            prompt_ids=ids,
         )
-        for a in answers
+        for a, ids in zip(answers, asked)
     ]
     return make_baseline(observations, window_requests, tokenizer_digest, hash_seed).to_json()

@@ -1,9 +1,9 @@
-"""Checkpoint -> Bundle: emit, lower, measure, gate, describe, seal. Nothing is left at `out` unless all of it worked."""
+"""Checkpoint -> Bundle: emit, lower, measure, gate, describe, seal. Nothing is left at `out` unless all worked."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -100,22 +100,23 @@ def measure_engine(
     tokenizer, template = open_texts_files(staging, engine.settings)
     limit = subject.spec.max_context
     rows = encode_rows(texts.parity, tokenizer, template, limit)
-    golden = encode_prompts(texts.golden, tokenizer, template, min(PROMPT_LIMIT, limit // 2))
-    prompts = encode_prompts(texts.baseline, tokenizer, template, min(PROMPT_LIMIT, limit // 2))
+    golden, _ = encode_prompts(texts.golden, tokenizer, template, min(PROMPT_LIMIT, limit // 2))
+    prompts, asked = encode_prompts(texts.baseline, tokenizer, template, min(PROMPT_LIMIT, limit // 2))
     bundle = seal_engine(subject, texts, engine, target, staging, options, qualified=False)
     runner = open_runner(bundle, options.threads, max(len(ids) for ids, _ in rows))
     options.progress("load reference", 0, 1)
     parity = measure(load_reference(subject.source), runner, rows, options.progress)
     refused = gate.problems(parity, engine.precision, subject.parity_nll)
-    document = {**parity.to_json(), "precision": engine.precision, "text": texts.origin, "refused": refused}
-    write_json(staging / "parity.json", _finite({**document, "limits": vars(gate.LIMITS[engine.precision])}))
+    document = {**parity.to_json(), "precision": engine.precision, "text": texts.origin}
+    verdict = {"passed": not refused, "reasons": refused, "limits": asdict(gate.LIMITS[engine.precision])}
+    write_json(staging / "parity.json", {**_finite(document), "gate": verdict})
     if refused and not options.keep_refused:
         gate.refuse(bundle_name(subject, options), refused)
     options.progress("golden", 0, 1)
     write_json(staging / "golden.json", measure_golden(runner, golden, engine.settings))
     if not options.skip_baseline:
         baseline = measure_baseline(
-            runner, prompts, engine.settings, tokenizer.digest, options.window_requests, options.hash_seed,
+            runner, prompts, asked, engine.settings, tokenizer.digest, options.window_requests, options.hash_seed,
             lambda done, total: options.progress("baseline", done, total),
         )  # fmt: skip
         write_json(staging / "baseline.json", baseline)

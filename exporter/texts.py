@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from skerry.core.chat import ChatTemplate, encode_prompt, encode_row
+from skerry.core.chat import ChatTemplate, encode_prompt, encode_row, last_user_text
 from skerry.core.errors import InputError
 from skerry.core.files import sha256_bytes
 from skerry.core.tokenizer import Tokenizer
@@ -32,8 +32,10 @@ class Texts:
 
 
 def open_texts(checkpoint: Path | None, eval_dir: Path | None) -> Texts:
-    """`--eval-dir` first, then the checkpoint's own `eval/`, then the packaged set; a file that is missing comes from the
-    packaged set too. Raises InputError with file and line on a broken row."""
+    """`--eval-dir` first, then the checkpoint's own `eval/`, then the packaged set, which also fills in missing files.
+
+    Raises InputError with file and line on a broken row.
+    """
     own = checkpoint / "eval" if checkpoint is not None else None
     chosen = eval_dir or (own if own is not None and own.is_dir() else PACKAGED)
     if eval_dir is not None and not eval_dir.is_dir():
@@ -45,7 +47,7 @@ def open_texts(checkpoint: Path | None, eval_dir: Path | None) -> Texts:
         path = path if path.is_file() else PACKAGED / f"{kind}.jsonl"
         found[kind] = read_rows(path)
         digests[kind] = sha256_bytes(path.read_bytes())
-    origin = "packaged" if chosen == PACKAGED else "checkpoint" if chosen == own else "caller"
+    origin = "caller" if eval_dir else "checkpoint" if chosen == own else "packaged"
     return Texts(found["parity"], found["golden"], found["baseline"], origin, digests)
 
 
@@ -88,9 +90,14 @@ def encode_rows(rows: list[Row], tokenizer: Tokenizer, template: ChatTemplate, m
     return kept
 
 
-def encode_prompts(rows: list[Row], tokenizer: Tokenizer, template: ChatTemplate, limit: int) -> list[list[int]]:
-    """Prompt ids of rows that fit `limit` tokens; a row that ends with an answer is taken up to it."""
-    prompts = []
+def encode_prompts(
+    rows: list[Row], tokenizer: Tokenizer, template: ChatTemplate, limit: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """(prompt ids, ids of its last user turn alone) of the rows that fit `limit` tokens.
+
+    A row that ends with an answer is taken up to it.
+    """
+    prompts, asked = [], []
     for row in rows:
         messages = row["messages"]
         while messages and messages[-1]["role"] == "assistant":
@@ -98,6 +105,7 @@ def encode_prompts(rows: list[Row], tokenizer: Tokenizer, template: ChatTemplate
         ids = encode_prompt(messages, tokenizer, template) if messages else []
         if 0 < len(ids) <= limit:
             prompts.append(ids)
+            asked.append(tokenizer.encode(last_user_text(messages)))
     if not prompts:
         raise InputError("encode prompts", f"{len(rows)} rows", f"none fits {limit} tokens")
-    return prompts
+    return prompts, asked
