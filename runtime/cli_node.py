@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from skerry.core.cli import emit, json_option
-from skerry.core.errors import SkerryError, StorageError, UsageError
+from skerry.core.errors import NotFound, SkerryError, StorageError, UsageError
 
 directory_option = click.option(
     "--dir", "directory", required=True, type=click.Path(file_okay=False, path_type=Path), help="The node's directory."
@@ -116,6 +116,30 @@ def status(directory: Path, as_json: bool) -> None:
     emit(document, as_json, lambda: _describe(document))
     if not document["running"]:
         raise click.exceptions.Exit(1)
+
+
+@node.command()
+@click.argument("digest")
+@directory_option
+@json_option
+def lift(digest: str, directory: Path, as_json: bool) -> None:
+    """Lift the quarantine of an engine DIGEST (or its first letters), so that the fleet may install it again.
+
+    The agent must not be running.
+    """
+    from skerry.runtime.identity import Lock, load_node
+    from skerry.runtime.slots import Quarantine
+
+    known = load_node(directory)
+    lock = Lock(directory)
+    quarantine = Quarantine(directory)
+    matching = [held for held in sorted(quarantine.digests) if held.startswith(digest)]
+    if len(digest) < 6 or len(matching) != 1:
+        cause = f"{len(matching)} quarantined engines begin with it" if len(digest) >= 6 else "give 6 letters or more"
+        raise NotFound("lift quarantine", digest, cause, f"skerry node status --dir {directory}")
+    quarantine.lift(matching[0])
+    lock.release()
+    emit({"node": known.node, "lifted": matching[0]}, as_json, f"Lifted the quarantine of {matching[0][:12]}.")
 
 
 def _live_status(directory: Path) -> dict[str, Any] | None:

@@ -77,6 +77,18 @@ def test_an_unknown_setting_is_exit_2(make_node: Any, tmp_path: Path) -> None:
     assert done.returncode == 2 and "did you mean port" in done.stderr
 
 
+def test_an_operator_lifts_a_quarantine(make_node: Any) -> None:
+    from skerry.runtime.slots import Quarantine
+
+    directory = make_node().directory
+    Quarantine(directory).add("ab" * 32, "v2", "crashed", 1.0)
+    assert skerry("node", "lift", "ab", "--dir", directory).returncode == 1
+    assert skerry("node", "lift", "ffffffff", "--dir", directory).returncode == 1
+    done = skerry("node", "lift", "abababab", "--dir", directory, "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["lifted"] == "ab" * 32
+    assert not Quarantine(directory).digests
+
+
 @pytest.mark.slow
 @pytest.mark.e2e
 def test_one_agent_per_directory_and_a_clean_stop(
