@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -88,12 +91,21 @@ def make_bundle(
                 max_context=128, lineage={}, **fields)  # fmt: skip
 
 
+@cache
+def template() -> Path:
+    """A control plane made once: its keys and files are fsynced, which a test need not wait for each time."""
+    directory = Path(tempfile.mkdtemp(prefix="skerry-fleet-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    planes.init(directory / "fleet")
+    return directory / "fleet"
+
+
 class Server:
     """A control plane under uvicorn in a thread; `restart` closes and reopens it, as a process would."""
 
     def __init__(self, directory: Path, settings: Settings) -> None:
         self.directory, self.settings = directory, settings
-        self.made = planes.init(directory)
+        shutil.copytree(template(), directory)
         self.token = read_token(directory / "admin.token")
         self.start()
 
