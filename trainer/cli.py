@@ -5,6 +5,5 @@ from __future__ import annotations
 from skerry.trainer.cli_data import data
 from skerry.trainer.cli_pipeline import pipeline
 from skerry.trainer.cli_train import train
-from skerry.trainer.demo_cli import demo
 
-__all__ = ["data", "demo", "pipeline", "train"]
+__all__ = ["data", "pipeline", "train"]

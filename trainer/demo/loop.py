@@ -79,11 +79,12 @@ def judge(story: Story, settings: Settings) -> dict[str, Any]:
 
 def checks(result: dict[str, Any], settings: Settings) -> dict[str, bool]:
     drift, nll, phases = result["drift"], result["nll"], result["requests"]["by_phase"]
+    delay = drift["alarm_window"] - drift["shift_window"]
     states = {rollout["release"]: rollout["state"] for rollout in result["rollouts"]}
     found = {
         "v1 was rolled out in waves": states.get("v1") == "SUCCEEDED",
         "no drift alarm before the shift": drift["false_alarms"] == 0,
-        "the alarm came within 10 windows of the shift": drift["alarm_window"] - drift["shift_window"] <= settings.alarm_windows,
+        "the alarm came within 10 windows of the shift": delay <= settings.alarm_windows,
         "the alarm named the source that mends it": drift["source"] == "numpy",
         "v2 was trained, gated and rolled out": states.get("v2") == "SUCCEEDED",
         "no request failed while v2 went out": phases["rollout_v2"]["failed"] == 0,

@@ -31,7 +31,6 @@ class Processes:
         self._workdir = workdir
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._ledger = workdir / "run.json"
-        (workdir / "logs").mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> Processes:
         self._end_leftovers()

@@ -31,8 +31,8 @@ class Settings:
 
 
 REAL = Settings(
-    base="smollm2", precision="int8", rows=1500, steps=(36, 36), batch=8, max_tokens=160, learning_rate=1e-3,
-    users_per_node=2, answer_tokens=16,
+    base="smollm2", precision="int8", rows=1500, steps=(24, 24), batch=16, max_tokens=160, learning_rate=1e-3,
+    users_per_node=2, answer_tokens=24,
 )  # fmt: skip
 TINY = Settings(
     base="tiny", precision="fp32", rows=160, steps=(20, 10), batch=8, max_tokens=96, learning_rate=5e-3,

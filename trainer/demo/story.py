@@ -47,8 +47,10 @@ class Story:
         """Three versioned datasets out of the docstrings that this machine has."""
         for name in SOURCES:
             origin = ("--stdlib",) if name == "stdlib" else ("--package", name)
-            built = self.command("data", "build", name, "--source", "python-docs", *origin, "--store", self.dir / "data",
-                                 "--max-rows", self.settings.rows, "--base", self.settings.base)  # fmt: skip
+            built = self.command(
+                "data", "build", name, "--source", "python-docs", *origin, "--store", self.dir / "data",
+                "--max-rows", self.settings.rows, "--base", self.settings.base,
+            )  # fmt: skip
             self.facts.setdefault("data", {})[name] = built
             self.timeline.note(f"{name}: {built['train']} training rows, {built['holdout']} held out")
 
@@ -60,9 +62,10 @@ class Story:
         done = self.command(
             "train", "--base", settings.base, "--data", self.dataset("stdlib"), "--out", self.dir / "checkpoints/v1",
             "--steps", settings.steps[0], "--batch", settings.batch, "--max-tokens", settings.max_tokens,
-            "--lr", settings.learning_rate, "--version", "v1", "--holdout", f"domain_two={self.dataset('numpy')}",
+            "--lr", settings.learning_rate, "--version", "v1", "--holdout", f"numpy={self.dataset('numpy')}",
         )  # fmt: skip
-        self.facts["train_v1"] = done
+        before, after = done["nll"]["before"]["stdlib"], done["nll"]["after"]["stdlib"]
+        self.timeline.note(f"v1: holdout NLL of stdlib {before:.3f} -> {after:.3f}", "good")
 
     def export_v1(self) -> None:
         self.export("v1")
@@ -78,11 +81,13 @@ class Story:
         """A control plane and three agents, each enrolled with a one-time token."""
         home = self.dir / "fleet"
         self.command("fleet", "init", "--dir", home)
-        server = f"http://127.0.0.1:{free_port()}"
+        port = free_port()
+        server = f"http://127.0.0.1:{port}"
         self.fleet = FleetView(server, home / "admin.token")
-        self.processes.start("fleet", ["fleet", "serve", "--dir", str(home / "server"), "--port", server.rpartition(":")[2],
-                                       "--poll-seconds", "1", "--window-requests", str(self.settings.window_requests),
-                                       "--no-zeroconf"])  # fmt: skip
+        self.processes.start("fleet", [
+            "fleet", "serve", "--dir", str(home / "server"), "--port", str(port), "--poll-seconds", "1",
+            "--window-requests", str(self.settings.window_requests), "--no-zeroconf",
+        ])  # fmt: skip
         wait_until("the control plane", self.fleet.ready, self.processes, 60)
         self.timeline.note(f"control plane at {server}")
         for name in SOURCES:
@@ -97,8 +102,9 @@ class Story:
         self.operate("fleet", "token", "create", "--uses", 1, "--out", home / "token")
         self.command("node", "join", self.fleet.server, "--token-file", home / "token", "--dir", home, "--name", name)
         port, admin = free_port(), free_port()
-        self.processes.start(name, ["node", "run", "--dir", str(home), "--port", str(port), "--admin-port", str(admin),
-                                    "--threads", "1"])  # fmt: skip
+        self.processes.start(name, [
+            "node", "run", "--dir", str(home), "--port", str(port), "--admin-port", str(admin), "--threads", "1",
+        ])  # fmt: skip
         self.timeline.note(f"{name} enrolled, serving on port {port}")
         return f"http://127.0.0.1:{port}"
 
@@ -271,8 +277,12 @@ class Story:
         return [{key: node[key] for key in keys} for node in self.fleet.nodes()]
 
     def nll(self) -> dict[str, dict[str, float]]:
-        """Nats per answer token on the holdouts: domain one is stdlib, domain two numpy."""
-        return {domain: dict(values) for domain, values in self.facts["nll"].items()}
+        """Nats per answer token on the holdouts as training measured them: domain one is stdlib, domain two numpy."""
+        first, second = (read_json(self.dir / "checkpoints" / v / "checkpoint.json")["eval"] for v in ("v1", "v2"))
+        return {
+            domain: {"base": first["before"][name], "v1": second["before"][name], "v2": second["nll"][name]}
+            for domain, name in (("domain_one", "stdlib"), ("domain_two", "numpy"))
+        }
 
     def losses(self) -> dict[str, list[tuple[int, float]]]:
         """Training loss by step, from each run's log."""
@@ -302,8 +312,9 @@ class Story:
 
 
 def clean(workdir: Path) -> None:
-    """Removes what an earlier demo left in `workdir`, and nothing else."""
+    """Removes what an earlier demo left in `workdir`, and nothing else; its processes must have ended."""
     for name in ("data", "checkpoints", "bundles", "fleet", "nodes", "pipeline", "logs"):
         shutil.rmtree(workdir / name, ignore_errors=True)
     for name in ("result.json", "report.html", "traffic.jsonl", "sources.toml"):
         (workdir / name).unlink(missing_ok=True)
+    (workdir / "logs").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""`skerry demo`: the command; the loop itself is in skerry.trainer.demo and imported when called."""
+"""`skerry demo`: the command; the loop itself is imported when it is called."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ from skerry.core.cli import json_option
 @json_option
 def demo(workdir: Path, keep: bool, tiny: bool, as_json: bool) -> None:
     """Run the whole loop on this machine: train, export, roll out, drift, retrain, roll back."""
-    from skerry.trainer.demo import run
+    from skerry.trainer.demo.loop import run
 
     run(workdir, keep=keep, tiny=tiny, as_json=as_json)
