@@ -55,6 +55,7 @@ class NodeView:
     crashed: bool = False
     requests: int = 0
     failed: int = 0
+    detail: str = ""  # in the node's own words, for the rollout's reason
 
     @property
     def has_new(self) -> bool:
@@ -68,7 +69,7 @@ class NodeView:
             ("quarantined", "it quarantined the engine"),
         ):  # fmt: skip
             if getattr(self, name):
-                return f"{self.node}: {sentence}"
+                return f"{self.node}: {sentence}" + (f" ({self.detail})" if self.detail else "")
         return ""
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import func, or_, select
@@ -54,7 +55,7 @@ def views(
         new, old = picked[release, device], picked[previous, device]
         counter = counters.get((node.id, node.observed_digest or ""))
         mark = marks.get(node.id, (0, 0)) if node.observed_digest == new else (0, 0)
-        spoken = {kind for kind, digest in faults.get(node.id, ()) if digest == new}
+        spoken = {fault.kind: fault.reason for fault in faults.get(node.id, ()) if fault.digest == new}
         quarantined = new is not None and new in (node.heartbeat or {}).get("quarantined", [])
         found.append(
             NodeView(
@@ -68,6 +69,7 @@ def views(
                 crashed=CRASHED in spoken,
                 requests=max(0, counter.requests - mark[0]) if counter else 0,
                 failed=max(0, counter.failed - mark[1]) if counter else 0,
+                detail=next((reason for reason in spoken.values() if reason), ""),
             )
         )
     return found
@@ -80,22 +82,29 @@ def _digest(session: Session, version: str | None, node: Node) -> str | None:
         return None
 
 
-def _faults(session: Session, since: float) -> dict[str, list[tuple[str, str]]]:
-    """(kind of fault, engine digest) by node, from events that arrived since the rollout began.
+@dataclass(frozen=True)
+class Fault:
+    kind: str
+    digest: str
+    reason: str
+
+
+def _faults(session: Session, since: float) -> dict[str, list[Fault]]:
+    """What went wrong on each node, from events that arrived since the rollout began, newest last.
 
     Kinds are dotted (`worker.crashed`, `update.reverted`). A revert because another release was wished is no fault.
     """
-    found: dict[str, list[tuple[str, str]]] = {}
+    found: dict[str, list[Fault]] = {}
     kinds = or_(*(Event.kind.endswith(kind) for kind in (CRASHED, REVERTED, QUARANTINED)))
     query = select(Event.node, Event.kind, Event.data).where(Event.received_at >= since, kinds)
-    for node, kind, data in session.execute(query):
+    for node, kind, data in session.execute(query.order_by(Event.boot, Event.seq)):
         fault = kind.rpartition(".")[2]
         digest = data.get("engine_digest") or data.get("digest")
         if fault not in (CRASHED, REVERTED, QUARANTINED) or not isinstance(digest, str):
             continue
         if fault == REVERTED and data.get("quarantine") is False:
             continue
-        found.setdefault(node, []).append((fault, digest))
+        found.setdefault(node, []).append(Fault(fault, digest, str(data.get("reason", ""))[:200]))
     return found
 
 

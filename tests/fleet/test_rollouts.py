@@ -66,7 +66,7 @@ def test_a_canary_that_reverts_turns_the_rollout_back_and_is_never_offered_again
         canary = next((n for n in nodes if n.installed.engine_digest == bad.manifest.engine_digest), None)
     canary.revert(to=None)
     done = drive(client, nodes, started)
-    assert done["state"] == "ROLLED_BACK" and canary.id in done["reason"]
+    assert done["state"] == "ROLLED_BACK" and canary.id in done["reason"] and "crashed twice" in done["reason"]
     for node in nodes:
         node.step()
         assert node.desired.release == "v1" and node.installed.engine_digest == good.manifest.engine_digest
