@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,7 +37,9 @@ class Adapter:
             target_modules=list(recipe.targets),
         )  # fmt: skip
         try:
-            self._wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
+                self._wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)
         except ValueError as error:
             raise InputError("attach adapter", ", ".join(recipe.targets), str(error)) from error
         self._model, self._recipe = model, recipe

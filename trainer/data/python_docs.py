@@ -38,7 +38,7 @@ _NEVER_IMPORT = frozenset(
 _NOT_API = re.compile(
     r"(^|\.)(_|tests?$|testing$|conftest$|setup$|examples?$|distutils$|f2py$|ctypeslib$|typing$|core\.)"
 )
-_SIGNATURE = re.compile(r"^[\w.]+\(.*?\)(\s*->.*)?$", re.S)
+_SIGNATURE = re.compile(r"^[\w.]+\(.*?\)(\s*->[^\n]*)?$", re.S)
 _RULE = re.compile(r"^\s*[-=~^*]{3,}\s*$", re.M)
 
 
