@@ -43,7 +43,7 @@ def post_enrol(call: Call) -> Response:
 
 def get_desired(call: Call) -> Response:
     with _as_node(call) as (session, node):
-        wanted = director.desired(session, node, call.plane.settings)
+        wanted = call.plane.director.desired(session, node)
     tag = director.etag(wanted)
     headers = {"ETag": tag, **NEVER_CACHE}
     if tag in [part.strip() for part in call.headers.get("if-none-match", "").split(",")]:

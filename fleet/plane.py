@@ -24,6 +24,7 @@ from skerry.core.wire import Desired, generate_key, load_key, public_hex, save_k
 from skerry.fleet import audit, repository
 from skerry.fleet.auth import OperatorTokens
 from skerry.fleet.blobs import Blobs
+from skerry.fleet.director import Director
 from skerry.fleet.metrics import Metrics
 from skerry.fleet.repository import Repository, load_signer
 from skerry.fleet.settings import Settings
@@ -81,7 +82,8 @@ class Plane:
     repository: Repository
     operators: OperatorTokens
     metrics: Metrics
-    director: Any
+    director: Director
+    director_key: Any
     root: bytes
     lock: int
     started_at: float
@@ -112,7 +114,8 @@ class Plane:
                 repository=signers,
                 operators=OperatorTokens(directory / "admin.sha256"),
                 metrics=Metrics(),
-                director=load_key(directory / "director.pem"),
+                director=Director(store, settings),
+                director_key=load_key(directory / "director.pem"),
                 root=root,
                 lock=lock,
                 started_at=time.time(),
@@ -123,14 +126,14 @@ class Plane:
 
     @property
     def director_public(self) -> str:
-        return public_hex(self.director)
+        return public_hex(self.director_key)
 
     @property
     def root_base64(self) -> str:
         return base64.b64encode(self.root).decode()
 
     def sign(self, wanted: Desired) -> dict[str, Any]:
-        return sign_document(wanted.to_json(), self.director, "director")
+        return sign_document(wanted.to_json(), self.director_key, "director")
 
     def refresh_metadata(self) -> bool:
         """Takes offline metadata that was copied in since, and signs anew before anything expires."""

@@ -235,6 +235,8 @@ class Store:
         )
         event.listen(self.engine, "connect", _configure)
         self._writer = threading.Lock()
+        # Counts durable writes, the only ones that change rollouts, releases and quarantine: what caches go by.
+        self.epoch = 0
 
     def migrate(self) -> None:
         """Brings the schema to the newest version. Raises StorageError when the file is not ours or not writable."""
@@ -275,6 +277,7 @@ class Store:
                 session.execute(text("BEGIN IMMEDIATE"))
                 yield session
                 session.commit()
+                self.epoch += durable
         except OperationalError as error:
             cause = str(error.orig)
             if "full" in cause or "readonly" in cause or "I/O" in cause:

@@ -15,7 +15,7 @@ import pytest
 
 from skerry.core.rollout import Rollout
 from skerry.core.wire import Desired
-from skerry.fleet import audit, director, ingest, releases, rollouts
+from skerry.fleet import audit, ingest, releases, rollouts
 from skerry.fleet.controller import Controller
 from skerry.fleet.plane import Plane
 from skerry.fleet.store import Audit, Node
@@ -34,10 +34,10 @@ def controller_process(directory, settings, opened):
         controller.tick()
 
 
-def nodes_obey(session, settings):
+def nodes_obey(session, plane):
     """Every node polls, installs what it is told and reports it."""
     for number, node in enumerate(session.query(Node).order_by(Node.id)):
-        wanted: Desired = director.desired(session, node, settings)
+        wanted: Desired = plane.director.desired(session, node)
         beat = {"node": node.id, "boot": 1, "seq": number, "at": 0.0, "generation": wanted.generation, "state": "IDLE",
                 "engine_digest": wanted.engine_digest, "manifest_sha256": wanted.manifest_sha256,
                 "release": wanted.release, "requests": 5, "failed": 0}  # fmt: skip
@@ -83,7 +83,7 @@ def test_sigkill_at_random_moments_loses_and_doubles_nothing(server, bundle, joi
         child.join()
         plane = Plane.open(directory, settings)
         with plane.store.write() as session:
-            nodes_obey(session, settings)
+            nodes_obey(session, plane)
         now = check_history(plane, rollout.id)
         states.append((now.state, now.wave, now.phase))
         plane.close()
@@ -95,7 +95,7 @@ def test_sigkill_at_random_moments_loses_and_doubles_nothing(server, bundle, joi
     for _ in range(2 * len(POLICY["waves"])):
         controller.tick()
         with plane.store.write() as session:
-            nodes_obey(session, settings)
+            nodes_obey(session, plane)
     done = check_history(plane, rollout.id)
     assert done.state == "SUCCEEDED" and [len(wave) for wave in done.assigned] == [1] * 8
     with plane.store.read() as session:
