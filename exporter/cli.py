@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,6 +75,9 @@ def export(
 
     Exits 3 when the engine, or the checkpoint itself, is not what it was measured to be; --out is then left alone.
     """
+    # Before torch is loaded: its threads then sleep instead of spin while they wait. On a machine that is also serving,
+    # spinning more than doubled the processor time of the reference.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from skerry.core.files import read_json
     from skerry.exporter.export import Options
     from skerry.exporter.export import export as run
@@ -95,7 +99,8 @@ def export(
         "parity": parity, "seconds": round(time.monotonic() - started, 2),
     }  # fmt: skip
     text = (
-        f"{manifest.name} {manifest.version} {manifest.target} {manifest.precision}: {bundle.short}, {size / 1e6:.0f} MB, "
+        f"{manifest.name} {manifest.version} {manifest.target} {manifest.precision}: {bundle.short}, "
+        f"{size / 1e6:.0f} MB, "
         f"perplexity ratio {parity['ppl_ratio']:.4f}, KL {parity['kl']:.5f}, top-1 {parity['top1']:.2%}\n{out}"
     )
     emit(document, as_json, text)
@@ -114,6 +119,9 @@ def evaluate(bundle: Path, data: Path, threads: int | None, limit: int | None, a
 
     with _progress() as progress:
         document = run(open_bundle(bundle), data, threads, limit, lambda done, total: progress("eval", done, total))
-    lines = [f"{name:<16} {part['nll']:.4f} nats/token, perplexity {part['perplexity']:.3f}, {part['tokens']} tokens, {part['rows']} rows"
-             for name, part in [("all", document), *document["slices"].items()]]  # fmt: skip
+    lines = [
+        f"{name:<16} {part['nll']:.4f} nats/token, perplexity {part['perplexity']:.3f}, "
+        f"{part['tokens']} tokens, {part['rows']} rows"
+        for name, part in [("all", document), *document["slices"].items()]
+    ]
     emit(document, as_json, "\n".join(lines))

@@ -36,7 +36,8 @@ def problems(parity: Parity, precision: str, recorded_nll: float | None) -> list
         change = abs(parity.reference_nll - recorded_nll) / max(abs(recorded_nll), 1e-9)
         if not change <= LINEAGE_TOLERANCE:
             found.append(
-                f"the checkpoint's own float32 NLL is {parity.reference_nll:.4f}, its lineage recorded {recorded_nll:.4f}: "
+                f"the checkpoint's own float32 NLL is {parity.reference_nll:.4f}, "
+                f"its lineage recorded {recorded_nll:.4f}: "
                 f"{change:.1%} apart, limit {LINEAGE_TOLERANCE:.0%} (its weights are not those that were evaluated)"
             )
     if not parity.ppl_ratio <= limits.ppl_ratio:

@@ -24,7 +24,8 @@ _TOP = {
 _BLOCK = {
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
 }  # fmt: skip
 
 
@@ -87,11 +88,12 @@ class GgufSource:
         eos = self._fields.get("tokenizer.ggml.eos_token_id")
         return {
             "architectures": [_ARCHITECTURES[architecture]], "model_type": architecture, "hidden_act": "silu",
-            "vocab_size": int(self._fields.get(f"{architecture}.vocab_size") or self.shape("model.embed_tokens.weight")[0]),
+            "vocab_size": self.shape("model.embed_tokens.weight")[0],
             "hidden_size": hidden, "num_hidden_layers": int(value("block_count")), "num_attention_heads": heads,
             "num_key_value_heads": int(value("attention.head_count_kv", heads)),
             "head_dim": int(value("attention.key_length", hidden // heads)),
-            "intermediate_size": int(value("feed_forward_length")), "max_position_embeddings": int(value("context_length")),
+            "intermediate_size": int(value("feed_forward_length")),
+            "max_position_embeddings": int(value("context_length")),
             "rms_norm_eps": float(value("attention.layer_norm_rms_epsilon")),
             "rope_theta": theta, "rope_parameters": {"rope_theta": theta, **self._rope_scaling(value)},
             "tie_word_embeddings": "lm_head.weight" not in self._tensors,

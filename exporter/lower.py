@@ -7,7 +7,7 @@ at once, so memory holds one matrix at a time; `place` writes what is left as fl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -95,38 +95,57 @@ def rules_for(target: Target, precision: str) -> list[Rule]:
 def _quantize_dense(graph: ir.Graph, lowering: Lowering) -> int:
     """Gemm(x, W^T, bias) -> MatMulNBits(x, data, scales, zeros, -, bias)."""
     count = 0
-    for node in [n for n in graph if n.op_type == "Gemm" and n.inputs[1] is not None and n.inputs[1].is_initializer()]:
-        weight, bias = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
-        outputs, inputs = (int(size) for size in weight.shape)
+    for node in [n for n in graph if n.op_type == "Gemm"]:
+        weight = _parameter(node, 1)
+        if weight is None:
+            continue
         bits = HEAD_BITS if node.outputs[0].name == "logits" else BODY_BITS[lowering.precision]
+        blocks = weight.columns // BLOCK
+        shapes = {"data": (weight.rows, blocks, BLOCK * bits // 8), "scales": (weight.rows, blocks)}
+        shapes["zeros"] = (weight.rows, (blocks + 1) // 2)
         parts = lowering.pack(weight.name, bits)
-        blocks = inputs // BLOCK
-        operands = [
-            node.inputs[0],
-            _initializer(graph, parts["data"], f"{weight.name}.data", (outputs, blocks, BLOCK * bits // 8)),
-            _initializer(graph, parts["scales"], f"{weight.name}.scales", (outputs, blocks)),
-            _initializer(graph, parts["zeros"], f"{weight.name}.zeros", (outputs, (blocks + 1) // 2))
-            if "zeros" in parts
-            else None,
+        packed = [
+            _initializer(graph, parts[part], f"{weight.name}.{part}", shapes[part]) if part in parts else None
+            for part in ("data", "scales", "zeros")
         ]
-        attributes = {"K": inputs, "N": outputs, "bits": bits, "block_size": BLOCK, "accuracy_level": ACCURACY_LEVEL}
-        _replace(graph, [node], "MatMulNBits", [*operands, *([None, bias] if bias is not None else [])], attributes)
+        bias = [None, node.inputs[2]] if len(node.inputs) > 2 else []
+        attributes = {"K": weight.columns, "N": weight.rows, "bits": bits, "block_size": BLOCK}
+        attributes["accuracy_level"] = ACCURACY_LEVEL
+        _replace(graph, [node], "MatMulNBits", [node.inputs[0], *packed, *bias], attributes)
         count += 1
     return count
 
 
 def _quantize_embedding(graph: ir.Graph, lowering: Lowering) -> int:
     """Gather(table, ids) -> GatherBlockQuantized; a tied head reads the same bytes of the weights file."""
-    found = [n for n in graph if n.op_type == "Gather" and n.inputs[0] is not None and n.inputs[0].is_initializer()]
-    for node in found:
-        table = node.inputs[0]
-        rows, width = (int(size) for size in table.shape)
+    count = 0
+    for node in [n for n in graph if n.op_type == "Gather"]:
+        table = _parameter(node, 0)
+        if table is None:
+            continue
         parts = lowering.pack(table.name, HEAD_BITS)
-        data = _initializer(graph, parts["data"], f"{table.name}.rows", (rows, width))
-        scales = _initializer(graph, parts["scales"], f"{table.name}.scales", (rows, width // BLOCK))
+        data = _initializer(graph, parts["data"], f"{table.name}.rows", (table.rows, table.columns))
+        scales = _initializer(graph, parts["scales"], f"{table.name}.scales", (table.rows, table.columns // BLOCK))
         attributes = {"bits": HEAD_BITS, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
         _replace(graph, [node], "GatherBlockQuantized", [data, node.inputs[1], scales], attributes)
-    return len(found)
+        count += 1
+    return count
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    name: str
+    rows: int
+    columns: int
+
+
+def _parameter(node: ir.Node, index: int) -> _Matrix | None:
+    """The weight matrix at an input, or None where the input is computed."""
+    value = node.inputs[index]
+    if value is None or value.name is None or value.shape is None or not value.is_initializer():
+        return None
+    rows, columns = value.shape.numpy()
+    return _Matrix(value.name, rows, columns)
 
 
 def _fuse_silu(graph: ir.Graph, lowering: Lowering) -> int:
@@ -144,13 +163,14 @@ def _fuse_skip_norm(graph: ir.Graph, lowering: Lowering) -> int:
     """RMSNormalization(Add(x, y)) -> SkipSimplifiedLayerNormalization, whose fourth output is the sum."""
     count = 0
     for node in [n for n in graph if n.op_type == "RMSNormalization"]:
-        add = node.inputs[0].producer()
+        x, scale = node.inputs
+        add = x.producer() if x is not None else None
         if add is None or add.op_type != "Add":
             continue
         total, normed = add.outputs[0], node.outputs[0]
         outputs = [_like(normed), ir.val(""), ir.val(""), _like(total)]
         fused = ir.node(
-            "SkipSimplifiedLayerNormalization", [*add.inputs, node.inputs[1]],
+            "SkipSimplifiedLayerNormalization", [*add.inputs, scale],
             {"epsilon": node.attributes["epsilon"].as_float()}, domain=MICROSOFT, outputs=outputs, name=node.name,
         )  # fmt: skip
         # The sum's readers come after the Add, so the fused node stands where the Add stood.
@@ -163,7 +183,7 @@ def _fuse_skip_norm(graph: ir.Graph, lowering: Lowering) -> int:
 
 
 def _replace(
-    graph: ir.Graph, old: list[ir.Node], kind: str, inputs: list[ir.Value | None], attributes: dict[str, int | float]
+    graph: ir.Graph, old: list[ir.Node], kind: str, inputs: list[ir.Value | None], attributes: Mapping[str, int | float]
 ) -> None:
     """Puts one com.microsoft node in the place of `old`, whose first one's first output it takes over."""
     output = _like(old[0].outputs[0])

@@ -69,7 +69,7 @@ def _component(package: str) -> dict[str, Any]:
     described, version = metadata.metadata(package), _version(package)
     purl = f"pkg:pypi/{package}@{version}"
     found: dict[str, Any] = {"type": "library", "bom-ref": purl, "name": package, "version": version, "purl": purl}
-    licence = described.get("License-Expression")
+    licence = described.json.get("license_expression", "")
     if licence:
         found["licenses"] = [{"expression": licence}]
     return found
@@ -86,9 +86,12 @@ def model_card(
         f"- {slice_name}: {value:.4f} nats per answer token"
         for slice_name, value in sorted(((own.get("eval") or {}).get("nll") or {}).items())
     )
+    shape = (
+        f"{spec.family} decoder, {spec.layers} layers, {spec.parameters / 1e6:.0f}M parameters, {precision} weights."
+    )
     return f"""# {name} {version}
 
-{spec.family} decoder, {spec.layers} layers, {spec.parameters / 1e6:.0f}M parameters, context {spec.max_context}, {precision} weights.
+{shape}
 
 ## Quality of this engine against its float32 checkpoint
 
@@ -108,5 +111,6 @@ Measured on {parity.tokens} answer tokens of {parity.rows} rows ({texts.origin} 
 
 ## Limits
 
-A small language model: it states falsehoods fluently. Drift of the traffic is watched against `baseline.json`.
+Sequences of up to {spec.max_context} tokens. A small language model: it states falsehoods fluently. Drift of the
+traffic is watched against `baseline.json`.
 """

@@ -10,22 +10,24 @@ every CPU. Quality measured on SmolLM2-135M is in DESIGN.md.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
 from skerry.core.errors import IncompatibleError
+from skerry.core.target import usable_cores
 
 BLOCK = 32
 # Clipping candidates for 4 bits: the range of a block, shrunk by these factors, is tried in turn.
-SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
+SHRINKS = (1.0, 0.95, 0.9)
 # Rows worked on at once: the temporaries of one slice stay in a CPU's second-level cache.
 SLICE_ELEMENTS = 1 << 17
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """data uint8 [N, blocks, BLOCK * bits / 8], scales float32 [N, blocks], zeros uint8 [N, ceil(blocks / 2)] or None."""
+    """data uint8 [N, blocks, BLOCK * bits / 8], scales float32 [N, blocks], zeros uint8 [N, ceil(blocks / 2)]."""
 
     bits: int
     data: np.ndarray
@@ -48,7 +50,8 @@ def quantize(weights: np.ndarray, bits: int) -> Quantized:
     scales = np.empty((rows, blocks), np.float32)
     zeros = np.empty((rows, blocks), np.uint8) if bits == 4 else None
     step = max(1, SLICE_ELEMENTS // width)
-    for start in range(0, rows, step):
+
+    def work(start: int) -> None:
         part = slice(start, start + step)
         x = weights[part].reshape(-1, blocks, BLOCK)
         if zeros is None:
@@ -56,6 +59,10 @@ def quantize(weights: np.ndarray, bits: int) -> Quantized:
         else:
             q, scales[part], zeros[part] = _int4(x)
             data[part] = _pack(q)
+
+    # NumPy lets go of the interpreter inside its loops, so threads help; slices are independent of each other.
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        list(pool.map(work, range(0, rows, step)))
     return Quantized(bits, data, scales, None if zeros is None else _pack(zeros))
 
 
@@ -69,8 +76,9 @@ def _int8(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _int4(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Integer zero points, chosen together with the scale: the pair with the least squared error of those tried.
 
-    For each clipping the scale follows from the range and the two nearest zero points are tried; after the best is found the scale
-    is refitted once by least squares for the chosen q (which never raises the error before its own rounding).
+    Each clipping gives a scale and two candidates for the zero point; each candidate's scale is refitted by least
+    squares to the codes it produced. A search over more clippings than three gained nothing
+    (root mean square error 6.93% of the weights' against 7.67% without).
     """
     low, high = np.minimum(x.min(-1), 0), np.maximum(x.max(-1), 0)
     best_error = np.full(low.shape, np.inf, np.float32)

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 CHAT = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SHAPE: dict[str, Any] = {
     "vocab_size": 384, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -37,21 +38,22 @@ def write_tokenizer(path: Path) -> None:
     (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "bos_token": "<|im_start|>"}))
 
 
-def write_texts(path: Path, prompts: int = 12) -> None:
+def write_texts(path: Path, count: int = 12) -> None:
     path.mkdir()
-    rows = [{"role": "user", "content": f"Say {WORDS[i % 8]} {i}"} for i in range(prompts)]
-    answered = [[row, {"role": "assistant", "content": f"{WORDS[(i * 3) % 8]} and {i} more"}] for i, row in enumerate(rows)]
-    for kind, listed in (("parity", answered), ("golden", [[r] for r in rows[:3]]), ("baseline", [[r] for r in rows])):
-        lines = [json.dumps({"messages": messages, "slice": "even" if i % 2 == 0 else "odd"}) for i, messages in enumerate(listed)]
-        (path / f"{kind}.jsonl").write_text("\n".join(lines) + "\n")
+    asks = [[{"role": "user", "content": f"Say {WORDS[i % 8]} {i}"}] for i in range(count)]
+    answers = [{"role": "assistant", "content": f"{WORDS[(i * 3) % 8]} and {i} more"} for i in range(count)]
+    texts = {"parity": [[*ask, answer] for ask, answer in zip(asks, answers)], "golden": asks[:3], "baseline": asks}
+    for kind, rows in texts.items():
+        slices = [{"messages": row, "slice": "odd" if i % 2 else "even"} for i, row in enumerate(rows)]
+        (path / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in slices))
 
 
 @pytest.fixture
 def make_model(tmp_path: Path) -> Make:
     """make_model(family="llama", **config) -> directory that transformers saved.
 
-    `peaked` makes the embedding dominate, as training would: logits of plainly random weights are full of near-ties, and
-    8 bits flip 6% of their maxima whatever the scale.
+    `peaked` makes the embedding dominate, as training would: logits of plainly random weights are full of near-ties,
+    and 8 bits flip 6% of their maxima whatever the scale.
     """
 
     def make(family: str = "llama", name: str = "model", peaked: bool = False, **overrides: Any) -> Path:
@@ -63,7 +65,7 @@ def make_model(tmp_path: Path) -> Make:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         with torch.no_grad():  # norms and biases start as ones and zeros: a test could not see them missing
             for key, value in model.named_parameters():
-                if key.endswith("norm.weight") or key.endswith(".bias"):
+                if key.endswith(("norm.weight", ".bias")):
                     value.add_(torch.randn_like(value) * 0.2)
             if peaked:
                 model.get_input_embeddings().weight.mul_(3)
@@ -84,8 +86,8 @@ def seal() -> Callable[..., None]:
         from skerry.core.model import write_lineage
 
         lineage = {
-            "name": "tiny", "version": "1.2.0", "parent": None, "dataset": {"id": "words", "digest": "ab" * 32}, "recipe": {},
-            "seed": 7, "versions": {}, "eval": {"nll": {"words": 5.0}, "parity_nll": parity_nll},
+            "name": "tiny", "version": "1.2.0", "parent": None, "dataset": {"id": "words", "digest": "ab" * 32},
+            "recipe": {}, "seed": 7, "versions": {}, "eval": {"nll": {"words": 5.0}, "parity_nll": parity_nll},
         }  # fmt: skip
         write_lineage(path, lineage)
 

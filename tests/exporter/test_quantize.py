@@ -89,7 +89,7 @@ def test_blocks_of_zeros_ones_and_one_sign(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_4_bit_grids_are_kept_exactly(bits: int) -> None:
-    """Weights that already lie on a 4-bit grid with an integer zero point (an imported Q4_0, say) come back unchanged."""
+    """Weights already on a 4-bit grid with an integer zero point (an imported Q4_0, say) come back unchanged."""
     rng = np.random.default_rng(2)
     q = rng.integers(0, 16, (8, 4, BLOCK))
     q[..., 0], q[..., 1] = 0, 15

@@ -1,0 +1,83 @@
+"""Graph contract and lowering rules: names, types, match counts, failing closed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+
+from skerry.core.errors import SkerryError
+from skerry.core.target import Target
+from skerry.exporter.graph import emit, skerry_ops
+from skerry.exporter.lower import Lowering, lower
+from skerry.exporter.placement import ALIGNMENT, WeightFile
+from skerry.exporter.subject import open_subject
+
+Make = Callable[..., Path]
+
+
+def _lowered(path: Path, precision: str, out: Path) -> tuple[ir.Model, Lowering]:
+    subject = open_subject(path)
+    with WeightFile(out / "weights.bin") as file:
+        lowering = Lowering(subject.spec, precision, subject.source, file)
+        return lower(emit(subject.spec, subject.decoder), Target("ort-cpu"), lowering), lowering
+
+
+def test_inputs_and_outputs_are_the_contract(make_model: Make, tmp_path: Path) -> None:
+    model, _ = _lowered(make_model(), "int8", tmp_path)
+    graph = model.graph
+    names = [value.name for value in graph.inputs]
+    assert names == [
+        "input_ids", "positions", "query_start", "context_len", "plan", "block_table.0", "slot.0",
+        "kv.0", "kv.1", "kv.2", "sample_rows",
+    ]  # fmt: skip
+    assert [value.name for value in graph.outputs] == ["logits", "hidden", "kv_out.0", "kv_out.1", "kv_out.2"]
+    integers = [value.name for value in graph.inputs if value.dtype == ir.DataType.INT32]
+    assert integers == [name for name in names if not name.startswith("kv.")]
+    assert [str(size) for size in graph.inputs[7].shape] == ["pages", "2", "2", "16", "16"]
+    assert skerry_ops(model) == ("skerry.PagedAttention:1",)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+def test_every_rule_matches_as_often_as_the_model_says(make_model: Make, tmp_path: Path, precision: str) -> None:
+    model, lowering = _lowered(make_model(tie_word_embeddings=True), precision, tmp_path)
+    fused = {"fuse-silu": 3, "fuse-skip-norm": 5}
+    wanted = fused if precision == "fp32" else {"quantize-embedding": 1, "quantize-dense": 22, **fused}
+    assert lowering.counts == wanted
+    kinds = {node.op_type for node in model.graph}
+    assert not kinds & {"Sigmoid", "Gemm" if precision != "fp32" else "MatMulNBits"}
+    bits = {n.name: n.attributes["bits"].as_int() for n in model.graph if n.op_type == "MatMulNBits"}
+    if precision == "int4":
+        assert bits.pop("logits") == 8 and set(bits.values()) == {4}
+
+
+def test_a_rule_that_matches_too_rarely_stops_the_export(make_model: Make, tmp_path: Path) -> None:
+    subject = open_subject(make_model())
+    emitted = emit(subject.spec, subject.decoder)
+    sigmoid = next(node for node in emitted.model.graph if node.op_type == "Sigmoid")
+    sigmoid.op_type = "Tanh"
+    with WeightFile(tmp_path / "weights.bin") as file, pytest.raises(SkerryError, match="fuse-silu: matched 2 times"):
+        lower(emitted, Target("ort-cpu"), Lowering(subject.spec, "fp32", subject.source, file))
+
+
+def test_weights_lie_aligned_and_apart_except_where_shared(make_model: Make, tmp_path: Path) -> None:
+    model, _ = _lowered(make_model(tie_word_embeddings=True), "int8", tmp_path)
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    assert all(isinstance(tensor, ir.ExternalTensor) for tensor in tensors)
+    spans = sorted({(tensor.offset, tensor.length) for tensor in tensors})
+    assert all(offset % ALIGNMENT == 0 for offset, _ in spans)
+    assert all(a + n <= b for (a, n), (b, _) in itertools.pairwise(spans))
+    assert len(tensors) - len(spans) == 1  # the embedding's rows are the tied head's data; scales are one initializer
+    assert (tmp_path / "weights.bin").stat().st_size == sum(spans[-1])
+
+
+def test_checker_accepts_the_standard_part(make_model: Make, tmp_path: Path) -> None:
+    """onnx knows neither domain of custom ops, but checks names, topology, attributes and the standard nodes."""
+    import onnx
+
+    model, _ = _lowered(make_model(), "int8", tmp_path)
+    (tmp_path / "graph.onnx").write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+    onnx.checker.check_model(str(tmp_path / "graph.onnx"))

