@@ -71,7 +71,7 @@ class Agent:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._retry = Retry()
-        self._disk_at = 0.0
+        self._disk_at = self._judged = 0.0
         self._ticked = time.monotonic()
         self.reports = Reports(self)
         self._wire()
@@ -176,7 +176,9 @@ class Agent:
         self._ticked = time.monotonic()
 
     def _follow_rules(self) -> None:
-        if self.progress.step is Step.IDLE and self.supervisor.looping():
+        died = self.supervisor.looping()
+        if self.progress.step is Step.IDLE and died > self._judged:
+            self._judged = died
             self._fall_back()
         for _ in Step:
             action = next_step(self.progress, self.facts(), self.policy)
@@ -292,10 +294,11 @@ class Agent:
             wish = Wish(0, bad.release, "", bad.manifest_sha256, bad.engine_digest)
             reason = "its files are damaged" if damaged else "it crashed again and again"
             self._record(Progress(Step.REVERT, Update(wish, bad.slot, spare), reason, quarantine=not damaged))
+            self.supervisor.forget_crashes(bad)
         elif damaged:
             self.reports.say("engine.damaged", {"release": bad.release, "digest": bad.engine_digest})
             self.installed = None
-        self.supervisor.forget_crashes(bad)
+            self.supervisor.forget_crashes(bad)
 
     # Odds and ends -------------------------------------------------------------------------------------------------
 

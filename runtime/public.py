@@ -19,6 +19,8 @@ from skerry.core.errors import SkerryError
 from skerry.runtime.process import Orphans
 
 BACKLOG = 1024
+# A process that looks gone may still be closing its sockets: its last thread does that after the first one is reaped.
+GONE_SECONDS = 1.0
 ORPHAN_TERM_SECONDS, ORPHAN_KILL_SECONDS, ORPHAN_GIVE_UP_SECONDS = 3.0, 8.0, 12.0
 
 
@@ -26,7 +28,7 @@ def bind_public(host: str, port: int, orphans: Orphans) -> socket.socket:
     """Listens on the port. Workers that a killed agent left behind hold it until they have drained: they are given
     time to, then are told to hurry, then ended. Raises SkerryError when somebody else has the port, or the address is
     not ours."""
-    started = time.monotonic()
+    started = last_seen = time.monotonic()
     sent: set[int] = set()
     while True:
         try:
@@ -37,8 +39,11 @@ def bind_public(host: str, port: int, orphans: Orphans) -> socket.socket:
             if error.errno != errno.EADDRINUSE:
                 cause = error.strerror or str(error)
                 raise SkerryError("listen on", f"{host}:{port}", cause, "check --host and --port") from error
-            waited = time.monotonic() - started
-            if not orphans.alive() or waited > ORPHAN_GIVE_UP_SECONDS:
+            now = time.monotonic()
+            waited = now - started
+            if orphans.alive():
+                last_seen = now
+            if now - last_seen > GONE_SECONDS or waited > ORPHAN_GIVE_UP_SECONDS:
                 hint = "another --port, or stop the process that has it"
                 raise SkerryError("listen on", f"{host}:{port}", "the port is in use", hint) from error
             for after, number in ((ORPHAN_TERM_SECONDS, signal.SIGTERM), (ORPHAN_KILL_SECONDS, signal.SIGKILL)):

@@ -121,9 +121,10 @@ class Supervisor:
         """Something was done about them."""
         self.crashes.pop(engine, None)
 
-    def looping(self) -> bool:
-        """The target crashes again and again."""
-        return self.target is not None and crash_loop(self.crashes.get(self.target, ()), self._clock())
+    def looping(self) -> float:
+        """When the target died last, if it does so again and again; else 0."""
+        crashes = self.crashes.get(self.target, ()) if self.target is not None else ()
+        return crashes[-1] if crash_loop(crashes, self._clock()) else 0.0
 
     # Reconciliation ------------------------------------------------------------------------------------------------
 
@@ -297,12 +298,12 @@ class Supervisor:
 
     def shut_down(self, seconds: float) -> None:
         """Drains everything; whoever is not gone after `seconds` and a little more is killed."""
-        self._responder.off()
         now = self._clock()
         self.target = self.trial = None
         for worker in [w for w in (self.active, self.incoming) if w is not None]:
             self._send_away(worker, now, seconds)
         self.active = self.incoming = None
+        self._responder.on("this node is stopping")
         deadline = now + seconds + 2.0
         for worker in self.draining:
             while worker.process.poll() is None and self._clock() < deadline:
@@ -310,6 +311,7 @@ class Supervisor:
             if worker.process.poll() is None:
                 worker.kill()
                 worker.process.wait()
+        self._responder.off()
 
 
 def _whole(value: Any) -> int:

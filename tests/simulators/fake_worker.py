@@ -82,6 +82,7 @@ class Worker:
             with self.lock:
                 self.running += 1
             threading.Thread(target=self.answer, args=(connection,)).start()
+        time.sleep(0.3)  # as a real worker does for kept-alive clients; it still holds the port
         while self.running:
             time.sleep(0.01)
 

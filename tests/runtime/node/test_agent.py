@@ -112,6 +112,38 @@ def test_an_engine_that_does_not_warm_up_is_turned_back(
     assert control.beat["engine_digest"] == control.v1["engine_digest"]
 
 
+def test_a_first_engine_that_is_no_good_leaves_a_clear_answer(
+    control: Any, make_bundle: Any, make_agent: Any, until: Any
+) -> None:
+    wish = control.publish(make_bundle("v1", crash=True))
+    agent = make_agent(probation_seconds=60.0).start().agent
+    control.want(wish)
+    until(lambda: version(agent) == "v1")
+    ask(agent, "/crash")
+    until(lambda: agent.outcomes["reverted"] == 1)
+    until(lambda: ask(agent)[0] == 503)
+    until(lambda: control.beat["engine_digest"] is None)
+    control.want(control.publish(make_bundle("v2")))
+    until(lambda: version(agent) == "v2")
+
+
+def test_an_engine_that_cannot_be_started_is_retried_with_patience(
+    control: Any, serving: Any, until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = serving()
+    verified = []
+    held = agent.slots.held
+    monkeypatch.setattr(agent.slots, "held", lambda *a, **k: verified.append(a) or held(*a, **k))
+    monkeypatch.setattr(agent.supervisor, "_command", ["/bin/false"])
+    os.kill(ask(agent)[1]["pid"], signal.SIGKILL)
+    until(lambda: agent.reports.crashes >= 4)
+    assert len(verified) <= 2 * agent.reports.crashes and not agent.quarantine.digests
+    until(lambda: ask(agent)[0] == 503)
+    monkeypatch.undo()
+    agent.supervisor._command = list(agent.settings.worker_command)
+    until(lambda: version(agent) == "v1")
+
+
 def test_a_crash_in_probation_reverts_and_the_digest_never_comes_back_by_itself(
     control: Any, make_bundle: Any, serving: Any, make_agent: Any, until: Any
 ) -> None:
