@@ -109,8 +109,9 @@ class Jobs:
     def _fetch(self, update: Update, cancelled: threading.Event) -> None:
         manifest, raw = self._manifest(update)
         partial = self._slots.partial_path(update.slot)
-        held = self._slots.open(update.slot, verify=True)
-        if held is not None and held.digest == update.wish.manifest_sha256:
+        held = self._slots.manifest_of(update.slot)
+        same = held is not None and held.digest == update.wish.manifest_sha256
+        if same and self._slots.open(update.slot, verify=True) is not None:
             self._slots.discard_partial(update.slot)
             return
         free = shutil.disk_usage(self._slots.directory).free
