@@ -26,7 +26,8 @@ def live(call: Call) -> Response:
 
 def metrics(call: Call) -> Response:
     with call.plane.store.read() as session:
-        body = call.plane.metrics.render(session, time.time(), call.plane.settings.offline_seconds)
+        ends = call.plane.repository.expiries(session)
+        body = call.plane.metrics.render(session, time.time(), call.plane.settings.offline_seconds, ends)
     return Response(body, media_type="text/plain; version=0.0.4")
 
 
@@ -77,6 +78,7 @@ def create_app(plane: Plane, *, run_controller: bool = True) -> FastAPI:
             frame.operator("POST", f"{api}/blobs/missing", operator.missing_blobs, limit),
             frame.operator("POST", f"{api}/releases", operator.publish_release, 4 * limit),
             frame.operator("GET", f"{api}/releases", operator.list_releases),
+            frame.operator("POST", f"{api}/releases/renew", operator.renew_releases, 4 * limit),
             frame.operator("POST", f"{api}/rollouts", operator.start_rollout),
             frame.operator("GET", f"{api}/rollouts", operator.list_rollouts),
             frame.operator("GET", f"{api}/rollouts/{{rollout}}", operator.show_rollout),

@@ -2,46 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from skerry.core.cli import emit, json_option
-from skerry.core.errors import AuthError, InputError, UsageError
-
-if TYPE_CHECKING:
-    from skerry.fleet.client import FleetClient
-
-PATH = click.Path(path_type=Path)
-Command = Callable[..., Any]
-EXIT_TURNED_BACK = 3
-
-
-def connection(command: Command) -> Command:
-    """--server and --token-file, for everything that talks to a running control plane."""
-    command = click.option(
-        "--token-file",
-        type=PATH,
-        envvar="SKERRY_FLEET_TOKEN_FILE",
-        help="File with the operator token (D/admin.token).",
-    )(command)
-    return click.option(
-        "--server", envvar="SKERRY_FLEET_SERVER", default="http://127.0.0.1:7400", show_default=True,
-        help="URL of the control plane.",
-    )(command)  # fmt: skip
-
-
-def connect(server: str, token_file: Path | None) -> FleetClient:
-    from skerry.fleet.client import FleetClient
-    from skerry.fleet.plane import read_token
-
-    if token_file is None:
-        raise AuthError(
-            "connect", server, "no operator token", "--token-file D/admin.token, or SKERRY_FLEET_TOKEN_FILE"
-        )
-    return FleetClient(server, read_token(token_file))
+from skerry.fleet.cli_common import PATH, connect, connection
+from skerry.fleet.cli_releases import release, retrain, source
+from skerry.fleet.cli_rollouts import rollout
 
 
 @click.group()
@@ -92,6 +61,32 @@ def serve(directory: Path, config: Path | None, as_json: bool, **flags: Any) -> 
         emit(document, as_json, f"Control plane at {document['url']}")
 
     run(directory, settings, announce)
+
+
+@fleet.command()
+@click.option("--offline", type=PATH, required=True, help="Directory with root.pem and targets.pem.")
+@click.option("--metadata", type=PATH, required=True, help="Where the server takes metadata in: D/server/metadata.")
+@json_option
+def renew(offline: Path, metadata: Path, as_json: bool) -> None:
+    """Sign root and targets metadata anew before they expire; once a year is often enough."""
+    from skerry.fleet.plane import renew_offline
+
+    written = renew_offline(offline, metadata)
+    emit(written, as_json, "\n".join(f"wrote {path}" for path in written.values()))
+
+
+@fleet.command()
+@connection
+@json_option
+def audit(server: str, token_file: Path | None, as_json: bool) -> None:
+    """Show the newest audit entries and check the whole chain; exit 1 when it is broken."""
+    from skerry.fleet import text
+
+    with connect(server, token_file) as client:
+        document = client.audit()
+    emit(document, as_json, lambda: text.audit(document))
+    if not document["intact"]:
+        click.get_current_context().exit(1)
 
 
 @fleet.command()
@@ -170,238 +165,6 @@ def node_revoke(name: str, server: str, token_file: Path | None, as_json: bool) 
     emit(document, as_json, f"revoked {document['node']}")
 
 
-@fleet.group()
-def release() -> None:
-    """Releases."""
-
-
-@release.command("publish")
-@click.argument("bundles", nargs=-1, required=True, type=PATH)
-@click.option("--version", "version", required=True, help="The release's name, v2 say.")
-@click.option("--publisher", type=PATH, required=True, help="Directory with releases.pem.")
-@click.option("--floor", type=int, help="Security floor: nodes refuse releases below it from then on.")
-@connection
-@json_option
-def release_publish(
-    bundles: tuple[Path, ...],
-    version: str,
-    publisher: Path,
-    floor: int | None,
-    server: str,
-    token_file: Path | None,
-    as_json: bool,
-) -> None:
-    """Verify bundles, upload their chunks, sign the release and publish it. Nothing is rolled out by this."""
-    from skerry.fleet.publish import publish
-    from skerry.fleet.text import upload_progress
-
-    if floor is not None and floor < 0:
-        raise UsageError("publish release", version, "--floor must be 0 or more")
-    with connect(server, token_file) as client, upload_progress() as progress:
-        document = publish(client, bundles, version, publisher, floor, progress)
-    targets = ", ".join(document["bundles"])
-    emit(document, as_json, f"published {version} for {targets}, {document['uploaded_bytes']:,} bytes uploaded")
-
-
-@release.command("ls")
-@connection
-@json_option
-def release_ls(server: str, token_file: Path | None, as_json: bool) -> None:
-    """List releases."""
-    from skerry.fleet import text
-
-    with connect(server, token_file) as client:
-        listed = client.releases()
-    emit({"releases": listed}, as_json, lambda: text.releases(listed))
-
-
-@fleet.group()
-def rollout() -> None:
-    """Rollouts."""
-
-
-@rollout.command("start")
-@click.argument("version")
-@click.option("--waves", help="Nodes in total after each wave, counts or shares.  [default: 1,50%,100%]")
-@click.option("--soak-requests", type=int, help="Answers a wave must give before it is judged; 0: none.")
-@click.option("--soak-seconds", type=float, help="Seconds a wave must serve before it is judged.")
-@click.option("--wave-deadline", "wave_deadline_seconds", type=float, help="Seconds a wave may take to fill.")
-@click.option("--max-failed-ratio", type=float, help="Share of failed requests a wave may have.")
-@click.option("--min-requests", type=int, help="Fewer answers than this are no data.  [default: 4, or --soak-requests]")
-@click.option("--on-no-data", type=click.Choice(["pause", "rollback"]), help="What a wave without data does.")
-@click.option("--approval", is_flag=True, default=None, help="Wait for `rollout approve` before the first wave.")
-@click.option("--auto-rollback/--no-auto-rollback", default=None, help="Turn back by itself.  [default: yes]")
-@click.option("--dry-run", is_flag=True, help="Show the plan, change nothing.")
-@click.option("--watch", is_flag=True, help="Follow it to its end; exit 0 succeeded, 3 turned back, 5 timed out.")
-@click.option("--timeout", type=float, help="Seconds to watch at most.")
-@connection
-@json_option
-def rollout_start(
-    version: str,
-    dry_run: bool,
-    watch: bool,
-    timeout: float | None,
-    server: str,
-    token_file: Path | None,
-    as_json: bool,
-    **policy: Any,
-) -> None:
-    """Roll a published release out, wave by wave."""
-    from skerry.core.policy import Policy
-    from skerry.fleet import text
-
-    given = {name: value for name, value in policy.items() if value is not None}
-    if "soak_requests" in given and "min_requests" not in given:
-        given["min_requests"] = min(given["soak_requests"], Policy().min_requests)
-    with connect(server, token_file) as client:
-        document = client.start_rollout(version, given, dry_run)
-        if watch and not dry_run:
-            finish(client, document["rollout"], timeout, as_json)
-            return
-    emit(document, as_json, lambda: text.plan(document))
-
-
-def finish(client: FleetClient, rollout_id: str, timeout: float | None, as_json: bool) -> None:
-    """Watches to the end, prints the result and exits 3 when the release did not stay."""
-    from skerry.fleet import text
-
-    document = client.watch(rollout_id, timeout, lambda seen: click.echo(text.step(seen), err=True))
-    emit(document, as_json, lambda: text.rollout(document))
-    if document["state"] != "SUCCEEDED":
-        click.get_current_context().exit(EXIT_TURNED_BACK)
-
-
-@rollout.command("status")
-@click.argument("rollout_id", required=False)
-@click.option("--watch", is_flag=True, help="Follow it to its end; exit 0 succeeded, 3 turned back, 5 timed out.")
-@click.option("--timeout", type=float, help="Seconds to watch at most.")
-@connection
-@json_option
-def rollout_status(
-    rollout_id: str | None, watch: bool, timeout: float | None, server: str, token_file: Path | None, as_json: bool
-) -> None:
-    """Show one rollout, or all, newest first."""
-    from skerry.fleet import text
-
-    with connect(server, token_file) as client:
-        if rollout_id is None and not watch:
-            listed = client.rollouts()
-            emit({"rollouts": listed}, as_json, lambda: text.rollouts(listed))
-            return
-        rollout_id = rollout_id or newest(client)
-        if watch:
-            finish(client, rollout_id, timeout, as_json)
-            return
-        document = client.rollout(rollout_id)
-    emit(document, as_json, lambda: text.rollout(document))
-
-
-def newest(client: FleetClient) -> str:
-    listed = client.rollouts()
-    if not listed:
-        raise InputError("find rollout", "", "there is none yet", "skerry fleet rollout start VERSION")
-    return str(listed[0]["id"])
-
-
-def _action(name: str, summary: str) -> None:
-    """Registers `rollout NAME ID`."""
-
-    @rollout.command(name, help=summary)
-    @click.argument("rollout_id", required=False)
-    @click.option("--watch", is_flag=True, help="Follow it to its end afterwards.")
-    @click.option("--timeout", type=float, help="Seconds to watch at most.")
-    @connection
-    @json_option
-    def command(
-        rollout_id: str | None, watch: bool, timeout: float | None, server: str, token_file: Path | None, as_json: bool
-    ) -> None:
-        from skerry.fleet import text
-
-        with connect(server, token_file) as client:
-            document = client.act(rollout_id or newest(client), name)
-            if watch:
-                finish(client, document["id"], timeout, as_json)
-                return
-        emit(document, as_json, lambda: text.rollout(document))
-
-
-_action("pause", "Stop before the next wave; nodes keep what they have. Without ID: the newest rollout.")
-_action("resume", "Go on with a paused rollout.")
-_action("abort", "End it at once; every node is told to have the previous release.")
-_action("undo", "Go back: a running rollout turns back, a finished one is answered by a new rollout.")
-_action("approve", "Let a rollout that waits for approval begin.")
-
-
-@rollout.command("history")
-@click.argument("rollout_id", required=False)
-@connection
-@json_option
-def rollout_history(rollout_id: str | None, server: str, token_file: Path | None, as_json: bool) -> None:
-    """Show every transition with its time and reason."""
-    from skerry.fleet import text
-
-    with connect(server, token_file) as client:
-        document = client.history(rollout_id or newest(client))
-    emit(document, as_json, lambda: text.history(document))
-
-
-@fleet.group()
-def source() -> None:
-    """Data sources that a retraining could learn from."""
-
-
-@source.command("add")
-@click.argument("name")
-@click.option("--sketch", type=PATH, required=True, help="JSON file: {sketch, tokenizer_digest}.")
-@click.option("--tokenizer-digest", help="Where the file holds the bare sketch: the tokenizer's SHA-256.")
-@connection
-@json_option
-def source_add(
-    name: str, sketch: Path, tokenizer_digest: str | None, server: str, token_file: Path | None, as_json: bool
-) -> None:
-    """Register a data source by the sketch of its tokens; the data itself stays where it is."""
-    from skerry.core.files import read_json
-
-    document = read_json(sketch)
-    bare = isinstance(document, dict) and "sketch" not in document
-    digest = tokenizer_digest or (None if bare else document.get("tokenizer_digest"))
-    if not isinstance(document, dict) or not isinstance(digest, str):
-        raise InputError("add data source", sketch, "names no tokenizer", "--tokenizer-digest SHA256")
-    with connect(server, token_file) as client:
-        added = client.add_source(name, document if bare else document["sketch"], digest)
-    emit(added, as_json, f"registered {added['name']}, {added['tokens']:,} tokens")
-
-
-@source.command("ls")
-@connection
-@json_option
-def source_ls(server: str, token_file: Path | None, as_json: bool) -> None:
-    """List data sources."""
-    from skerry.fleet import text
-
-    with connect(server, token_file) as client:
-        listed = client.sources()
-    emit({"data_sources": listed}, as_json, lambda: text.sources(listed))
-
-
-@fleet.group()
-def retrain() -> None:
-    """Retrain requests."""
-
-
-@retrain.command("ls")
-@click.option("--state", type=click.Choice(["open", "claimed", "completed", "failed"]), help="Only these.")
-@connection
-@json_option
-def retrain_ls(state: str | None, server: str, token_file: Path | None, as_json: bool) -> None:
-    """List retrain requests."""
-    from skerry.fleet import text
-
-    with connect(server, token_file) as client:
-        listed = client.retrain_requests(state)
-    emit({"retrain_requests": listed}, as_json, lambda: text.retrain(listed))
-
-
 @drift.command("status")
 @connection
 @json_option
@@ -412,3 +175,7 @@ def drift_status(server: str, token_file: Path | None, as_json: bool) -> None:
     with connect(server, token_file) as client:
         document = client.drift()
     emit(document, as_json, lambda: text.drift(document))
+
+
+for group in (release, rollout, source, retrain):
+    fleet.add_command(group)

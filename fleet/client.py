@@ -136,6 +136,9 @@ class FleetClient:
         query = f"?state={quote(state)}" if state else ""
         return list(self.get(f"/api/v1/retrain-requests{query}")["retrain_requests"])
 
+    def audit(self) -> Any:
+        return self.get("/api/v1/audit")
+
     def drift(self) -> Any:
         return self.get("/api/v1/drift")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
@@ -31,13 +33,16 @@ class Metrics:
             "skerry_fleet_controller_ticks", "Controller rounds by outcome.", ["outcome"], registry=self.registry
         )
         self.nodes = Gauge("skerry_fleet_nodes", "Nodes by presence.", ["state"], registry=self.registry)
+        self.expiry = Gauge("skerry_fleet_metadata_expiry", "When TUF metadata ends.", ["role"], registry=self.registry)
         self.live = Gauge("skerry_fleet_live_rollouts", "Rollouts that are not finished.", registry=self.registry)
         self.retrains = Gauge(
             "skerry_fleet_open_retrain_requests", "Retrain requests nobody finished.", registry=self.registry
         )
 
-    def render(self, session: Session, now: float, offline_seconds: float) -> bytes:
+    def render(self, session: Session, now: float, offline_seconds: float, expiries: dict[str, datetime]) -> bytes:
         """The text format; gauges are read from the store at this moment."""
+        for role, at in expiries.items():
+            self.expiry.labels(role).set(at.timestamp())
         active = Node.revoked_at.is_(None)
         count = select(func.count()).select_from(Node)
         online = session.execute(count.where(active, Node.seen_at > now - offline_seconds)).scalar() or 0

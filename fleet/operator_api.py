@@ -81,6 +81,14 @@ def publish_release(call: Call) -> Response:
     return json_response(document, 201)
 
 
+def renew_releases(call: Call) -> Response:
+    """New metadata of the publisher's with no new release: the old ones stay installable for another term."""
+    plane = call.plane
+    with plane.store.write(durable=True) as session:
+        signed = releases.renew(session, plane.repository, call.json())
+    return json_response({"version": signed.version, "expires": signed.expires.isoformat()})
+
+
 def list_releases(call: Call) -> Response:
     with call.plane.store.read() as session:
         found = session.execute(select(Release).order_by(Release.serial)).scalars()

@@ -71,6 +71,22 @@ def init(directory: Path, now: float | None = None) -> dict[str, str]:
     }
 
 
+def renew_offline(offline: Path, metadata: Path) -> dict[str, str]:
+    """Signs root and targets anew with a later expiry, as files the running server takes in within a minute."""
+    from tuf.api.metadata import Root, Targets
+
+    written = {}
+    for role, kind in (("root", Root), ("targets", Targets)):
+        newest, path = max(repository.versions(metadata, role), default=(0, metadata))
+        if not newest:
+            raise NotFound("renew metadata", metadata, f"no {role} metadata in it", "--metadata D/server/metadata")
+        signer = load_signer(offline / f"{role}.pem")
+        out = metadata / f"{newest + 1}.{role}.json"
+        write_atomic(out, repository.renew(kind, path.read_bytes(), signer))
+        written[role] = str(out)
+    return written
+
+
 @dataclass
 class Plane:
     """What request handlers and the controller work on."""
@@ -131,6 +147,12 @@ class Plane:
     @property
     def root_base64(self) -> str:
         return base64.b64encode(self.root).decode()
+
+    @property
+    def identity(self) -> bytes:
+        """The first root: what names this control plane, whatever was rotated since."""
+        with self.store.read() as session:
+            return self.repository.file(session, "1.root.json")
 
     def sign(self, wanted: Desired) -> dict[str, Any]:
         return sign_document(wanted.to_json(), self.director_key, "director")

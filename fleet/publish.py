@@ -55,10 +55,25 @@ def publish(
             "manifests": {t: base64.b64encode(b.manifest_bytes).decode() for t, b in bundles.items()},
         },
     )
+    return {**answer, "uploaded_bytes": uploaded, "metadata_version": _remember(publisher, signed, seen)}
+
+
+def renew(client: FleetClient, publisher: Path) -> dict[str, Any]:
+    """Signs the releases metadata anew with a later expiry. Raises AuthError, Conflict, Unavailable."""
+    signer = load_signer(publisher / "releases.pem")
+    current = client.request("GET", "/tuf/metadata/releases.json").content
+    seen = _check_not_rolled_back(publisher, current)
+    signed = extend_releases(current, signer, {})
+    answer = client.post("/api/v1/releases/renew", {"releases_metadata": base64.b64encode(signed).decode()})
+    _remember(publisher, signed, seen)
+    return dict(answer)
+
+
+def _remember(publisher: Path, signed: bytes, seen: int) -> int:
     newest = parse_version(signed)
     if newest > seen:
         write_json(publisher / "state.json", {"version": newest, "sha256": sha256_bytes(signed)})
-    return {**answer, "uploaded_bytes": uploaded, "metadata_version": newest}
+    return newest
 
 
 def _open(paths: Sequence[Path]) -> dict[str, Bundle]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
+from tuf.api.metadata import Targets
 
 from skerry.core.bundle import Manifest
 from skerry.core.errors import Conflict, GateFailed, IncompatibleError, InputError, NotFound
@@ -67,6 +68,18 @@ def register(session: Session, blobs: Blobs, repository: Repository, request: An
     data = {"targets": {target: sha256_bytes(body) for target, body in bodies.items()}, "floor": floor}
     audit.record(session, "publisher", "release.publish", version, data, now)
     return release
+
+
+def renew(session: Session, repository: Repository, request: Any, now: float | None = None) -> Targets:
+    """Takes the publisher's metadata with a later expiry. Raises InputError when it names other targets than before."""
+    raw = _base64("releases_metadata", request.get("releases_metadata") if isinstance(request, dict) else None)
+    known = {manifest_path(row.release, row.target) for row in session.execute(select(ManifestRow)).scalars()}
+    signed = repository.publish_releases(session, raw)
+    if set(signed.targets) != known:
+        raise InputError("renew releases", f"version {signed.version}", "it names other targets than are published")
+    repository.refresh(session)
+    audit.record(session, "publisher", "release.renew", f"version {signed.version}", {}, now)
+    return signed
 
 
 def read_measured(blobs: Blobs, manifest: Manifest, name: str) -> Any:

@@ -52,6 +52,13 @@ LIFETIME = {
 METADATA_LIMIT = 4 << 20
 _FILE = re.compile(r"(?:(\d{1,9})\.)?(root|targets|releases|snapshot|timestamp)\.json")
 _SERIALIZER = JSONSerializer(compact=True)
+_KINDS: dict[str, type[Any]] = {
+    "root": Root,
+    "targets": Targets,
+    RELEASES: Targets,
+    "snapshot": Snapshot,
+    "timestamp": Timestamp,
+}
 
 
 def load_signer(path: Path) -> CryptoSigner:
@@ -131,6 +138,16 @@ def extend_releases(
     return metadata.to_bytes(_SERIALIZER)
 
 
+def renew(kind: type[Any], current: bytes, signer: CryptoSigner, now: datetime | None = None) -> bytes:
+    """The next version with the same content and a new life, for root and targets, by whoever holds the offline key."""
+    metadata = parse(kind, current)
+    metadata.signed.version += 1
+    metadata.signed.expires = _expires(kind.type, now or datetime.now(UTC))
+    metadata.signatures.clear()
+    metadata.sign(signer)
+    return metadata.to_bytes(_SERIALIZER)
+
+
 def parse(kind: type[Any], raw: bytes) -> Metadata[Any]:
     if len(raw) > METADATA_LIMIT:
         raise InputError("read metadata", "", f"{len(raw)} bytes, more than the {METADATA_LIMIT} allowed")
@@ -160,7 +177,7 @@ class Repository:
         """Takes new root, targets and first releases versions from files. Each must be signed by whom it needs."""
         taken = []
         for role in ("root", "targets", RELEASES):
-            for version, path in sorted(_versions(directory, role)):
+            for version, path in sorted(versions(directory, role)):
                 newest = self.newest_version(session, role)
                 if version <= newest:
                     continue
@@ -206,6 +223,10 @@ class Repository:
         self._put(session, "timestamp", fresh, self._timestamp)
         return True
 
+    def expiries(self, session: Session) -> dict[str, datetime]:
+        """When the newest metadata of each role ends; what is past blocks installs, never serving."""
+        return {role: parse(_KINDS[role], self.file(session, f"{role}.json")).signed.expires for role in LIFETIME}
+
     def file(self, session: Session, name: str) -> bytes:
         """`timestamp.json` is the newest, everything else is asked for by version (`3.snapshot.json`)."""
         match = _FILE.fullmatch(name)
@@ -234,7 +255,7 @@ class Repository:
 
     def _verify(self, session: Session, role: str, raw: bytes, newest: int) -> Any:
         """Checks `raw` the way a client would: by its delegator, exactly one version on, not expired."""
-        metadata = parse(Root if role == "root" else Targets, raw)
+        metadata = parse(_KINDS[role], raw)
         delegators = []
         if role == "root":
             delegators = [metadata] + ([parse(Root, self._body(session, "root", newest))] if newest else [])
@@ -257,7 +278,7 @@ class Repository:
         return metadata.signed
 
 
-def _versions(directory: Path, role: str) -> list[tuple[int, Path]]:
+def versions(directory: Path, role: str) -> list[tuple[int, Path]]:
     files = directory.glob(f"*.{role}.json")
     return [(int(path.name.split(".")[0]), path) for path in files if path.name.split(".")[0].isdigit()]
 

@@ -48,7 +48,7 @@ def serve(directory: Path, settings: Settings, announce: Callable[[dict[str, Any
     try:
         listener = bind(settings.host, settings.port)
         port = listener.getsockname()[1]
-        advertisement = Advertisement.start(settings.host, port, plane.root) if settings.zeroconf else None
+        advertisement = Advertisement.start(settings.host, port, plane.identity) if settings.zeroconf else None
         config = uvicorn.Config(
             create_app(plane),
             log_level="warning",

@@ -123,6 +123,14 @@ def history(document: Any) -> str:
     return table(("AT", "STATE", "PHASE", "WAVE", "REASON"), rows)
 
 
+def audit(document: Any) -> str:
+    rows = [
+        (one["seq"], clock(one["at"]), one["actor"], one["action"], one["object"][:24]) for one in document["entries"]
+    ]
+    verdict = "the chain is intact" if document["intact"] else f"the chain is BROKEN at entry {document['broken_at']}"
+    return table(("NO", "AT", "WHO", "WHAT", "OBJECT"), rows[-50:]) + f"\n{verdict}"
+
+
 def sources(listed: Sequence[Any]) -> str:
     rows = [
         (one["name"], f"{one['tokens']:,}", short(one["tokenizer_digest"]), clock(one["updated_at"])) for one in listed

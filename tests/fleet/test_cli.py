@@ -62,6 +62,7 @@ def test_the_main_road_by_command(skerry, server, join, bundle, tmp_path):
         (("fleet", "rollout", "status"), "SUCCEEDED"),
         (("fleet", "rollout", "status", done["id"]), "wave 2 (100%)"),
         (("fleet", "rollout", "history"), "JUDGE"),
+        (("fleet", "audit"), "the chain is intact"),
         (("drift", "status"), "no drift"),
         (("fleet", "retrain", "ls"), "SOURCE"),
         (("fleet", "source", "ls"), "TOKENS"),

@@ -232,6 +232,22 @@ def test_new_offline_metadata_is_taken_in_from_files(server, tmp_path):
     (metadata / "3.root.json").unlink()
 
 
+def test_offline_and_publisher_metadata_are_renewed_before_they_expire(server, bundle, tmp_path):
+    from skerry.fleet.publish import renew
+
+    server.publish([bundle(b"one")], "v1")
+    planes.renew_offline(server.directory / "offline", server.directory / "server" / "metadata")
+    assert server.plane.refresh_metadata()
+    with server.client() as client:
+        assert renew(client, server.directory / "publisher")["version"] == 3
+    fresh = updater(server, tmp_path / "tuf")
+    fresh.refresh()
+    assert fresh._trusted_set.root.version == 2 and fresh._trusted_set.targets.version == 2
+    assert fresh.get_targetinfo(manifest_path("v1", "ort-cpu")) is not None
+    text = httpx.get(f"{server.url}/metrics").text
+    assert 'skerry_fleet_metadata_expiry{role="releases"}' in text
+
+
 def test_init_refuses_to_overwrite_and_opening_names_what_is_missing(tmp_path, settings):
     planes.init(tmp_path / "d")
     with pytest.raises(Conflict):
