@@ -84,7 +84,7 @@ class Agent:
         self.supervisor = Supervisor(
             Responder(self.public), self.public, orphans, self.slots.bundle_path, self._worker_options,
             self._post_worker, settings.worker_command or None, settings.threads or self.device.cores,
-            settings.warm_seconds,
+            settings.warm_seconds, settings.drain_seconds,
         )  # fmt: skip
         self._transport, self._fetch_transport = Transport(self.node.url), Transport(self.node.url)
         trusted = TrustedManifests(directory / "tuf", self._fetch_transport, (directory / "root.json").read_bytes())
@@ -315,7 +315,7 @@ class Agent:
     def _shut_down(self) -> None:
         log.info("stopping: draining workers")
         self.jobs.cancel()
-        self.supervisor.shut_down(self.settings.drain_seconds)
+        self.supervisor.shut_down()
         self._wait(0.2)
         self.reports.say("agent.stopped", {})
         if not self._silent:

@@ -21,7 +21,7 @@ class NodeSettings:
     probation_requests: int = 64
     probation_seconds: float = 30.0
     max_failed_ratio: float = 0.1
-    drain_seconds: float = 10.0
+    drain_seconds: float = 30.0
     worker_command: tuple[str, ...] = ()
 
     def policy(self) -> Policy:

@@ -26,7 +26,6 @@ from skerry.runtime.slots import Installed
 from skerry.runtime.swap import Move, View, plan
 from skerry.runtime.update import Candidate, crash_loop, fits_beside, restart_delay
 
-DRAIN_SECONDS = 30.0
 CRASH_WINDOW_SECONDS = 120.0
 
 
@@ -60,13 +59,14 @@ class Supervisor:
         command: Sequence[str] | None = None,
         threads: int = 1,
         warm_seconds: float = 120.0,
+        drain_seconds: float = 30.0,
         memory: Callable[[], int] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._responder, self._public, self._orphans = responder, public, orphans
         self._bundle_path, self._extra, self._post = bundle_path, extra, post
         self._command = list(command or default_command())
-        self._threads, self._warm_seconds = threads, warm_seconds
+        self._threads, self._warm_seconds, self._drain_seconds = threads, warm_seconds, drain_seconds
         self._memory, self._clock = memory or available_memory, clock
         self.target: Installed | None = None
         self.trial: Installed | None = None
@@ -180,7 +180,7 @@ class Supervisor:
                 data = {"available_bytes": self._memory(), "needed_bytes": self._needed()}
                 self.notices.append(Notice("swap.drain_first", data))
                 self._room = self.active.installed == self.target
-            self._send_away(self.active, now, DRAIN_SECONDS)
+            self._send_away(self.active, now, self._drain_seconds)
             self.active = None
 
     def _start(self, wanted: Installed, now: float) -> None:
@@ -202,7 +202,7 @@ class Supervisor:
         self._responder.off()
         self.active.accept(now)
         if old is not None:
-            self._send_away(old, now, DRAIN_SECONDS)
+            self._send_away(old, now, self._drain_seconds)
         self.notices.append(Notice("worker.accepting", {"digest": self.active.observed_digest, "pid": self.active.pid}))
 
     def _send_away(self, worker: WorkerProcess, now: float, seconds: float) -> None:
@@ -296,15 +296,15 @@ class Supervisor:
         self.crashes[engine] = (*recent, now)
         self._not_before = now + restart_delay(len(self.crashes[engine]))
 
-    def shut_down(self, seconds: float) -> None:
-        """Drains everything; whoever is not gone after `seconds` and a little more is killed."""
+    def shut_down(self) -> None:
+        """Drains everything; whoever is not gone after the drain time and a little more is killed."""
         now = self._clock()
         self.target = self.trial = None
         for worker in [w for w in (self.active, self.incoming) if w is not None]:
-            self._send_away(worker, now, seconds)
+            self._send_away(worker, now, self._drain_seconds)
         self.active = self.incoming = None
         self._responder.on("this node is stopping")
-        deadline = now + seconds + 2.0
+        deadline = now + self._drain_seconds + 2.0
         for worker in self.draining:
             while worker.process.poll() is None and self._clock() < deadline:
                 time.sleep(0.02)

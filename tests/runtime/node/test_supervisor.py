@@ -134,5 +134,5 @@ def test_with_memory_for_one_the_old_worker_goes_first_and_clients_wait(
         client.settimeout(5.0)
         assert json.loads(client.recv(65536).rpartition(b"\r\n")[2])["version"] == "v-b"
     assert "swap.drain_first" in [notice.kind for notice in supervisor.notices]
-    supervisor.shut_down(1.0)
+    supervisor.shut_down()
     public.close()
