@@ -111,10 +111,10 @@ def _write_clean(out: Path, source: str, gguf_file: str | None = None) -> None:
     A model read from GGUF refuses `save_pretrained`, so its state goes into a fresh model whose config knows nothing of
     quantization.
     """
+    quiet_transformers()
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    quiet_transformers()
     extra = {"gguf_file": gguf_file} if gguf_file else {}
     if not gguf_file and (Path(source) / "config.json").is_file():
         ModelSpec.from_hf_config(read_json(Path(source) / "config.json"))  # unknown families end here, by name
@@ -145,7 +145,9 @@ def _write_clean(out: Path, source: str, gguf_file: str | None = None) -> None:
 
 
 def quiet_transformers() -> None:
-    """Our own progress bar is the only one, and stderr keeps what matters."""
+    """Our own progress bar is the only one, and stderr keeps what matters. Call it before transformers is imported:
+    the GGUF reader's bars listen to the environment, and only then."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
     from transformers.utils import logging
 
     logging.set_verbosity_error()
