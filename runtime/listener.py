@@ -31,7 +31,8 @@ KEEP_ALIVE_SECONDS = 75
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket. Raises SkerryError when the port is in use or may not be used."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    # The protocol is named because asyncio sets TCP_NODELAY only then; without it a small answer waits for an ACK.
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))
