@@ -3,6 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BUNDLE ?= $(wildcard demo/bundles/v2)
 STAMP := $(VENV)/.ready
 NATIVE := $(shell find kernels -name '*.cpp' -o -name '*.h' -o -name 'CMakeLists.txt' 2>/dev/null)
 
@@ -36,7 +37,8 @@ format: setup
 	git ls-files 'kernels/*.cpp' 'kernels/*.h' 'kernels/*.cu' 'kernels/*.cuh' | xargs -r $(BIN)/clang-format -i
 
 bench: setup
-	$(BIN)/skerry bench all
+	@[ -n "$(BUNDLE)" ] || { echo "Error: no bundle to measure. Try: make bench BUNDLE=<directory>" >&2; exit 2; }
+	$(BIN)/skerry bench engine $(BUNDLE)
 
 demo: setup
 	$(BIN)/skerry demo

@@ -16,6 +16,7 @@ from skerry.core.errors import SkerryError
 
 GROUP = "skerry.commands"
 SUMMARIES = {
+    "bench": "Measure what an engine does on this machine.",
     "bundle": "Verify, inspect and pack bundles.",
     "data": "Build, validate and list datasets.",
     "demo": "Run the whole loop on this machine.",
