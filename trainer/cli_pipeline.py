@@ -55,7 +55,7 @@ def pipeline() -> None:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--replay", type=click.FloatRange(0, 0.9), default=0.3, show_default=True,
               help="Share of training rows from the champion's data.")  # fmt: skip
-@click.option("--min-gain", type=float, default=0.02, show_default=True, help="NLL share the new domain must gain.")
+@click.option("--min-gain", type=float, default=0.01, show_default=True, help="NLL share the new domain must gain.")
 @click.option("--max-loss", type=float, default=0.02, show_default=True, help="NLL share other domains may lose.")
 @click.option("--target", default="ort-cpu", show_default=True)
 @click.option("--precision", default="auto", show_default=True, help="Of the exported engine.")
@@ -196,7 +196,7 @@ def status(workdir: Path, as_json: bool) -> None:
 @click.argument("checkpoint", type=PATH)
 @click.option("--champion", type=PATH, help="What it has to beat.  [default: the parent it was measured against]")
 @click.option("--domain", required=True, help="The slice that has to become better; no other may become worse.")
-@click.option("--min-gain", type=float, default=0.02, show_default=True)
+@click.option("--min-gain", type=float, default=0.01, show_default=True)
 @click.option("--max-loss", type=float, default=0.02, show_default=True)
 @click.option("--confidence", type=float, default=0.95, show_default=True)
 @json_option

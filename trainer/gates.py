@@ -26,7 +26,7 @@ MIN_ROWS = 16
 class Policy:
     """Shares of the champion's NLL: 0.05 means 5%."""
 
-    min_gain: float = 0.02
+    min_gain: float = 0.01
     max_loss: float = 0.02
     confidence: float = 0.95
     min_rows: int = MIN_ROWS

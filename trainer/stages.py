@@ -52,7 +52,7 @@ class Plan:
     target: str = "ort-cpu"
     precision: str = "auto"
     hash_seed: int = 0
-    min_gain: float = 0.02
+    min_gain: float = 0.01
     max_loss: float = 0.02
     waves: str = "1,100%"
     soak_requests: int = -1
