@@ -59,8 +59,8 @@ class GgufSource:
 
         stored = self._tensor(name)
         array = gguf.dequantize(stored.data, stored.tensor_type).astype(np.float32).reshape(self.shape(name))
-        if self._permuted and name.endswith(("q_proj.weight", "k_proj.weight")):
-            heads = self.config["num_attention_heads" if name.endswith("q_proj.weight") else "num_key_value_heads"]
+        if self._permuted and ("q_proj." in name or "k_proj." in name):
+            heads = self.config["num_attention_heads" if "q_proj." in name else "num_key_value_heads"]
             array = array.reshape(heads, -1, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
         return checked(name, array)
 

@@ -65,7 +65,7 @@ def measure(model: Any, runner: Runner, sequences: list[Sequence], progress: Pro
     return Parity(
         rows=len(sequences), tokens=compared, reference_nll=sums["reference"] / tokens,
         engine_nll=sums["engine"] / compared, ppl_ratio=_exp((sums["engine"] - sums["compared"]) / compared),
-        kl=sums["kl"] / compared, top1=sums["same"] / compared,
+        kl=max(0.0, sums["kl"] / compared), top1=sums["same"] / compared,
     )  # fmt: skip
 
 

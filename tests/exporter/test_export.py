@@ -141,6 +141,21 @@ def test_a_refused_export_leaves_the_old_bundle_alone(
     assert again.digest != before and find_problems(tmp_path / "out") == []
 
 
+def test_a_killed_run_leaves_nothing_that_disturbs_the_next(make_model: Make, tmp_path: Path) -> None:
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "weights.bin").write_bytes(b"half")
+    export(make_model(), CPU, "fp32", tmp_path / "out", QUICK)
+    assert find_problems(tmp_path / "out") == [] and not list(tmp_path.glob(".out*"))
+
+
+def test_doctor_names_packages_and_targets() -> None:
+    from skerry.exporter.doctor import checks
+
+    found = {check.name: check for check in checks()}
+    assert found["onnxruntime"].ok and found["target ort-cpu"].ok
+    assert found["target tensorrt"].ok is None and "not built yet" in found["target tensorrt"].detail
+
+
 def test_out_that_is_no_bundle_is_left_alone(make_model: Make, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
