@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 
 from skerry.core.bundle import KvGroup
@@ -162,11 +161,3 @@ def skerry_ops(model: ir.Model) -> tuple[str, ...]:
     """Ops of our domain with their version, as the manifest lists them; nodes compare them with what they have."""
     found = {f"skerry.{n.op_type}:{model.graph.opset_imports['skerry']}" for n in model.graph if n.domain == "skerry"}
     return tuple(sorted(found))
-
-
-def foreign_domains(model: ir.Model) -> set[str]:
-    return {node.domain for node in model.graph if node.domain}
-
-
-def table_bytes(spec: ModelSpec) -> int:
-    return 2 * spec.max_context * (spec.head_size // 2) * np.dtype(np.float32).itemsize
