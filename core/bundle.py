@@ -242,7 +242,10 @@ def read_manifest(path: Path | str) -> Bundle:
     if (path / MANIFEST).stat().st_size > MANIFEST_LIMIT:
         raise BundleError("open bundle", path, f"{MANIFEST} is larger than {MANIFEST_LIMIT} bytes")
     raw = (path / MANIFEST).read_bytes()
-    return Bundle(path, Manifest.from_bytes(raw), raw)
+    try:
+        return Bundle(path, Manifest.from_bytes(raw), raw)
+    except BundleError as error:
+        raise BundleError("open bundle", path, error.cause, error.hint or "export or fetch it again") from error
 
 
 def open_bundle(path: Path | str, verify: bool = True) -> Bundle:
@@ -263,10 +266,10 @@ def find_problems(path: Path | str) -> list[str]:
     path = Path(path)
     try:
         if path.is_dir():
-            return list(_problems(read_manifest(path), deep=True))
+            bundle = read_manifest(path)
+            return [*_problems(bundle, deep=True), *graph_problems(bundle)]
         with tempfile.TemporaryDirectory() as scratch:
-            unpack(path, Path(scratch) / "bundle")
-        return []
+            return list(graph_problems(unpack(path, Path(scratch) / "bundle")))
     except BundleError as error:
         return [error.cause]
 
@@ -291,3 +294,21 @@ def _problems(bundle: Bundle, deep: bool) -> Iterator[str]:
     strays = sorted(f.name for f in bundle.path.iterdir() if f.name not in listed | {MANIFEST})
     if strays:
         yield f"files the manifest does not list: {', '.join(strays[:5])}"
+
+
+def graph_problems(bundle: Bundle) -> Iterator[str]:
+    """Unknown ops that the manifest is silent about. For whoever looks at a bundle before a node does: on a node the
+    engine itself refuses such a graph, which quarantines it and turns its rollout back. So does a file that is none.
+    """
+    from skerry.core.graph_ops import custom_ops
+
+    graph = bundle.path / "graph.onnx"
+    if not graph.is_file():
+        return
+    told = {op.rpartition(":")[0] for op in (*OPS, *bundle.manifest.ops)}
+    try:
+        unknown = sorted(custom_ops(graph) - told)
+    except ValueError:
+        return
+    if unknown:
+        yield f"graph.onnx uses unknown ops its manifest does not tell of: {', '.join(unknown[:5])}"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from skerry.core.bundle import CHUNK_BYTES, Bundle, open_bundle
+from skerry.core.bundle import CHUNK_BYTES, Bundle, graph_problems, open_bundle
 from skerry.core.errors import AuthError, BundleError, Conflict, UsageError
 from skerry.core.files import read_json, sha256_bytes, write_json
 from skerry.core.release import check_version, manifest_path
@@ -81,6 +81,8 @@ def _open(paths: Sequence[Path]) -> dict[str, Bundle]:
     bundles: dict[str, Bundle] = {}
     for path in paths:
         bundle = open_bundle(path)
+        if hidden := next(graph_problems(bundle), None):
+            raise BundleError("publish release", path, hidden, "export it again")
         target = str(bundle.manifest.target)
         if target in bundles:
             raise UsageError("publish release", path, f"a second bundle for {target}", "one bundle for each target")

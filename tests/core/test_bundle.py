@@ -20,6 +20,7 @@ BROKEN = {
     "missing-file": "tokenizer.json is missing",
     "stray-file": "does not list: payload.bin",
     "unknown-ops": "unknown ops: acme.Backdoor:7",
+    "hidden-ops": "does not tell of: acme.Backdoor",
     "future-schema": "schema 2",
     "traversal": "'../../etc/passwd' is not a plain name",
     "swapped-engine": "engine digest does not match",
