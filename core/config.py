@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 from skerry.core.errors import ConfigError
 
 T = TypeVar("T")
+SECTIONS = ("fleet", "node")
+_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", tuple: "a list", Path: "a path"}
 
 
 def load(
@@ -64,6 +66,10 @@ def _table(section: str, file: Path | str | None) -> tuple[dict[str, Any], str]:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError("read config", path, str(error)) from error
+    for name in document.keys() - {*SECTIONS, section}:
+        close = difflib.get_close_matches(name, SECTIONS, n=1)
+        hint = f"did you mean [{close[0]}]?" if close else f"known sections: {', '.join(SECTIONS)}"
+        raise ConfigError("read config", path, f"unknown section {name}", hint)
     table = document.get(section, {})
     if not isinstance(table, dict):
         raise ConfigError("read config", path, f"{section} is no table", f"write [{section}]")
@@ -87,7 +93,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         if kind is tuple and isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
     except (ValueError, KeyError) as error:
-        raise ConfigError("read config", where, f"{value!r} is not a {kind.__name__}") from error
+        raise ConfigError("read config", where, f"{value!r} is not {_KINDS[kind]}") from error
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ConfigError("read config", where, f"{value!r} is not a {kind.__name__}")
+        raise ConfigError("read config", where, f"{value!r} is not {_KINDS[kind]}")
     return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from skerry.core.errors import ConfigError
 from skerry.runtime.update import Policy
 
 
@@ -23,6 +24,14 @@ class NodeSettings:
     max_failed_ratio: float = 0.1
     drain_seconds: float = 30.0
     worker_command: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        tops = {"port": 65_535, "admin_port": 65_535, "threads": 1024, "max_failed_ratio": 1}
+        for name in (*tops, "memory_bytes", "warm_seconds", "probation_requests", "probation_seconds", "drain_seconds"):
+            value, top = getattr(self, name), tops.get(name)
+            if value < 0 or (top is not None and value > top):
+                limits = "must not be negative" if top is None else f"must lie between 0 and {top}"
+                raise ConfigError("read config", f"node.{name}", f"{value} {limits}")
 
     def policy(self) -> Policy:
         return Policy(self.warm_seconds, self.probation_requests, self.probation_seconds, self.max_failed_ratio)

@@ -109,9 +109,11 @@ def test_flag_beats_environment_beats_file_beats_default(tmp_path: Path) -> None
     "text, message",
     [
         ("[node]\nprot = 1\n", r"unknown key node\.prot"),
-        ('[node]\nport = "x"\n', "'x' is not a int"),
-        ("[node]\nport = true\n", "True is not a int"),
+        ('[node]\nport = "x"\n', "'x' is not an integer"),
+        ("[node]\nport = true\n", "True is not an integer"),
         ("node = 1\n", "node is no table"),
+        ("[nodes]\nport = 1\n", "unknown section nodes"),
+        ("port = 1\n", "unknown section port"),
         ("[node\n", "read config"),
     ],
 )

@@ -75,6 +75,9 @@ def test_an_unknown_setting_is_exit_2(make_node: Any, tmp_path: Path) -> None:
     (tmp_path / "skerry.toml").write_text("[node]\nprot = 8080\n")
     done = skerry("node", "run", "--dir", node.directory, "--config", tmp_path / "skerry.toml")
     assert done.returncode == 2 and "did you mean port" in done.stderr
+    (tmp_path / "skerry.toml").write_text("[node]\nthreads = -1\n")
+    done = skerry("node", "run", "--dir", node.directory, "--config", tmp_path / "skerry.toml")
+    assert done.returncode == 2 and "threads: -1 must lie between 0 and 1024" in done.stderr
 
 
 def test_an_operator_lifts_a_quarantine(make_node: Any) -> None:
