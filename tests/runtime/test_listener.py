@@ -12,7 +12,9 @@ import pytest
 from skerry.core.errors import SkerryError
 from skerry.runtime.listener import Listener, bind
 from skerry.runtime.observe import Observer
+from skerry.runtime.process import Orphans
 from skerry.runtime.protocol import Defaults
+from skerry.runtime.public import bind_public
 from skerry.runtime.server import Gate, create_app
 from skerry.runtime.service import Model, Service
 
@@ -22,6 +24,12 @@ def test_a_port_in_use_is_named(free_port):
         with pytest.raises(SkerryError, match=f"127.0.0.1:{free_port}: the port is in use") as caught:
             bind("127.0.0.1", free_port)
         assert caught.value.hint
+
+
+def test_small_answers_wait_for_no_ack(tmp_path):
+    """asyncio sets TCP_NODELAY only on sockets that name their protocol."""
+    with bind("127.0.0.1", 0) as own, bind_public("127.0.0.1", 0, Orphans(tmp_path / "workers.json")) as inherited:
+        assert own.proto == inherited.proto == socket.IPPROTO_TCP
 
 
 async def serve_on(sock: socket.socket, model: Model, engine: Any) -> tuple[Listener, Service]:
