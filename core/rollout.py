@@ -315,7 +315,8 @@ def _fill(rollout: Rollout, views: Views, now: float) -> Rollout:
     nodes = rollout.assigned[rollout.wave]
     missing = [node for node in nodes if node not in views or not views[node].has_new]
     if not missing:
-        return _enter(rollout, now, "RUNNING", "SOAK", f"{len(nodes)} nodes observe the release")
+        observe = "node observes" if len(nodes) == 1 else "nodes observe"
+        return _enter(rollout, now, "RUNNING", "SOAK", f"{len(nodes)} {observe} the release")
     if now - rollout.entered_at < rollout.policy.wave_deadline_seconds:
         return rollout
     filled = len(nodes) - len(missing)

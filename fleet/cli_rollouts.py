@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from skerry.core.cli import emit, json_option
-from skerry.core.errors import InputError
+from skerry.core.errors import InputError, UsageError
 from skerry.fleet.cli_common import connect, connection
 
 if TYPE_CHECKING:
@@ -55,6 +55,12 @@ def rollout_start(
     given = {name: value for name, value in policy.items() if value is not None}
     if "soak_requests" in given and "min_requests" not in given:
         given["min_requests"] = min(given["soak_requests"], Policy().min_requests)
+    try:
+        Policy.from_json(given)
+    except InputError as error:
+        raise UsageError(
+            error.operation, error.obj, error.cause, error.hint or "skerry fleet rollout start --help"
+        ) from error
     with connect(server, token_file) as client:
         document = client.start_rollout(version, given, dry_run)
         if watch and not dry_run:

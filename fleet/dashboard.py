@@ -106,6 +106,8 @@ def _rollout(document: dict[str, Any], listed: list[dict[str, Any]], engines: di
             node = by_id.get(node_id)
             there = node is not None and node["observed_digest"] in engines.get(document["release"], ())
             tone = "late" if node_id in document["stragglers"] else "there" if there else "away"
+            if tone == "away" and not document["live"]:
+                tone = "past"  # what a node runs after a rollout ended is not that rollout's doing
             members.append({"name": node["name"] if node else node_id, "tone": tone})
         state = "done" if document["state"] == "SUCCEEDED" or index < document["wave"] else ""
         if index == document["wave"] and document["live"]:

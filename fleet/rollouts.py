@@ -6,6 +6,7 @@ core.rollout's and pure; a process killed between two transactions simply decide
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -104,7 +105,8 @@ def _faults(session: Session, since: float) -> dict[str, list[Fault]]:
             continue
         if fault == REVERTED and data.get("quarantine") is False:
             continue
-        found.setdefault(node, []).append(Fault(fault, digest, str(data.get("reason", ""))[:200]))
+        reason = textwrap.shorten(str(data.get("reason", "")), 300, placeholder=" ...")
+        found.setdefault(node, []).append(Fault(fault, digest, reason))
     return found
 
 

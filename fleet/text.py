@@ -59,8 +59,15 @@ def nodes(listed: Sequence[Any]) -> str:
 def node(document: Any) -> str:
     fields = ("node", "status", "state", "release", "observed_digest", "wanted_release", "requests", "failed", "labels")
     lines = [f"{name:<16} {document[name]}" for name in fields]
-    events = [(clock(one["received_at"]), one["kind"], str(one["data"])[:100]) for one in document["events"][:20]]
+    events = [(clock(one["received_at"]), one["kind"], facts(one["data"])[:100]) for one in document["events"][:20]]
     return "\n".join([*lines, "", table(("RECEIVED", "EVENT", "DATA"), events)])
+
+
+def facts(data: Any) -> str:
+    """What an event says, on one line: digests short and last, nothing that is empty."""
+    said = {key: value for key, value in data.items() if value not in (None, "", {}, [])}
+    order = sorted(said, key=lambda key: key.endswith("digest"))
+    return " ".join(f"{key}={short(said[key]) if key.endswith('digest') else said[key]}" for key in order)
 
 
 def releases(listed: Sequence[Any]) -> str:

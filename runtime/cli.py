@@ -52,7 +52,8 @@ def serve(
     from skerry.runtime.worker import Worker, WorkerOptions, set_up_process
 
     if not bundle.is_dir():
-        hint = "skerry bundle unpack" if bundle.is_file() else "a directory made by skerry export"
+        unpack = f"skerry bundle unpack {bundle} DIR, then skerry serve DIR"
+        hint = unpack if bundle.is_file() else "name a directory made by skerry export"
         raise UsageError("serve", bundle, "is not a bundle directory", hint)
     options = WorkerOptions(
         bundle=bundle, threads=threads, memory_bytes=memory_mib << 20 if memory_mib else None, max_queue=max_queue,

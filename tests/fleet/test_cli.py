@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -86,12 +87,17 @@ def test_exit_codes(skerry, server, join, bundle, tmp_path, monkeypatch):
     assert skerry("fleet", "rollout", "start", "v1", "--watch", "--timeout", "0.2")[0] == 5
     assert skerry("fleet", "rollout", "abort", "--watch")[0] == 3
     assert skerry("fleet", "rollout", "resume")[0] == 1
+    code, _, err = skerry("fleet", "rollout", "start", "v1", "--waves", "half")
+    assert code == 2 and "neither a count nor a percentage" in err
     failing = bundle(b"bad", passed=False)
     publisher = server.directory / "publisher"
     code, document, _ = skerry(
         "fleet", "release", "publish", failing.path, "--version", "v2", "--publisher", publisher, "--json"
     )
     assert code == 3 and document["error"]["code"] == "gate_failed"
+    hidden = Path(__file__).parents[1] / "fixtures" / "bundles" / "hidden-ops"
+    code, _, err = skerry("fleet", "release", "publish", hidden, "--version", "v3", "--publisher", publisher)
+    assert code == 1 and "acme.Backdoor" in err
     (tmp_path / "wrong").write_text("wrong")
     code, document, err = skerry("fleet", "node", "ls", "--token-file", tmp_path / "wrong", "--json")
     assert code == 4 and document["error"]["code"] == "unauthorized" and "Try:" in err
