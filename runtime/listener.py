@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import math
 import socket
 import time
@@ -19,9 +18,9 @@ from collections.abc import Iterator
 import uvicorn
 from fastapi import FastAPI
 
-from skerry.core.errors import SkerryError
 from skerry.runtime.server import Gate
 from skerry.runtime.service import Service
+from skerry.runtime.sockets import cannot_listen, listen
 
 GRACE_SECONDS = 1.0
 FLUSH_SECONDS = 2.0
@@ -30,23 +29,10 @@ KEEP_ALIVE_SECONDS = 75
 
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket. Raises SkerryError when the port is in use or may not be used."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # The protocol is named because asyncio sets TCP_NODELAY only then; without it a small answer waits for an ACK.
-    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((host, port))
-        sock.listen(1024)
-    except OSError as error:
-        sock.close()
-        cause = "the port is in use" if error.errno == errno.EADDRINUSE else error.strerror or str(error)
-        hint = "another --port, or stop the other server" if error.errno == errno.EADDRINUSE else "another --host"
-        raise SkerryError("listen on", f"{host}:{port}", cause, hint) from error
-    except OverflowError as error:
-        sock.close()
-        raise SkerryError("listen on", f"{host}:{port}", "no such port", "0 to 65535") from error
-    sock.setblocking(False)
-    return sock
+        return listen(host, port)
+    except (OSError, OverflowError) as error:
+        raise cannot_listen(host, port, error) from error
 
 
 class _Server(uvicorn.Server):

@@ -15,10 +15,9 @@ import socket
 import threading
 import time
 
-from skerry.core.errors import SkerryError
 from skerry.runtime.process import Orphans
+from skerry.runtime.sockets import cannot_listen, listen
 
-BACKLOG = 1024
 # A process that looks gone may still be closing its sockets: its last thread does that after the first one is reaped.
 GONE_SECONDS = 1.0
 ORPHAN_TERM_SECONDS, ORPHAN_KILL_SECONDS, ORPHAN_GIVE_UP_SECONDS = 3.0, 8.0, 12.0
@@ -32,40 +31,23 @@ def bind_public(host: str, port: int, orphans: Orphans) -> socket.socket:
     sent: set[int] = set()
     while True:
         try:
-            return _bind(host, port)
+            return listen(host, port)
         except OverflowError as error:
-            raise SkerryError("listen on", f"{host}:{port}", "no such port", "0 to 65535") from error
+            raise cannot_listen(host, port, error) from error
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
-                cause = error.strerror or str(error)
-                raise SkerryError("listen on", f"{host}:{port}", cause, "check --host and --port") from error
+                raise cannot_listen(host, port, error) from error
             now = time.monotonic()
             waited = now - started
             if orphans.alive():
                 last_seen = now
             if now - last_seen > GONE_SECONDS or waited > ORPHAN_GIVE_UP_SECONDS:
-                hint = "another --port, or stop the process that has it"
-                raise SkerryError("listen on", f"{host}:{port}", "the port is in use", hint) from error
+                raise cannot_listen(host, port, error) from error
             for after, number in ((ORPHAN_TERM_SECONDS, signal.SIGTERM), (ORPHAN_KILL_SECONDS, signal.SIGKILL)):
                 if waited > after and number not in sent:
                     orphans.signal(number)
                     sent.add(number)
             time.sleep(0.05)
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # The protocol is named because asyncio sets TCP_NODELAY only then, and workers serve on this very socket.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(BACKLOG)
-        listener.setblocking(False)
-    except (OSError, OverflowError):
-        listener.close()
-        raise
-    return listener
 
 
 class Responder:
