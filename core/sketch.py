@@ -150,8 +150,9 @@ class Histogram:
         return cls(edges, decode_counts(member(raw, "counts", what), len(edges) + 1, "counts", what))
 
 
-def hash_ids(ids: Sequence[int] | np.ndarray, seed: int, row: int = 0) -> np.ndarray:
-    """splitmix64 (Steele, Lea, Flood 2014) of each id under `seed` and `row`: uint64 [len(ids)], the same anywhere.
+def hash_ids(ids: Sequence[int] | np.ndarray, seed: int, row: int | np.ndarray = 0) -> np.ndarray:
+    """splitmix64 (Steele, Lea, Flood 2014) of each id under `seed` and `row`: uint64 [len(ids)], the same anywhere;
+    [rows, len(ids)] for a column of rows.
 
     The seed is the fleet's secret salt: without it a bucket number cannot be looked up in a table of tokens.
     """
@@ -202,11 +203,10 @@ class HashedCounts:
         if int(listed.min()) < 0:
             raise InputError("count token ids", "ids", "an id is negative")
         width = len(self.counts) // ROWS
-        rows = [
-            (hash_ids(listed, self.seed, row) % np.uint64(width)).astype(np.int64) + row * width for row in range(ROWS)
-        ]
-        added = np.bincount(np.concatenate(rows), minlength=len(self.counts))
-        return replace(self, counts=tuple(a + int(b) for a, b in zip(self.counts, added, strict=True)))
+        row = np.arange(ROWS)[:, None]
+        buckets = (hash_ids(listed, self.seed, row) % np.uint64(width)).astype(np.int64) + row * width
+        counts = np.asarray(self.counts, dtype=np.int64) + np.bincount(buckets.ravel(), minlength=len(self.counts))
+        return replace(self, counts=tuple(counts.tolist()))
 
     def merge(self, other: HashedCounts) -> HashedCounts:
         check_same_hash(self, other)
