@@ -42,12 +42,13 @@ def train(
     eval_rows: int, save_every: int, threads: int | None, name: str, version: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Fine-tune --base on --data into --out. Killed and started again, it continues where it was."""
-    from skerry.trainer.base import resolve_base
+    from skerry.trainer.base import prepare_libraries, resolve_base
     from skerry.trainer.data.build import add_replay
     from skerry.trainer.data.store import open_dataset
     from skerry.trainer.train import Job
     from skerry.trainer.train import train as run
 
+    prepare_libraries()
     recipe = Recipe(
         steps=steps, batch=batch, learning_rate=learning_rate, max_tokens=max_tokens, rank=rank, alpha=2 * rank,
         targets=tuple(part.strip() for part in targets.split(",") if part.strip()), precision=precision, seed=seed,
