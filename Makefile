@@ -18,8 +18,10 @@ $(STAMP): pyproject.toml constraints.txt CMakeLists.txt scripts/setup.sh scripts
 build:
 	@PYTHON=$(PYTHON) scripts/setup.sh && touch $(STAMP)
 
+# Tests that start whole fleets come last and alone: they are measured in seconds of a user's patience.
 test: setup
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not e2e"
+	$(BIN)/python -m pytest -q -m e2e
 
 test-fast: setup
 	$(BIN)/python -m pytest -q -m "not slow"

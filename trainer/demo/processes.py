@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,9 +18,11 @@ from typing import Any
 
 from skerry.core.errors import DeadlineExceeded, SkerryError
 from skerry.core.files import read_json, write_json
+from skerry.trainer.demo.timeline import bar
 
 SKERRY = (sys.executable, "-m", "skerry.core")
 STOP_SECONDS = 15.0
+PROGRESS = re.compile(rb"^([a-z][a-z ]*): (\d+) of (\d+)", re.MULTILINE)
 
 
 class Processes:
@@ -102,28 +106,54 @@ def _kill_group(pid: int) -> None:
 def command(words: Sequence[str], log: Path, ok: Sequence[int] = (0,), timeout: float = 3600) -> dict[str, Any]:
     """Runs `skerry WORDS --json` to its end and returns its document, with `exit_code` added.
 
-    Progress and errors go to `log`. Raises SkerryError on an exit code that is not in `ok`.
+    Progress and errors go to `log`, and the progress is shown from there. Raises SkerryError on an exit code outside
+    `ok`, DeadlineExceeded after `timeout` seconds.
     """
-    with log.open("ab") as stderr:
+    name = f"skerry {' '.join(words[:3])}"
+    with log.open("ab") as stderr, tempfile.TemporaryFile() as stdout:
         stderr.write(f"\n$ skerry {' '.join(words)}\n".encode())
         stderr.flush()
         child = subprocess.Popen(
-            [*SKERRY, *words, "--json"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr,
-            start_new_session=True,
-        )  # fmt: skip
+            [*SKERRY, *words, "--json"], stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True
+        )
         try:
-            out, _ = child.communicate(timeout=timeout)
+            follow(child, log, timeout, name)
         except BaseException:
             _kill_group(child.pid)
             child.wait(5)
             raise
+        stdout.seek(0)
+        out = stdout.read()
     if child.returncode not in ok:
-        raise SkerryError("run", f"skerry {' '.join(words[:3])}", f"exit code {child.returncode}", f"read {log}")
+        raise SkerryError("run", name, f"exit code {child.returncode}", f"read {log}")
     try:
         document = json.loads(out.strip().splitlines()[-1])
     except (ValueError, IndexError) as error:
-        raise SkerryError("run", f"skerry {' '.join(words[:3])}", "printed no JSON document", f"read {log}") from error
+        raise SkerryError("run", name, "printed no JSON document", f"read {log}") from error
     return {**document, "exit_code": child.returncode}
+
+
+def follow(
+    child: subprocess.Popen[bytes], log: Path, timeout: float, name: str, tick: Callable[[], None] = lambda: None
+) -> None:
+    """Waits for a child, showing the progress it writes to its log ("train: 7 of 24, loss 2.745") as a bar."""
+    deadline = time.monotonic() + timeout
+    begin = log.stat().st_size
+    with bar() as show:
+        while True:
+            try:
+                child.wait(0.5)
+                return
+            except subprocess.TimeoutExpired:
+                tick()
+            with log.open("rb") as file:
+                file.seek(max(begin, log.stat().st_size - 4096))
+                found = PROGRESS.findall(file.read())
+            if found:
+                label, done, total = found[-1]
+                show(label.decode(), int(done), int(total))
+            if time.monotonic() > deadline:
+                raise DeadlineExceeded("run", name, f"not done within {timeout:.0f} s", f"read {log}")
 
 
 def wait_until(

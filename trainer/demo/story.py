@@ -13,9 +13,9 @@ from skerry.core.errors import DeadlineExceeded, SkerryError
 from skerry.core.files import read_json
 from skerry.trainer.demo.faults import corrupt_checkpoint, shorten_rotary_tables
 from skerry.trainer.demo.fleetview import FleetView
-from skerry.trainer.demo.processes import Processes, command, free_port, wait_until
+from skerry.trainer.demo.processes import Processes, command, follow, free_port, wait_until
 from skerry.trainer.demo.settings import Settings
-from skerry.trainer.demo.timeline import Timeline, waiting
+from skerry.trainer.demo.timeline import Timeline, bar
 from skerry.trainer.demo.traffic import Plan, Traffic
 
 NODES = ("skerry-1", "skerry-2", "skerry-3")
@@ -147,12 +147,12 @@ class Story:
         """Traffic as the model was made for: windows fill, and no alarm may be raised."""
         self.traffic.ask(self.plan("calm", "stdlib"))
         wanted = self.settings.calm_windows
-        with waiting("windows on the slowest node", wanted) as show:
+        with bar() as show:
             self.until(
                 "calm windows",
                 lambda: min(self.windows().values()) >= wanted,
                 600,
-                lambda: show(min(self.windows().values())),
+                lambda: show("windows on the slowest node", min(self.windows().values()), wanted),
             )
         alarms = sum(point["alarmed"] for point in self.scores.values())
         self.facts["drift"]["false_alarms"] = alarms
@@ -172,8 +172,11 @@ class Story:
                 raise DeadlineExceeded("wait", "drift alarm", f"none within {limit} windows of the shift")
             return bool(self.fleet.retrain_requests())
 
-        with waiting("windows since the shift", limit) as show:
-            self.until("the drift alarm", alarmed, 600, lambda: show(max(self.windows().values()) - shift))
+        with bar() as show:
+            self.until(
+                "the drift alarm", alarmed, 600,
+                lambda: show("windows since the shift", max(self.windows().values()) - shift, limit),
+            )  # fmt: skip
         request = self.fleet.retrain_requests()[0]
         alarm = max(request["detectors"][node]["alarm_window"] for node in request["alarmed_nodes"])
         self.facts["drift"].update(alarm_window=alarm, source=request["source"], ranking=request["sources"])
@@ -210,16 +213,17 @@ class Story:
             "--publisher", self.dir / "fleet/publisher", "--version", "v2", "--steps", settings.steps[1],
             "--batch", settings.batch, "--max-tokens", settings.max_tokens, "--lr", settings.learning_rate,
             "--replay", settings.replay, "--precision", settings.precision, "--soak-requests", settings.soak_requests,
+            "--soak-seconds", 5,
         ]  # fmt: skip
         child = self.processes.start("pipeline", [str(word) for word in words])
-        asked = False
-        while child.poll() is None:
+
+        def users_come_back() -> None:
             self.windows()
-            if not asked and len(self.fleet.rollouts()) > 1:
+            if not self.traffic.asked and len(self.fleet.rollouts()) > 1:
                 self.timeline.note("v2 passed its gates; its rollout begins, users are back")
                 self.traffic.ask(self.plan("rollout_v2", "numpy"))
-                asked = True
-            time.sleep(0.5)
+
+        follow(child, self.dir / "logs" / "pipeline.log", 3600, "pipeline", users_come_back)
         self.processes.forget("pipeline")
         if child.returncode != 0:
             raise SkerryError("run", "pipeline", f"exit code {child.returncode}", f"read {self.dir}/logs/pipeline.log")

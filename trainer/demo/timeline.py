@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,12 +41,15 @@ class Timeline:
 
 
 @contextmanager
-def waiting(label: str, total: int | None = None) -> Iterator[Any]:
-    """A progress bar on stderr for a wait whose progress is known only by polling; call it with what is done so far."""
+def bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr, for a terminal only; call it with a label, what is done and the total."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+    console = Console(stderr=True)
     columns = (TextColumn("        {task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(label, total=total)
-        yield lambda done: progress.update(task, completed=done)
+    with Progress(
+        *columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
+        task = progress.add_task("starting", total=None)
+        yield lambda label, done, total: progress.update(task, description=label, completed=done, total=total)

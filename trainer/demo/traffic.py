@@ -75,6 +75,11 @@ class Traffic:
         if plan is None and self._thread is not None:
             self._idle.wait(REQUEST_SECONDS)
 
+    @property
+    def asked(self) -> bool:
+        """Whether users are asking anything now."""
+        return self._plan is not None
+
     def stop(self) -> None:
         self._plan, self._stopped = None, True
         if self._thread is not None:
