@@ -72,7 +72,11 @@ def judge(story: Story, settings: Settings) -> dict[str, Any]:
         "gate": facts["gate"],
         "canary": facts["canary"],
         "nodes": story.node_states(),
-        "telemetry": {"bytes_per_node_window": story.window_bytes()},
+        "telemetry": {
+            "bytes_per_node_window": story.window_bytes(),
+            "prompts_sent": len(story.traffic.prompts),
+            "prompts_found": story.prompts_found(),
+        },
     }
     return {**result, "checks": checks(result, settings)}
 
@@ -92,6 +96,7 @@ def checks(result: dict[str, Any], settings: Settings) -> dict[str, bool]:
         "the gate refused v3": not result["gate"]["v3"]["accepted"],
         "the canary turned v4 back": states.get("v4") == "ROLLED_BACK",
         "every node ended on v2": {node["release"] for node in result["nodes"]} == {"v2"},
+        "no prompt reached the control plane": result["telemetry"]["prompts_found"] == 0,
         "telemetry stayed below 8 kB a window": result["telemetry"]["bytes_per_node_window"] <= 8000,
     }  # fmt: skip
     one, two = nll["domain_one"], nll["domain_two"]

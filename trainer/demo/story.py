@@ -310,6 +310,12 @@ class Story:
         measured = read_json(self.dir / "bundles" / version / "parity.json")
         return {key: float(measured[key]) for key in ("ppl_ratio", "kl", "top1")}
 
+    def prompts_found(self) -> int:
+        """How many of the prompts that users sent can be read anywhere in the control plane's store."""
+        server = self.dir / "fleet" / "server"
+        store = b"".join(path.read_bytes() for path in server.iterdir() if path.is_file())
+        return sum(prompt.encode() in store or json.dumps(prompt).encode() in store for prompt in self.traffic.prompts)
+
     def window_bytes(self) -> int:
         """The largest window any node sent, as JSON bytes."""
         return int(self.fleet.drift()["largest_window_bytes"])

@@ -60,6 +60,7 @@ class Traffic:
     per_node: int = 2
     seed: int = 0
     outcomes: list[Outcome] = field(default_factory=list)
+    prompts: set[str] = field(default_factory=set)
     _plan: Plan | None = None
     _stopped: bool = False
     _idle: threading.Event = field(default_factory=threading.Event)
@@ -121,6 +122,7 @@ class Traffic:
         question = rng.choice(plan.questions)
         if rng.random() < plan.long_share:
             question = f"{plan.long_text}\n\n{question}"
+        self.prompts.add(question)
         body = {
             "model": "skerry", "messages": [{"role": "user", "content": question}], "max_tokens": plan.max_tokens,
             "stream": True, "stream_options": {"include_usage": True}, "seed": rng.randrange(1 << 31),
