@@ -10,10 +10,14 @@ say() { echo "setup: $1"; }
 die() { echo "setup: $1" >&2; exit 1; }
 
 need=()
-command -v "$PYTHON" > /dev/null || need+=(python3)
+command -v "$PYTHON" > /dev/null || need+=(python3 python3-venv python3-dev)
 command -v c++ > /dev/null || need+=(g++)
 command -v git > /dev/null || need+=(git)
-if command -v "$PYTHON" > /dev/null && ! "$PYTHON" -c 'import ensurepip, venv' 2> /dev/null; then need+=(python3-venv); fi
+if command -v "$PYTHON" > /dev/null; then
+    "$PYTHON" -c 'import ensurepip, venv' 2> /dev/null || need+=(python3-venv)
+    headers=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')
+    [ -f "$headers/Python.h" ] || need+=(python3-dev)
+fi
 if [ ${#need[@]} -gt 0 ]; then
     [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null ||
         die "missing ${need[*]}: as root run 'apt-get install ${need[*]}', then make again"

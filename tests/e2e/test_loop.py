@@ -51,14 +51,16 @@ def test_the_loop_closes(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.e2e
 def test_an_interrupted_demo_leaves_no_process_and_can_run_again(tmp_path: Path) -> None:
-    demo = subprocess.Popen([*DEMO, "--dir", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    while not alive(tmp_path) or not (tmp_path / "logs" / "commands.log").is_file():
-        assert time.monotonic() < deadline and demo.poll() is None
-        time.sleep(0.1)
-    demo.send_signal(signal.SIGINT)
-    assert demo.wait(30) == 130
-    deadline = time.monotonic() + 10
-    while alive(tmp_path) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert alive(tmp_path) == []
+    for stop, code in ((signal.SIGINT, 130), (signal.SIGTERM, 130)):
+        demo = subprocess.Popen([*DEMO, "--dir", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        deadline = time.monotonic() + 60
+        while not any("data build" in line for line in alive(tmp_path)):
+            assert time.monotonic() < deadline and demo.poll() is None, demo.communicate(timeout=5)
+            time.sleep(0.1)
+        demo.send_signal(stop)
+        out, err = demo.communicate(timeout=30)
+        assert demo.returncode == code, (out, err)
+        deadline = time.monotonic() + 10
+        while alive(tmp_path) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert alive(tmp_path) == []
