@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import click
+
+
+def say(before: str, mark: str = "", after: str = "", colour: str | None = None) -> None:
+    """A line on stderr. By `print`, which a progress bar on the screen lets through above itself; click.echo is not."""
+    styled = click.style(mark, fg=colour) if colour and sys.stderr.isatty() else mark
+    print(f"{before}{styled}{after}", file=sys.stderr, flush=True)
 
 
 @dataclass
@@ -26,14 +33,14 @@ class Timeline:
     def note(self, text: str, kind: str = "note") -> None:
         at = self.now
         self.entries.append({"at": round(at, 2), "kind": kind, "text": text})
-        mark = {"good": click.style("+", fg="green"), "bad": click.style("!", fg="red")}.get(kind, " ")
-        click.echo(f"[{int(at) // 60:02d}:{int(at) % 60:02d}] {mark} {text}", err=True)
+        mark, colour = {"good": ("+", "green"), "bad": ("!", "red")}.get(kind, (" ", None))
+        say(f"[{int(at) // 60:02d}:{int(at) % 60:02d}] ", mark, f" {text}", colour=colour)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Names a stretch of time for the report's first plot."""
         at = self.now
-        click.echo(click.style(f"[{int(at) // 60:02d}:{int(at) % 60:02d}] {name}", bold=True), err=True)
+        say(f"[{int(at) // 60:02d}:{int(at) % 60:02d}] {name}")
         try:
             yield
         finally:
@@ -47,9 +54,13 @@ def bar() -> Iterator[Callable[[str, int, int], None]]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
-    columns = (TextColumn("        {task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    columns = (TextColumn("        {task.description}"), BarColumn(), TextColumn("{task.fields[count]}"))
     with Progress(
         *columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal
     ) as progress:
-        task = progress.add_task("starting", total=None)
-        yield lambda label, done, total: progress.update(task, description=label, completed=done, total=total)
+        task = progress.add_task("starting", total=None, count="")
+
+        def show(label: str, done: int, total: int) -> None:
+            progress.update(task, description=label, completed=done, total=total, count=f"{done}/{total}")
+
+        yield show
