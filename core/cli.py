@@ -89,6 +89,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Exit codes: 0 done, 1 failed, 2 usage, 3 gate failed, 4 auth, 5 timeout, 6 inconclusive, 130 interrupted."""
     words = sys.argv[1:] if arguments is None else arguments
     signal.signal(signal.SIGTERM, _terminate)
+    # A closed terminal ends a command as Ctrl-C does, so that it ends its children too; nohup's wish is kept.
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, _terminate)
     sys.exit(run(words))
 
 
