@@ -58,10 +58,6 @@ class Responder:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
-    @property
-    def is_on(self) -> bool:
-        return self._thread is not None
-
     def on(self, reason: str) -> None:
         if self._thread is None:
             self._stop = threading.Event()

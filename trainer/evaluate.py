@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from skerry.trainer.data.rows import Row
 from skerry.trainer.data.split import sample
 
 if TYPE_CHECKING:
-    from skerry.core.model import Checkpoint
+    pass
 
 EVAL_ROWS = 80
 EVAL_BATCH = 16
@@ -92,14 +92,6 @@ def score_examples(model: Any, examples: Sequence[Example], tick: Callable[[int]
                 sums[at], counts[at] = float(part.sum()), len(part)
             tick(len(chosen))
     return SliceScore(rows_digest(examples), tuple(sums), tuple(counts))
-
-
-def evaluate_checkpoint(
-    checkpoint: Checkpoint, slices: Mapping[str, Sequence[Row]], max_tokens: int, limit: int = EVAL_ROWS
-) -> dict[str, SliceScore]:
-    """Scores of each slice (at most `limit` rows) under the checkpoint's float32 weights."""
-    evaluator = Evaluator(checkpoint.path, load_model(checkpoint.path), max_tokens)
-    return {name: evaluator.score(choose_rows(rows, limit)) for name, rows in slices.items()}
 
 
 def open_template(directory: Path) -> ChatTemplate:

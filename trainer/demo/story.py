@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,12 +148,13 @@ class Story:
         self.traffic.ask(self.plan("calm", "stdlib"))
         wanted = self.settings.calm_windows
         with bar() as show:
-            self.until(
-                "calm windows",
-                lambda: min(self.windows().values()) >= wanted,
-                600,
-                lambda: show("windows on the slowest node", min(self.windows().values()), wanted),
-            )
+
+            def filled() -> bool:
+                slowest = min(self.windows().values())
+                show("windows on the slowest node", slowest, wanted)
+                return slowest >= wanted
+
+            wait_until("calm windows", filled, self.processes, 600, period=0.5)
         alarms = sum(point["alarmed"] for point in self.scores.values())
         self.facts["drift"]["false_alarms"] = alarms
         self.timeline.note(f"{sum(self.windows().values())} windows, {alarms} alarms", "bad" if alarms else "good")
@@ -166,17 +167,16 @@ class Story:
         self.traffic.ask(self.plan("shifted", "numpy"))
         self.timeline.note(f"users move to numpy after window {shift}")
         limit = self.settings.alarm_windows
-
-        def alarmed() -> bool:
-            if min(count - before[node] for node, count in self.windows().items()) > limit + 2:
-                raise DeadlineExceeded("wait", "drift alarm", f"none within {limit} windows of the shift")
-            return bool(self.fleet.retrain_requests())
-
         with bar() as show:
-            self.until(
-                "the drift alarm", alarmed, 600,
-                lambda: show("windows since the shift", max(self.windows().values()) - shift, limit),
-            )  # fmt: skip
+
+            def alarmed() -> bool:
+                now = self.windows()
+                show("windows since the shift", max(now.values()) - shift, limit)
+                if min(count - before[node] for node, count in now.items()) > limit + 2:
+                    raise DeadlineExceeded("wait", "drift alarm", f"none within {limit} windows of the shift")
+                return bool(self.fleet.retrain_requests())
+
+            wait_until("the drift alarm", alarmed, self.processes, 600, period=0.5)
         request = self.fleet.retrain_requests()[0]
         alarm = max(request["detectors"][node]["alarm_window"] for node in request["alarmed_nodes"])
         self.facts["drift"].update(alarm_window=alarm, source=request["source"], ranking=request["sources"])
@@ -268,13 +268,6 @@ class Story:
         return text[: self.settings.defect_rows * 6]
 
     # -- the end ----------------------------------------------------------------------------------------------------
-
-    def until(self, what: str, ready: Callable[[], bool], timeout: float, tick: Callable[[], None]) -> None:
-        def step() -> bool:
-            tick()
-            return ready()
-
-        wait_until(what, step, self.processes, timeout, period=0.5)
 
     def node_states(self) -> list[dict[str, Any]]:
         keys = ("name", "release", "observed_digest")
