@@ -3,7 +3,8 @@
     schema level began seconds environment   always
     subject settings                         what was measured, and how
     figures                                  {name: Figure}: medians with their spread
-    rows                                     [{measure, unit, better, ours, peer_name, peer, peer_version, ratio, low, high}]
+    rows                                     [{measure, unit, better, ours, peer_name, peer, peer_version, ratio, low,
+                                               high}]
     comparison                               `skerry bench compare` only: verdict, reasons, metrics, quality, sides
     notes                                    what a reader must know: a peer that failed, a busy machine
 

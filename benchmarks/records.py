@@ -47,7 +47,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Record:
-    """One request. `first`, `end`: None where it never came. `chunks`: arrivals of non-empty content, the first included.
+    """One request. `first`, `end`: None where it never came. `chunks`: arrivals of non-empty content, the first too.
     Token counts are the server's own. `status` 0: no response. `error` "" means: complete and well formed."""
 
     index: int

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from skerry.core.errors import ConfigError
 
 T = TypeVar("T")
-SECTIONS = ("fleet", "node")
+SECTIONS = ("fleet", "gates", "node")
 _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", tuple: "a list", Path: "a path"}
 
 

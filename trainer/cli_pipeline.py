@@ -67,11 +67,13 @@ def pipeline() -> None:
 @click.option("--soak-seconds", type=float, default=-1.0, help="Seconds a wave must serve before it is judged.")
 @click.option("--wave-deadline", type=float, default=300.0, show_default=True)
 @click.option("--rollout-timeout", type=float, default=3600.0, show_default=True)
+@click.option("--gates", type=PATH, help="TOML with [gates]: how much slower than the champion's the engine may be.")
+@click.option("--champion-bundle", type=PATH, help="What it is measured against.  [default: BUNDLES/VERSION of it]")
 @json_option
 def run(
     server: str, token_file: Path, workdir: Path, sources: Path, store: Path, champion: Path, champion_data: str | None,
     checkpoints: Path | None, bundles: Path | None, publisher: Path, once: bool, version: str, timeout: float | None,
-    poll_seconds: float, as_json: bool, **settings: Any,
+    poll_seconds: float, gates: Path | None, champion_bundle: Path | None, as_json: bool, **settings: Any,
 ) -> None:  # fmt: skip
     """Poll for retrain requests; train, gate, export, publish and roll out what each one asks for.
 
@@ -89,7 +91,8 @@ def run(
         "server": server, "token_file": str(token_file.absolute()), "publisher": str(publisher.absolute()),
         "store": str(store.absolute()), "checkpoints": str((checkpoints or workdir / "checkpoints").absolute()),
         "bundles": str((bundles or workdir / "bundles").absolute()), "owner": engine.owner_name(workdir),
-        "registry": str((workdir / "registry.db").absolute()),
+        "registry": str((workdir / "registry.db").absolute()), "gates": str(gates.absolute()) if gates else "",
+        "champion_bundle": str(champion_bundle.absolute()) if champion_bundle else "",
     }  # fmt: skip
     registry = Registry(workdir / "registry.db")
     started = time.monotonic()
@@ -129,6 +132,13 @@ def _plan(
     Checkpoint.open(path)
     given = champion_data if champion_data and path == champion.absolute() else None
     source = find_source(known, str(request["source"]))
+    if places["gates"]:
+        # The bundle that was given belongs to the checkpoint that was given; later champions are those built here.
+        mine = places["champion_bundle"] if path == champion.absolute() else ""
+        places = {**places, "champion_bundle": mine or str(Path(places["bundles"]) / str(current["version"]))}
+        if not Path(places["champion_bundle"]).is_dir():
+            raise InputError("compare with", places["champion_bundle"], "no bundle of the champion is there",
+                             "--champion-bundle DIR")  # fmt: skip
     return Plan(
         **places, champion=str(path), champion_data=_replay_data(given, current, Path(places["store"])),
         source=str(request["source"]), source_words=source.words(sources.absolute().parent),

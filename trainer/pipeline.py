@@ -1,4 +1,5 @@
-"""RetrainRequest -> rollout, as a durable workflow: claim, data, train, gate, export, publish, roll out, wait, tell.
+"""RetrainRequest -> rollout, as a durable workflow: claim, data, train, gate, export, bench, publish, roll out, wait,
+tell.
 
 DBOS (SQLite in the work directory, no server, no network) records each stage's outcome. Whatever kills this process,
 the next one continues after the last finished stage; a stage that was under way runs again, and each one is repeatable:
@@ -31,7 +32,7 @@ from skerry.trainer.retrain import RetrainClient
 from skerry.trainer.stages import GATE_FAILED, Outcome, Plan, run_command
 
 ATTEMPTS = 3
-WORKFLOW_VERSION = "1"  # raise it when the stages change: DBOS does not continue a run of another version
+WORKFLOW_VERSION = "2"  # raise it when the stages change: DBOS does not continue a run of another version
 PENDING = ["PENDING", "ENQUEUED"]
 Answer = dict[str, Any]
 _work = Path()
@@ -57,7 +58,8 @@ def _until_rolled_out(request: str, raw_plan: dict[str, Any]) -> Answer:
         return built
     dataset = str(built["result"]["path"])
     for stage in (lambda: train(request, raw_plan, dataset), lambda: gate(request, raw_plan),
-                  lambda: export(request, raw_plan), lambda: publish(request, raw_plan)):  # fmt: skip
+                  lambda: export(request, raw_plan), lambda: bench(request, raw_plan),
+                  lambda: publish(request, raw_plan)):  # fmt: skip
         answer: Answer = stage()
         if answer["state"] != "ok":
             return answer
@@ -108,6 +110,17 @@ def gate(request: str, raw_plan: dict[str, Any]) -> Answer:
 def export(request: str, raw_plan: dict[str, Any]) -> Answer:
     plan = Plan.from_json(raw_plan)
     answer = _stage("export", request, lambda log: run_command(stages.export_words(plan), log))
+    _move(plan, {"rejected": "rejected"}.get(answer["state"]), answer.get("reason", ""))
+    return answer
+
+
+@DBOS.step(name="bench")
+def bench(request: str, raw_plan: dict[str, Any]) -> Answer:
+    """The engine beside the champion's, where gates for that were given; `skerry bench compare` is the judge."""
+    plan = Plan.from_json(raw_plan)
+    if not plan.gates:
+        return {"state": "ok", "result": {"verdict": "not gated"}}
+    answer = _stage("bench", request, lambda log: run_command(stages.bench_words(plan), log))
     _move(plan, {"rejected": "rejected"}.get(answer["state"]), answer.get("reason", ""))
     return answer
 

@@ -59,6 +59,8 @@ class Plan:
     soak_seconds: float = -1.0
     wave_deadline: float = 300.0
     rollout_timeout: float = 3600.0
+    gates: str = ""
+    champion_bundle: str = ""
     export_words: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -89,8 +91,10 @@ class Outcome:
 
     @property
     def cause(self) -> str:
-        error = self.document.get("error")
+        error, comparison = self.document.get("error"), self.document.get("comparison")
         said = error.get("message") if isinstance(error, dict) else self.document.get("reason")
+        if isinstance(comparison, dict):
+            said = f"{comparison.get('verdict')}: {'; '.join(map(str, comparison.get('reasons') or []))}"
         return str(said) if said else f"exit code {self.exit_code}"
 
 
@@ -156,6 +160,13 @@ def export_words(plan: Plan) -> list[str]:
     return ["export", str(plan.checkpoint), "--target", plan.target, "--precision", plan.precision, "--out",
             str(plan.bundle), "--version", plan.version, "--hash-seed", str(plan.hash_seed),
             *plan.export_words]  # fmt: skip
+
+
+def bench_words(plan: Plan) -> list[str]:
+    """The new engine beside the champion's. It was retrained, so it may answer differently: whether better is the
+    other gate's to say."""
+    return ["bench", "compare", plan.champion_bundle, str(plan.bundle), "--gates", plan.gates, "--agreement", "0",
+            "--length", "0", "--out", str(plan.bundle.with_name(plan.bundle.name + ".bench"))]  # fmt: skip
 
 
 def publish_words(plan: Plan) -> list[str]:

@@ -1,4 +1,4 @@
-"""The kernels' tiny bundle: one graph, written once, for whoever needs an engine that answers in microseconds."""
+"""Tiny bundles: the kernels' graph for who needs an engine, the runtime's for who needs a server. And a served one."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ import pytest
 from skerry.core.bundle import Bundle
 
 
-def _kernels_fixtures() -> ModuleType:
-    name, path = "kernels_fixtures", Path(__file__).parents[1] / "kernels" / "conftest.py"
+def _fixtures_of(folder: str) -> ModuleType:
+    name, path = f"{folder}_fixtures", Path(__file__).parents[1] / folder / "conftest.py"
+    if name in sys.modules:
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -27,7 +29,7 @@ def _kernels_fixtures() -> ModuleType:
 @pytest.fixture(scope="session")
 def make_bundle() -> Callable[..., Bundle]:
     """make_bundle(path, **manifest fields) -> a sealed bundle: 96 ids, 2 layers, a context of 320."""
-    return _kernels_fixtures().tiny_bundle
+    return _fixtures_of("kernels").tiny_bundle
 
 
 @pytest.fixture(scope="session")
@@ -54,3 +56,12 @@ def golden_bundle(tmp_path: Path, make_bundle: Callable[..., Bundle]) -> Callabl
         return make_bundle(path)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def served_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three layers with random weights and a byte tokenizer, and all that `skerry serve` wants."""
+    runtime, root = _fixtures_of("runtime"), tmp_path_factory.mktemp("served")
+    return runtime.build_bundle(
+        root / "bundle", runtime.write_checkpoint(root / "checkpoint", runtime.byte_tokenizer())
+    )

@@ -72,9 +72,11 @@ def test_every_block_runs(tmp_path: Path) -> None:
 
 
 def test_the_example_configuration_is_the_default() -> None:
+    from skerry.benchmarks.gates import Gates
     from skerry.fleet.settings import Settings
     from skerry.runtime.agent import NodeSettings
 
     example = ROOT / "skerry.example.toml"
     assert config.load(Settings, "fleet", example, env={}) == Settings()
     assert config.load(NodeSettings, "node", example, env={}) == NodeSettings()
+    assert config.load(Gates, "gates", example, env={}) == Gates()

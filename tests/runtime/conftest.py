@@ -100,8 +100,7 @@ def scripted(text: str | bytes, end: bool = True) -> Callable[[list[int]], int]:
     return script
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> Tokenizer:
+def byte_tokenizer() -> Tokenizer:
     """One token a byte, and an end token: every multi-byte character is split."""
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Inner
@@ -113,6 +112,11 @@ def tokenizer() -> Tokenizer:
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens([AddedToken("<|end|>", special=True), AddedToken("<|start|>", special=True)])
     return Tokenizer(inner, hashlib.sha256(inner.to_str().encode()).hexdigest())
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return byte_tokenizer()
 
 
 def _byte_of(alphabet: list[str]) -> dict[str, int]:

@@ -54,17 +54,18 @@ class World:
     def words(self, *words: str) -> list[str]:
         return [sys.executable, "-m", "skerry.core", "pipeline", *words, "--workdir", str(self.workdir), "--json"]
 
-    def start(self) -> subprocess.Popen[str]:
+    def start(self, *more: str) -> subprocess.Popen[str]:
         words = self.words(
             "run", "--once", "--fleet", self.url, "--token-file", str(self.home / "token"), "--sources",
             str(self.home / "sources.toml"), "--store", str(self.home / "data"), "--champion", str(self.champion.path),
             "--checkpoints", str(self.home / "checkpoints"), "--bundles", str(self.home / "bundles"), "--publisher",
             str(self.home / "publisher"), "--version", "v2", "--timeout", "20", "--poll-seconds", "0.2",
+            *more,
         )  # fmt: skip
         return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    def run(self) -> tuple[int, dict[str, Any]]:
-        child = self.start()
+    def run(self, *more: str) -> tuple[int, dict[str, Any]]:
+        child = self.start(*more)
         out, err = child.communicate(timeout=120)
         lines = [line for line in out.splitlines() if line.strip()]
         assert len(lines) <= 1, out
@@ -74,7 +75,7 @@ class World:
         found = []
         for line in self._calls.read_text().splitlines():
             words = json.loads(line)
-            found.append(next(stage for stage in STAGES if words[: len(stage.split())] == stage.split()))
+            found.append(next(stage for stage in [*STAGES, "bench compare"] if words[: len(stage.split())] == stage.split()))
         return found
 
     def registry(self) -> dict[str, str]:
@@ -97,7 +98,7 @@ def test_a_request_becomes_a_rollout(world):
     (run,) = status["runs"]
     assert (run["request"], run["status"], run["state"]) == ("rt-1", "SUCCESS", "ok")
     done = [step["stage"] for step in run["stages"]]
-    assert done == ["claim", "data", "train", "gate", "export", "publish", "rollout", "wait", "conclude"]
+    assert done == ["claim", "data", "train", "gate", "export", "bench", "publish", "rollout", "wait", "conclude"]
 
 
 @pytest.mark.parametrize(
@@ -111,6 +112,33 @@ def test_a_refusal_ends_it_and_is_told(world, stage, state):
     assert (code, answer["state"], answer["reason"]) == (3, state, "it got worse")
     assert world.plane.calls[-1][1] == "fail" and "it got worse" in world.plane.calls[-1][2]["reason"]
     assert world.registry() == {"base": "champion", "v2": "rejected"}
+
+
+@pytest.mark.parametrize(("exit_code", "verdict", "state", "code"), [
+    (0, "pass", "ok", 0), (3, "regressed", "rejected", 3), (6, "inconclusive", "failed", 1),
+])  # fmt: skip
+def test_the_engine_is_measured_where_gates_are_given(world, exit_code, verdict, state, code):
+    """By the one command that people and continuous integration use; only a pass goes on to be published."""
+    comparison = {"verdict": verdict, "reasons": ["tpot is +9.0% worse"]}
+    world.answer({"bench compare": {"exit_code": exit_code, "document": {"comparison": comparison}}})
+    (world.home / "gates.toml").write_text("[gates]\nbudget = 0.05\n")
+    (world.home / "v1").mkdir()
+    gates = ("--gates", str(world.home / "gates.toml"), "--champion-bundle", str(world.home / "v1"))
+    found, answer = world.run(*gates)
+    assert (found, answer["state"]) == (code, state), answer
+    expected = [*STAGES[:4], "bench compare"]
+    assert world.calls() == (expected + STAGES[4:] if exit_code == 0 else expected)
+    words = next(json.loads(line) for line in world._calls.read_text().splitlines() if "compare" in line)
+    assert words[2:4] == [str(world.home / "v1"), str(world.home / "bundles" / "v2")]
+    if exit_code:
+        assert "tpot is +9.0% worse" in world.plane.calls[-1][2]["reason"]
+
+
+def test_gates_need_the_champions_bundle(world):
+    (world.home / "gates.toml").write_text("[gates]\n")
+    code, answer = world.run("--gates", str(world.home / "gates.toml"))
+    assert code == 1 and "--champion-bundle" in answer["error"]["hint"]
+    assert world.calls() == []
 
 
 def test_a_failure_is_told_too(world):

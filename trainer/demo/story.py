@@ -197,6 +197,12 @@ class Story:
 
     # -- retrain ----------------------------------------------------------------------------------------------------
 
+    def gates(self) -> Path:
+        """Wide enough for a machine that also runs a whole fleet: a retrained engine is as fast as the last."""
+        path = self.dir / "gates.toml"
+        path.write_text('[gates]\nmetrics = ["tpot", "e2e"]\nbudget = 0.25\nblocks = 8\nmax_blocks = 16\n')
+        return path
+
     def retrain(self) -> None:
         """The pipeline turns the request into a rollout; users come back while v2 goes out."""
         settings = self.settings
@@ -213,7 +219,7 @@ class Story:
             "--publisher", self.dir / "fleet/publisher", "--version", "v2", "--steps", settings.steps[1],
             "--batch", settings.batch, "--max-tokens", settings.max_tokens, "--lr", settings.learning_rate,
             "--replay", settings.replay, "--precision", settings.precision, "--soak-requests", settings.soak_requests,
-            "--soak-seconds", 5,
+            "--soak-seconds", 5, "--gates", self.gates(), "--champion-bundle", self.dir / "bundles/v1",
         ]  # fmt: skip
         child = self.processes.start("pipeline", [str(word) for word in words])
 

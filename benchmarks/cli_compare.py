@@ -1,0 +1,107 @@
+"""`skerry bench compare A B`: exit 0 pass, 3 regressed, 6 inconclusive or invalid."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from skerry.benchmarks.cli_options import PATH, history_option, out_option, say, traffic_options
+from skerry.core.cli import json_option
+
+if TYPE_CHECKING:
+    from skerry.benchmarks.compare import Comparison
+    from skerry.benchmarks.server import Server
+
+
+@click.command()
+@click.argument("a")
+@click.argument("b")
+@traffic_options
+@click.option("--requests", type=click.IntRange(2), default=16, show_default=True, help="Of each side and block.")
+@click.option("--concurrency", type=click.IntRange(1), default=4, show_default=True, help="Without --rate.")
+@click.option("--gates", "gates_file", type=PATH, help="TOML with [gates].  [default: ./skerry.toml]")
+@click.option("--metric", "metrics", multiple=True, metavar="NAME[:BUDGET]", help="Gate this; may be repeated.")
+@click.option("--budget", type=float, help="Share by which B may be worse.  [default: 0.03]")
+@click.option("--blocks", type=int, help="Before the first verdict.  [default: 10]")
+@click.option("--max-blocks", type=int, help="While it is inconclusive.  [default: 40]")
+@click.option("--agreement", type=float, help="Greedy tokens that must be A's; 0: not judged.  [default: auto]")
+@click.option("--length", type=float, help="Share of A's answer length that B must reach.  [default: 0.9]")
+@click.option("--quality-prompts", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--quality-tokens", type=click.IntRange(1), default=48, show_default=True)
+@click.option("--data", type=PATH, help="Conversations to compare perplexity on (two bundles).")
+@click.option("--key", default="", envvar="SKERRY_API_KEY", help="API key of both servers.")
+@out_option
+@history_option
+@json_option
+def compare(
+    a: str, b: str, shape: str, prompt_tokens: int, output_tokens: int | None, rate: float | None, timeout: float,
+    threads: int | None, seed: int, requests: int, concurrency: int, gates_file: Path | None, metrics: tuple[str, ...],
+    quality_prompts: int, quality_tokens: int, data: Path | None, key: str, out: Path | None, history: Path | None,
+    as_json: bool, **flags: Any,
+) -> int:  # fmt: skip
+    """Is B slower, shorter or wronger than A? Each is a bundle's folder or the URL of a running server.
+
+    Both run side by side and take turns in randomised ABBA blocks; the verdict is about the ratio of B to A. Exit
+    codes: 0 pass, 3 regressed, 6 inconclusive or invalid.
+    """
+    from skerry.benchmarks.client import Client
+    from skerry.benchmarks.compare import Comparison, QualityPlan
+    from skerry.benchmarks.compare import compare as run
+    from skerry.benchmarks.documents import new_document
+    from skerry.benchmarks.gates import read_gates
+    from skerry.benchmarks.publish import publish
+    from skerry.benchmarks.server import open_server
+    from skerry.benchmarks.traffic import Traffic
+
+    gates = read_gates(gates_file, metrics, **flags)
+    at_once = None if rate else concurrency
+    traffic = Traffic(shape, requests, at_once, rate, prompt_tokens, output_tokens, timeout=timeout)
+    gates.check_requests(requests)
+    document = new_document("compare", subject={"a": a, "b": b}, settings={
+        "traffic": vars(traffic), "gates": vars(gates), "threads": threads, "seed": seed,
+        "quality": {"prompts": quality_prompts, "tokens": quality_tokens, "data": str(data) if data else None},
+    })  # fmt: skip
+    found = Comparison(gates)
+    with ExitStack() as stack:
+        sides = [stack.enter_context(open_server(what, threads, key)) for what in (a, b)]
+        for name, side in zip("AB", sides):
+            say(f"{name}: {side.name}")
+        say(traffic.describe())
+        likelihood = _likelihood(sides, data, threads) if data else None
+        client = stack.enter_context(Client())
+        try:
+            run(found, *sides, traffic, client, seed, say, QualityPlan(quality_prompts, quality_tokens), likelihood)
+        except KeyboardInterrupt:
+            found.invalid.append("interrupted")
+            publish(_close(document, found), out, found.requests, history, as_json)
+            raise
+        _close(document, found)
+    publish(document, out, found.requests, history, as_json)
+    return found.finish().exit_code
+
+
+def _close(document: dict[str, Any], found: Comparison) -> dict[str, Any]:
+    from skerry.benchmarks.compare import totals_by_side
+    from skerry.benchmarks.documents import close_document
+    from skerry.benchmarks.verdict import to_json
+
+    document["comparison"] = to_json(found.finish(), found.blocks, found.gates, found.quality)
+    document["comparison"]["sides"] = totals_by_side(found)
+    document["notes"] += found.notes
+    return close_document(document)
+
+
+def _likelihood(sides: list[Server], data: Path, threads: int | None) -> float:
+    """B's perplexity over A's. Raises UsageError for anything but two bundles."""
+    from skerry.benchmarks.server import evaluate
+    from skerry.core.errors import UsageError
+
+    bundles = [side.bundle for side in sides]
+    if None in bundles:
+        raise UsageError("compare", data, "--data needs two bundles: a server's weights cannot be asked")
+    say(f"perplexity on {data.name}")
+    before, after = (evaluate(bundle, data, threads) for bundle in bundles if bundle)
+    return after / before
