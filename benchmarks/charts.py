@@ -33,6 +33,7 @@ from skerry.benchmarks.svg import (
 
 MARKS = ((0.5, "p50", 1), (0.9, "p90", 10), (0.99, "p99", 100))  # quantile, name, samples that it needs
 STEPS = 240  # points of a drawn distribution: more than its pixels tell apart
+WIDEST = 42  # letters of a label in a forest plot
 LETTER = 7.2  # width of an average letter of the labels, in pixels, on the generous side
 SKEWED = 8.0  # largest over median, or largest over smallest size, from which on an axis is logarithmic
 TAIL = 0.005  # share of a distribution that may lie before a logarithmic axis begins
@@ -79,11 +80,13 @@ def quantile(ordered: Sequence[float], share: float) -> float:
 
 
 def distributions(title: str, unit: str, sides: Mapping[str, Sequence[float]]) -> Markup:
-    """Share of requests at or below a value, one step line a side; p50, p90 and p99 where the count allows."""
+    """Share of requests at or below a value, one step line a side; p50, p90 and p99 where the count allows. A side
+    without values is not drawn, and the others keep the colours of their places."""
+    series = {name: index for index, name in enumerate(sides)}
     ordered = {name: sorted(values) for name, values in sides.items() if values}
     if not ordered:
         return NOTHING
-    factor, unit = scale(unit, [quantile(values, 0.5) for values in ordered.values()])
+    factor, unit = scale(unit, [quantile(values, 0.9) for values in ordered.values()])
     ordered = {name: [value * factor for value in values] for name, values in ordered.items()}
     least, most = min(v[0] for v in ordered.values()), max(v[-1] for v in ordered.values())
     far = min(quantile(values, TAIL) for values in ordered.values())
@@ -92,12 +95,13 @@ def distributions(title: str, unit: str, sides: Mapping[str, Sequence[float]]) -
     axis = Axis.around([far if log else least, most], left, right, log=log, pad=0.03)
     height = Axis(0.0, 1.0, bottom, top)
     parts = [across(axis, bottom, top), _levels(height, left, right)]
-    for index, (name, values) in enumerate(ordered.items()):
+    for row, (name, values) in enumerate(ordered.items()):
+        index = series[name]
         known = [(quantile(values, share), share, mark) for share, mark, needed in MARKS if len(values) >= needed]
-        parts += [_legend(index, name, 8, 16 + 38 * index, 60), _curve(_steps(values, axis, height), index)]
+        parts += [_legend(index, name, 8, 16 + 38 * row, 60), _curve(_steps(values, axis, height), index)]
         parts += [dot(axis.at(value), height.at(share), index, f"{name} {mark}") for value, share, mark in known]
         said = " · ".join([*(f"{mark} {short(value)}" for value, _, mark in known), f"{len(values):,} values, {unit}"])
-        parts.append(text(said, 28, 33 + 38 * index, "soft"))
+        parts.append(text(said, 28, 33 + 38 * row, "soft"))
     parts.append(_title_of_axis(unit, (left + right) / 2, bottom + 36))
     return picture(title, 560, bottom + 46, parts, least=440)
 
@@ -110,8 +114,8 @@ def forest(title: str, rows: Sequence[Ratio], left: str, right: str, name: str =
         return NOTHING
     ends = [1.0, *(value for row in rows for value in (row.ratio, row.low, row.high) if value and value > 0),
             *(1 + row.budget for row in rows if row.budget is not None and row.budget > -1)]  # fmt: skip
-    start = 18 + LETTER * min(34, max(len(row.label) for row in rows))
-    width, step, top = 820, 30, 26
+    start = 18 + LETTER * min(WIDEST, max(len(row.label) for row in rows))
+    width, step, top = 900, 30, 26
     axis = Axis.around(ends, start, width - 180, log=True)
     bottom = top + step * len(rows) + 6
     parts = [across(axis, bottom, top, 6), stroke("one", axis.at(1), top - 4, axis.at(1), bottom),
@@ -197,7 +201,7 @@ def bars(title: str, unit: str, rows: Sequence[Bar]) -> Markup:
             parts += [stroke("whisker", x, y + 21, x, y + 29) for x in places]
         said = f"{short(row.value * factor)} {unit}"
         parts.append(text(said, max(end, high) + 8, y + 30, "value"))
-    return picture(title, width, top + step * len(rows), parts)
+    return picture(title, width, top + step * len(rows), parts, least=460)
 
 
 def lines(title: str, along: str, unit: str, series: Mapping[str, Sequence[Point]]) -> Markup:
@@ -254,7 +258,7 @@ def timeline(title: str, unit: str, values: Sequence[float], hints: Sequence[str
 def _forest_row(row: Ratio, axis: Axis, y: float, width: int) -> Markup:
     low = axis.start if row.low is None or row.low <= 0 else axis.at(row.low)
     high = axis.end if row.high is None else axis.at(row.high)
-    parts = [text(clip(row.label, 34), 8, y + 5)]
+    parts = [text(clip(row.label, WIDEST), 8, y + 5)]
     if row.budget is not None and row.budget > -1:
         limit = axis.at(1 + row.budget)
         parts += [tag("rect", class_="beyond", x=limit, y=y - 12, width=max(0.0, axis.end - limit), height=24),

@@ -28,7 +28,8 @@ class Levels(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in LEVELS:
             return None
-        command = getattr(import_module(f"skerry.benchmarks.{LEVELS[cmd_name][0]}"), cmd_name)
+        module = import_module(f"skerry.benchmarks.{LEVELS[cmd_name][0]}")
+        command = getattr(module, "all_levels" if cmd_name == "all" else cmd_name)
         assert isinstance(command, click.Command)
         return command
 

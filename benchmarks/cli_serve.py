@@ -80,9 +80,9 @@ def serve(
             sweep(found, sides, points, repeats, limits, client, seed, say)
         finally:  # whatever ended it, what was measured is kept
             versions = {name: side.version for name, side in sides.items()}
-            document["figures"] = {name: one.to_json() for name, one in {**figures(found, OURS), **began}.items()}
+            document["figures"] = {name: one.to_json() for name, one in {**figures(found, OURS, limits), **began}.items()}
             document["peers"] = {
-                name: {metric: one.to_json() for metric, one in figures(found, name).items()} for name in peers
+                name: {metric: one.to_json() for metric, one in figures(found, name, limits).items()} for name in peers
             }
             document["rows"], document["curve"] = rows(found, versions), curve(found)
             document["sides"] = {name: side.to_json() for name, side in sides.items()}

@@ -158,7 +158,7 @@ class Client:
 def longest(run: Run) -> float:
     """Seconds that `run` may take at worst: every request until its timeout, one after the other in each slot."""
     width = run.connections if run.concurrency is None else min(run.connections, run.concurrency)
-    rounds = -(-len(run.requests) // width) + 1  # and one of warm-up
+    rounds = -(-len(run.requests) // max(1, width)) + 1  # and one of warm-up
     last = max((planned.due for planned in run.requests), default=0.0)
     return STARTING + last + rounds * run.timeout
 

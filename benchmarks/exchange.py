@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Callable
 from types import SimpleNamespace, TracebackType
 from typing import Any
@@ -99,7 +100,7 @@ class Exchange:
             return "" if answer.done else f"no end within {self.run.timeout:g} s"
         except aiohttp.ClientConnectorError as error:
             self.refused += 1
-            return f"cannot connect: {error.os_error.strerror or error.os_error}"
+            return f"cannot connect: {_said(error.os_error)}"
         except (aiohttp.ClientError, OSError, ValueError) as error:
             return "" if answer.done and not answer.error else _cause(error, answer)
         return answer.error
@@ -182,9 +183,14 @@ async def _error_body(response: aiohttp.ClientResponse) -> str:
 
 def _cause(error: Exception, answer: Answer) -> str:
     begun = "in the middle of the answer" if answer.size else "before it answered"
-    if isinstance(error, aiohttp.ClientPayloadError | aiohttp.ServerDisconnectedError | ConnectionError):
+    if isinstance(error, aiohttp.ClientPayloadError | aiohttp.ServerDisconnectedError | aiohttp.ClientOSError):
         return f"the server closed the connection {begun}"
     return f"{type(error).__name__}: {error}"
+
+
+def _said(error: OSError) -> str:
+    """asyncio writes a text of its own over the system's."""
+    return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
 
 
 def _record(planned: Planned, due: float, sent: float, status: int, answer: Answer, error: str) -> Record:

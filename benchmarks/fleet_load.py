@@ -2,8 +2,8 @@
 
     {"id", "op": "enrol", "url", "token", "nodes", "at_once"}       ->  exchanges and seconds
     {"id", "op": "round", "at_once"}                                ->  one round of every node, so many at a time
-    {"id", "op": "poll", "poll_seconds", "seconds", "grace"}        ->  the open loop
-    {"id", "op": "recover", "poll_seconds", "since", "seconds"}     ->  after the server died at `since` (monotonic)
+    {"id", "op": "poll", "poll_seconds", "lasting", "grace"}        ->  the open loop
+    {"id", "op": "recover", "poll_seconds", "since", "within"}      ->  after the server died at `since` (monotonic)
 
 Exchanges are too many for a line: they are written to the file that the order names as `into`.
 """
@@ -60,14 +60,14 @@ class Load:
 
     async def _poll(self, order: dict[str, Any]) -> dict[str, Any]:
         done, due, stall = await poll_on_schedule(
-            self.nodes, order["poll_seconds"], order["seconds"], order["grace"], order["seed"]
+            self.nodes, order["poll_seconds"], order["lasting"], order["grace"], order["seed"]
         )
         return {"due": due, "stall": stall, **_written(order, done)}
 
     async def _recover(self, order: dict[str, Any]) -> dict[str, Any]:
         """The first node asks again and again, to see when answers come; the others follow the agent's rules."""
         prober, others = self.nodes[0], self.nodes[1:]
-        limits = {"since": order["since"], "seconds": order["seconds"]}
+        limits = {"since": order["since"], "seconds": order["within"]}
         answered, seen = await asyncio.gather(
             first_answer(prober, **limits), recover(others, order["poll_seconds"], seed=order["seed"], **limits)
         )
@@ -75,7 +75,11 @@ class Load:
             done = await prober.round()
             if not done[-1].error:
                 seen[prober.id] = time.monotonic() - order["since"]
-        return {"answered": answered, "seen": sorted(seen.values()), "nodes": len(self.nodes)}
+        return {
+            "answered": answered,
+            "seen": sorted(round(value, 3) for value in seen.values()),
+            "nodes": len(self.nodes),
+        }
 
 
 def _written(order: dict[str, Any], done: list[Exchange]) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 Each has its own key, its own (boot, seq) and its own connection, which it drops after 3 idle seconds, as the agent's
 client does. One round of a node is what the agent's reporter does: desired state with the last ETag, then a heartbeat,
-then its events, if it has any. A node never has two rounds at once, since signed requests must arrive in order: one that is
-due while the last still runs waits, and its latency counts from when it was due.
+then its events, if it has any. A node never has two rounds at once, since signed requests must arrive in order: one
+that is due while the last still runs waits, and its latency counts from when it was due.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from skerry.core.wire import Desired, generate_key, public_hex, request_signatur
 
 CONNECT_SECONDS, READ_SECONDS, KEEPALIVE_SECONDS = 5.0, 15.0, 3.0  # of runtime/control.py
 MAX_BACKOFF = 300.0
-ANSWER_LIMIT = 4 << 20
 DEVICE = Device("x86_64", "Linux", 2, 8 << 30)
 ENGINE = "5a" * 32  # what every node says that it serves, so that the server counts its requests
 REQUESTS_A_POLL = 7
@@ -147,7 +146,7 @@ class Node:
         status, raw, etag, error = 0, b"", "", ""
         try:
             async with self.open().request(method, self.url + path, data=body or None, headers=headers) as response:
-                raw, status = await response.content.read(ANSWER_LIMIT), response.status
+                raw, status = await response.read(), response.status
                 etag = response.headers.get("etag", "")
             if status not in (200, 201, 202, 304):
                 error = f"HTTP {status}: {raw[:200].decode('utf-8', 'replace')}"
@@ -182,8 +181,8 @@ async def together(work: Iterable[Callable[[], Awaitable[list[Exchange]]]], at_o
 async def poll_on_schedule(
     nodes: list[Node], poll_seconds: float, seconds: float, grace: float, seed: int
 ) -> tuple[list[Exchange], int, float]:
-    """Node i is due at its own phase, uniform over the interval, and every interval after that: an absolute schedule that
-    waits for nobody. Returns what was exchanged, how many rounds were due, and the worst delay of our own timer."""
+    """Each node is due at its own phase, uniform over the interval, and every interval after that: an absolute schedule
+    that waits for nobody. Returns what was exchanged, how many rounds were due, and our own timer's worst delay."""
     drawn = random.Random(seed)
     begun = time.monotonic() + 0.1
     schedule = []
@@ -220,9 +219,7 @@ async def poll_on_schedule(
     return done, len(schedule), worst
 
 
-async def recover(
-    nodes: list[Node], poll_seconds: float, since: float, seconds: float, seed: int
-) -> dict[str, float]:
+async def recover(nodes: list[Node], poll_seconds: float, since: float, seconds: float, seed: int) -> dict[str, float]:
     """Every node goes on as an agent would whose server has died at `since`: when it is due, and after a failure by the
     agent's back-off. Ends when each was answered once, or after `seconds`. Seconds from `since` by node."""
     drawn, seen = random.Random(seed), {}

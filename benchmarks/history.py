@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from skerry.benchmarks import views
+from skerry.benchmarks import described, views
 from skerry.benchmarks.shown import entries, mapping, number, plain
 from skerry.core.errors import Conflict, InputError, StorageError
 from skerry.core.files import canonical_json, sha256_bytes
@@ -100,7 +100,7 @@ def read_history(path: Path) -> History:
             if key not in series:
                 label, better = plain(metric.get("label") or key.metric, 90), plain(metric.get("better"), 20)
                 series[key] = Series(
-                    key, label, views.plain_unit(metric), better, _machine(mapping(entry.get("facts")))
+                    key, label, described.plain_unit(metric), better, _machine(mapping(entry.get("facts")))
                 )
             value = number(metric.get("value"))
             if value is not None:
@@ -127,7 +127,7 @@ def subject_key(document: Mapping[str, Any]) -> str:
     """What was measured, and how, without what differs from release to release."""
     subject, settings = document.get("subject"), mapping(document.get("settings"))
     lasting = {name: value for name, value in mapping(subject).items() if name not in CHANGING}
-    names = [value for _, value in views.flat(lasting)] if lasting else [plain(subject or "")]
+    names = [value for _, value in described.flat(lasting)] if lasting else [plain(subject or "")]
     how = {name: value for name, value in settings.items() if name not in NOT_MEASURED}
     digest = sha256_bytes(json.dumps(how, sort_keys=True, default=str).encode())[:8]
     return plain(f"{' '.join(names)} #{digest}", 300)
@@ -147,7 +147,7 @@ def metrics_of(document: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             name,
             one.get("median"),
             plain(one.get("label") or name, 90),
-            views.plain_unit(one),
+            described.plain_unit(one),
             plain(one.get("better")),
         )
     for row in entries(document.get("rows")):
@@ -156,7 +156,7 @@ def metrics_of(document: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     comparison = mapping(document.get("comparison"))
     for name, metric in views.metrics_of(comparison) if comparison.get("verdict") != "invalid" else []:
         label = views.metric_label(name, metric)
-        add(name, metric.get("b"), label, views.plain_unit(metric), plain(metric.get("better")))
+        add(name, metric.get("b"), label, described.plain_unit(metric), plain(metric.get("better")))
         add(f"{name} ratio", metric.get("ratio"), f"{label}, ratio of B to A", "", "lower")
     return found
 

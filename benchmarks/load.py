@@ -17,7 +17,7 @@ import gc
 import json
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
 from typing import Any, TextIO
@@ -158,15 +158,42 @@ def read_run(line: str) -> Run:
     return run
 
 
-async def _answer(run: Run) -> tuple[Outcome, bool]:
-    """The outcome, and whether SIGINT ended it."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGINT, stop.set)
+class Interrupt:
+    """SIGINT while an order is being worked on: it is kept until the answer is written, and ends the run early."""
+
+    def __init__(self) -> None:
+        self.told = False
+        self._wake: Callable[[], object] | None = None
+
+    def __enter__(self) -> Interrupt:
+        self._before = signal.signal(signal.SIGINT, self._tell)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    async def run(self, run: Run) -> Outcome:
+        stop, loop = asyncio.Event(), asyncio.get_running_loop()
+        self._wake = lambda: loop.call_soon_threadsafe(stop.set)
+        try:
+            if self.told:
+                stop.set()
+            return await execute(run, stop)
+        finally:
+            self._wake = None
+
+    def _tell(self, *_: object) -> None:
+        self.told = True
+        if self._wake is not None:
+            self._wake()
+
+
+def answer(line: str, interrupt: Interrupt) -> dict[str, Any]:
     try:
-        return await execute(run, stop), stop.is_set()
-    finally:
-        loop.remove_signal_handler(signal.SIGINT)
+        run = read_run(line)
+    except (ValueError, TypeError, KeyError) as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    return to_json(asyncio.run(interrupt.run(run)))
 
 
 def serve(lines: TextIO, out: TextIO) -> int:
@@ -174,16 +201,9 @@ def serve(lines: TextIO, out: TextIO) -> int:
     for line in iter(lines.readline, ""):
         if not line.strip():
             continue
-        interrupted = False
-        try:
-            run = read_run(line)
-        except (ValueError, TypeError, KeyError) as error:
-            answer: dict[str, Any] = {"error": f"{type(error).__name__}: {error}"}
-        else:
-            outcome, interrupted = asyncio.run(_answer(run))
-            answer = to_json(outcome)
-        print(json.dumps(answer, ensure_ascii=False, separators=(",", ":")), file=out, flush=True)
-        if interrupted:
+        with Interrupt() as interrupt:
+            print(json.dumps(answer(line, interrupt), ensure_ascii=False, separators=(",", ":")), file=out, flush=True)
+        if interrupt.told:
             return INTERRUPTED
     return 0
 

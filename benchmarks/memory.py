@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import subprocess
 import sys
 from pathlib import Path
 
@@ -38,3 +39,15 @@ def process_memory(pid: int) -> dict[str, int]:
         except (OSError, StopIteration, ValueError, IndexError):
             continue
     return found
+
+
+def gpu_memory(pid: int) -> int | None:
+    """Bytes that a process holds on all GPUs, as nvidia-smi counts; None where there is none or it does not say."""
+    words = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=20.0)
+        rows = [line.split(",") for line in done.stdout.splitlines() if done.returncode == 0]
+        found = [int(row[1]) << 20 for row in rows if int(row[0]) == pid]
+    except (OSError, subprocess.TimeoutExpired, ValueError, IndexError):
+        return None
+    return sum(found) if found else None

@@ -20,13 +20,14 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
-from skerry.benchmarks import charts, samples, views
+from skerry.benchmarks import charts, described, samples, views
 from skerry.benchmarks.shown import amount, entries, mapping, number, numbers, plain
 
 WEB = Path(__file__).parent / "web"
 WIDE, SMALL, ONE = "grid-of", "grid-of small", ""
 MOST_BARS = 40  # of one unit; the table has them all
 SIZES = re.compile(r"\d[\d,]*(?:\.\d+)?")
+WORD = re.compile(r"[^\W\d_]+\s*$")
 AXES = {"c": "requests at a time", "r": "requests a second"}  # what a letter before a number stands for
 
 
@@ -51,10 +52,10 @@ def render_html(document: Mapping[str, Any], requests: Sequence[Mapping[str, Any
     ]  # fmt: skip
     verdict = {"word": word, "tone": tone, "sentence": sentence, "reasons": views.reasons_of(document)}
     return render_page_of(
-        views.title_of(document), plain(document.get("level"), 40), [part for part in parts if part is not None],
-        views.texts(document.get("notes")), verdict=verdict if word else None, stamp=_stamp(document),
-        subject=_subject(document), settings=views.flat(mapping(document.get("settings"))),
-        environment=views.environment_facts(document),
+        described.title_of(document), plain(document.get("level"), 40), [part for part in parts if part is not None],
+        described.texts(document.get("notes")), verdict=verdict if word else None, stamp=_stamp(document),
+        subject=_subject(document), settings=described.flat(mapping(document.get("settings"))),
+        environment=described.environment_facts(document),
     )  # fmt: skip
 
 
@@ -74,10 +75,10 @@ def _template() -> Any:
 def _stamp(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     environment = mapping(document.get("environment"))
     facts = [
-        ("Began", views.began(document)),
+        ("Began", described.began(document)),
         ("Took", amount(number(document.get("seconds")), "s")),
         ("Processor", f"{plain(environment.get('cpu'), 60)}, {plain(environment.get('cores_usable'), 10)} cores"),
-        ("Commit", views.commit_of(document)[:12]),
+        ("Commit", described.commit_of(document)[:12]),
         ("Skerry", plain(mapping(environment.get("versions")).get("skerry"), 30)),
     ]
     return [(name, value) for name, value in facts if value]
@@ -85,7 +86,7 @@ def _stamp(document: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _subject(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     subject = document.get("subject")
-    return views.flat(subject) if isinstance(subject, dict) else [("subject", plain(subject))] if subject else []
+    return described.flat(subject) if isinstance(subject, dict) else [("subject", plain(subject))] if subject else []
 
 
 def _names(comparison: Mapping[str, Any]) -> dict[str, str]:
@@ -102,9 +103,10 @@ def _comparison_parts(comparison: Mapping[str, Any]) -> list[Part | None]:
     lead = (f"Ratio of B to A: above 1, B is worse. Intervals hold for all gated metrics together; the unit is the "
             f"block ({blocks} measured, {most} at most). Tinted ground lies beyond the budget.")  # fmt: skip
     gated, others = views.metrics_table(comparison, True), views.metrics_table(comparison, False)
-    tables = [table for table in (gated, views.Table("Not gated", others.header, others.rows, True)) if table.rows]
+    tables = [table for table in (gated, views.Table("Not gated", others.header, others.rows, True),
+                              views.formulas_table(mapping(comparison.get("metrics")))) if table.rows]  # fmt: skip
     picture = charts.forest("Ratio of B to A by metric, with intervals", rows, "B is better", "B is worse")
-    quality = views.quality_facts(mapping(comparison.get("quality")))
+    quality = described.quality_facts(mapping(comparison.get("quality")))
     return [
         Part("Metrics", lead, [("", picture)] if picture else [], tables) if tables else None,
         Part("Answers and their length", "Greedy answers to the same prompts, compared up to the first token that "
@@ -204,7 +206,9 @@ def _figure_parts(document: Mapping[str, Any]) -> list[Part]:
     if figures:
         lead = "Median of the repeats. Whiskers reach from the least to the most; each stroke is a repeat."
         table = replace(views.figures_table(document), title="All figures as a table", folded=bool(bars or growth))
-        parts.append(Part("Figures", lead if bars else "", bars, [table], layout=WIDE))
+        formulas = views.formulas_table(name.rpartition("_")[0] for name in figures)
+        tables = [one for one in (table, formulas) if one.rows]
+        parts.append(Part("Figures", lead if bars else "", bars, tables, layout=WIDE))
     return parts
 
 
@@ -216,7 +220,7 @@ def _bars(figures: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Markup]]:
             low, high = (number(one.get(key)) for key in ("min", "max"))
             bar = charts.Bar(plain(one.get("label") or name, 90), value, value if low is None else low,
                              value if high is None else high, tuple(numbers(one.get("values"))))  # fmt: skip
-            units[views.plain_unit(one), plain(one.get("better"), 20)].append(bar)
+            units[described.plain_unit(one), plain(one.get("better"), 20)].append(bar)
     return [
         (f"{unit or 'no unit'}, {better} is better", charts.bars(f"Figures in {unit}", unit, bars))
         for (unit, better), bars in units.items()
@@ -235,7 +239,7 @@ def curves(figures: Mapping[str, Mapping[str, Any]]) -> tuple[list[tuple[str, Ma
         if value is not None and sizes:
             low, high = (number(one.get(key)) for key in ("min", "max"))
             point = charts.Point(0.0, value, value if low is None else low, value if high is None else high)
-            key = SIZES.sub("{}", label.replace("{}", "")), views.plain_unit(one)
+            key = SIZES.sub("{}", label.replace("{}", "")), described.plain_unit(one)
             groups[key].append((sizes, point))
             members[key].add(name)
     drawn = {key: picture for key, found in groups.items() if (picture := _curve(*key, found))}
@@ -257,26 +261,26 @@ def _curve(
         lines[name].append(charts.Point(sizes[axis], point.y, point.low, point.high))
     if len(lines) > 6 or any(not math.isfinite(point.x) or point.x > 1e12 for line in lines.values() for point in line):
         return None
-    heads = [_title_word(word) if place in moving else word for place, word in enumerate(words)]
-    fixed = [f"{found[0][0][place]:g}" if place not in moving else "" for place in range(len(distinct))]
+    along, words[axis], words[axis + 1] = _axis_name(words[axis], words[axis + 1])
+    heads = [WORD.sub("", word) if place in moving else word for place, word in enumerate(words)]
+    fixed = ["" if place in moving else f"{found[0][0][place]:g}" for place in range(len(distinct))]
     title = "".join(word + size for word, size in zip(heads, [*fixed, ""])).strip(" ,") or template
-    along = AXES.get(_word(words[axis]), "") or _word(words[axis]) or _word_after(words[axis + 1]) or "size"
-    return title, charts.lines(f"{title}, by {along}", along, unit, lines)
+    title = re.sub(r"\s*,(\s*,)+", ",", title)
+    return title, charts.lines(f"{title}, by {along}", AXES.get(along, along), unit, lines)
 
 
 def _word(before: str) -> str:
     """The word right before a number, which says what it counts: "context" of "decode, context 512"."""
-    found = re.search(r"([^\W\d_]+)\s*$", before)
-    return found[1] if found else ""
+    found = WORD.search(before)
+    return found[0].strip() if found else ""
 
 
-def _word_after(after: str) -> str:
-    found = re.match(r"\s*([^\W\d_]+)", after)
-    return found[1] if found else ""
-
-
-def _title_word(before: str) -> str:
-    return re.sub(r"[^\W\d_]+\s*$", "", before)
+def _axis_name(before: str, after: str) -> tuple[str, str, str]:
+    """What a number counts, by the word before it or the words after it, and both texts without that."""
+    if _word(before):
+        return _word(before), WORD.sub("", before), after
+    found = re.match(r"\s*([^\W\d_]+(?: [^\W\d_]+)?)(?=\s*(,|$))", after) or re.match(r"\s*([^\W\d_]+)", after)
+    return (found[1], before, after[found.end() :]) if found else ("size", before, after)
 
 
 def _extras(document: Mapping[str, Any]) -> Part | None:

@@ -51,12 +51,19 @@ def values(row: Row) -> dict[str, list[float]]:
 
 
 def by_side(requests: Sequence[Row]) -> dict[str, dict[str, list[float]]]:
-    """metric -> side -> values, sides in the order they first appear."""
-    found: dict[str, dict[str, list[float]]] = {metric: defaultdict(list) for metric in METRICS}
+    """metric -> side -> values. Every metric has every side, in one order, so that a side looks the same in all charts;
+    a metric that no side has is absent."""
+    sides = sides_of(requests)
+    found: dict[str, dict[str, list[float]]] = {metric: {side: [] for side in sides} for metric in METRICS}
     for row in requests:
         for metric, measured in values(row).items():
             found[metric][side_of(row)] += measured
-    return {metric: dict(sides) for metric, sides in found.items() if sides}
+    return {metric: measured for metric, measured in found.items() if any(measured.values())}
+
+
+def sides_of(requests: Sequence[Row]) -> list[str]:
+    """In the order of their names: which one was asked first is chance."""
+    return sorted({side_of(row) for row in requests})
 
 
 def points_of(requests: Sequence[Row]) -> list[str]:
@@ -77,11 +84,11 @@ def sweep(requests: Sequence[Row]) -> dict[str, list[Point]]:
         one = _speed_and_throughput(rows)
         if one is not None:
             measured[side, point].append(one)
-    found: dict[str, list[Point]] = defaultdict(list)
+    found: dict[str, list[Point]] = {side: [] for side in sides_of(requests)}
     for (side, point), pairs in sorted(measured.items(), key=lambda item: _size(item[0][1])):
         x, ys = median(speed for speed, _ in pairs), [throughput for _, throughput in pairs]
         found[side].append(Point(x, median(ys), min(ys), max(ys), point))
-    return dict(found) if len({point for _, point in measured}) > 1 else {}
+    return found if len({point for _, point in measured}) > 1 else {}
 
 
 def _speed_and_throughput(rows: Sequence[Row]) -> tuple[float, float] | None:

@@ -20,6 +20,7 @@ from skerry.benchmarks.stats import Figure
 from skerry.benchmarks.traffic import Traffic, prompts
 
 OURS = "skerry"
+FROM_DUE = ("ttft_due", "ttft_due_p99", "e2e_due", "e2e_due_p99", "delay", "delay_p99")  # a closed loop has none
 COMPARED = ("throughput", "ttft", "tpot", "e2e")
 
 
@@ -83,13 +84,16 @@ def _take(
     )  # fmt: skip
 
 
-def figures(found: Sweep, side: str) -> dict[str, Figure]:
-    """Of one side: `ttft_c8` and so on."""
+def figures(found: Sweep, side: str, limits: Limits | None = None) -> dict[str, Figure]:
+    """Of one side: `ttft_c8` and so on. What the plan decides, and what is good without limits, is no figure."""
+    planned = {"output_tokens", "prompt_tokens"}
+    if limits is None or limits == Limits():
+        planned |= {"goodput", "good_fraction"}
     return {
         f"{metric}_{point}": Figure(f"{METRICS[metric].label}, {point}", METRICS[metric].unit, METRICS[metric].better,
                                     tuple(values))
         for (who, point, metric), values in found.values.items()
-        if who == side
+        if who == side and metric not in planned and not (point.startswith("c") and metric in FROM_DUE)
     }  # fmt: skip
 
 

@@ -50,7 +50,7 @@ def entries(raw: Any) -> list[Mapping[str, Any]]:
 
 def short(value: float | None) -> str:
     """Three significant digits at least, no exponent where a person can do without: 0.0123, 4.56, 78.9, 12,345."""
-    if value is None:
+    if value is None or not math.isfinite(value):
         return DASH
     size = abs(value)
     if size >= 1e15 or 0 < size < 1e-4:

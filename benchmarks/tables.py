@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from skerry.benchmarks import views
+from skerry.benchmarks import described, views
 from skerry.benchmarks.shown import amount, entries, mapping, number, numbers, plain
 from skerry.benchmarks.stats import Figure
 from skerry.benchmarks.stats import table as figure_lines
@@ -27,14 +27,14 @@ def render_markdown(document: Document) -> str:
     a link, a mention or HTML."""
     word, _, sentence = views.verdict_of(document)
     comparison = mapping(document.get("comparison"))
-    lines = [f"### {_safe(word)}: {_safe(views.title_of(document))}", "", sentence] if word else [
-        f"### skerry bench {_safe(document.get('level'))}: {_safe(views.title_of(document))}"]  # fmt: skip
+    lines = [f"### {_safe(word)}: {_safe(described.title_of(document))}", "", sentence] if word else [
+        f"### skerry bench {_safe(document.get('level'))}: {_safe(described.title_of(document))}"]  # fmt: skip
     lines += ["", *(f"- {_safe(reason, 600)}" for reason in views.reasons_of(document))]
     folded = [views.figures_table(document), views.sides_table(comparison), *views.extras(document)[0]]
     if comparison:
         lines += ["", *_table(views.metrics_table(comparison, True)), "", "Ratio of B to A; above 1, B is worse."]
         folded.insert(0, replace(views.metrics_table(comparison, False), title="Metrics that are not gated"))
-        if facts := views.quality_facts(mapping(comparison.get("quality"))):
+        if facts := described.quality_facts(mapping(comparison.get("quality"))):
             lines += ["", "; ".join(f"{name}: {_safe(value, 400)}" for name, value in facts if name != "Verdict") + "."]
     if document.get("rows"):
         lines += ["", *_table(views.rows_table(document))]
@@ -52,7 +52,7 @@ def render_csv(document: Document) -> str:
     out = io.StringIO()
     writer = csv.DictWriter(out, COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()
-    commit, began = views.commit_of(document), plain(document.get("began"), 40)
+    commit, began = described.commit_of(document), plain(document.get("began"), 40)
     for line in _values(document):
         line |= {"level": plain(document.get("level"), 40), "began": began, "commit": commit}
         writer.writerow({key: _cell(value) for key, value in line.items()})
@@ -62,16 +62,16 @@ def render_csv(document: Document) -> str:
 def render_text(document: Document) -> str:
     """For a terminal: every table that the result has, the verdict last."""
     comparison = mapping(document.get("comparison"))
-    parts = [views.title_of(document)]
+    parts = [described.title_of(document)]
     if comparison:
         parts.append(views.as_text(views.metrics_table(comparison)))
-        parts += [_aligned(views.quality_facts(mapping(comparison.get("quality"))))]
+        parts += [_aligned(described.quality_facts(mapping(comparison.get("quality"))))]
         sides = views.sides_table(comparison)
         parts.append(views.as_text(sides) if sides.rows else "")
     parts += [views.as_text(views.rows_table(document)) if document.get("rows") else "", _figures(document)]
     tables, facts = views.extras(document)
     parts += [f"{table.title}\n{views.as_text(table)}" for table in tables]
-    parts += [_aligned(facts), "\n".join(f"note: {note}" for note in views.texts(document.get("notes")))]
+    parts += [_aligned(facts), "\n".join(f"note: {note}" for note in described.texts(document.get("notes")))]
     word, _, sentence = views.verdict_of(document)
     if word:
         parts.append("\n".join([f"{word}: {sentence}", *(f"  {reason}" for reason in views.reasons_of(document))]))
@@ -86,7 +86,9 @@ def figures_of(document: Document) -> list[tuple[str, Figure]]:
         values = tuple(numbers(one.get("values")))
         if values:
             label = plain(one.get("label") or name, 90)
-            found.append((plain(name, 90), Figure(label, views.plain_unit(one), plain(one.get("better"), 20), values)))
+            found.append(
+                (plain(name, 90), Figure(label, described.plain_unit(one), plain(one.get("better"), 20), values))
+            )
     return found
 
 
@@ -98,17 +100,17 @@ def _figures(document: Document) -> str:
 def _machine(document: Document) -> str:
     environment = mapping(document.get("environment"))
     words = [plain(environment.get("cpu"), 60), f"{plain(environment.get('cores_usable'), 10)} cores",
-             plain(environment.get("isa"), 20), views.commit_of(document)[:12],
-             f"{views.began(document)}, {amount(number(document.get('seconds')), 's')}"]  # fmt: skip
+             plain(environment.get("isa"), 20), described.commit_of(document)[:12],
+             f"{described.began(document)}, {amount(number(document.get('seconds')), 's')}"]  # fmt: skip
     return _safe(" · ".join(word for word in words if word))
 
 
 def _notes(document: Document) -> list[str]:
-    return ["", *(f"- Note: {_safe(note, 600)}" for note in views.texts(document.get("notes")))]
+    return ["", *(f"- Note: {_safe(note, 600)}" for note in described.texts(document.get("notes")))]
 
 
 def _facts(document: Document) -> list[str]:
-    facts = views.flat(mapping(document.get("settings"))) + views.environment_facts(document)
+    facts = described.flat(mapping(document.get("settings"))) + described.environment_facts(document)
     return ["| | |", "| --- | --- |", *(f"| {_safe(name)} | {_safe(value, 400)} |" for name, value in facts)]
 
 
@@ -155,13 +157,19 @@ def _values(document: Document) -> Iterator[dict[str, Any]]:
         yield {"kind": "row", **about, "side": peer, "unit": "ratio", "better": "higher", "value": middle, "low": low,
                "high": high, "verdict": views.standing(middle, low, high)}  # fmt: skip
         for side, key in (("skerry", "ours"), (peer, "peer")):
-            yield {"kind": "side", **about, "side": side, "unit": views.plain_unit(row), "value": number(row.get(key))}
+            yield {
+                "kind": "side",
+                **about,
+                "side": side,
+                "unit": described.plain_unit(row),
+                "value": number(row.get(key)),
+            }
     yield from _comparison_values(mapping(document.get("comparison")))
 
 
 def _comparison_values(comparison: Document) -> Iterator[dict[str, Any]]:
     for name, metric in views.metrics_of(comparison):
-        label, unit = views.metric_label(name, metric), views.plain_unit(metric)
+        label, unit = views.metric_label(name, metric), described.plain_unit(metric)
         about = {"name": name, "label": label, "better": plain(metric.get("better"), 20)}
         middle, low, high, budget = (number(metric.get(key)) for key in ("ratio", "low", "high", "budget"))
         yield {"kind": "ratio", **about, "unit": "ratio", "better": "lower", "value": middle, "low": low, "high": high,

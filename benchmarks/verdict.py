@@ -24,7 +24,11 @@ from skerry.benchmarks.quality import Quality
 PASS, REGRESSED, INCONCLUSIVE, INVALID = "pass", "regressed", "inconclusive", "invalid"
 EXIT_CODES = {PASS: 0, REGRESSED: 3, INCONCLUSIVE: 6, INVALID: 6}
 STALL_FLOOR, STALL_SHARE = 0.010, 0.25  # seconds; share of the median request
-NO_RATIO = frozenset({"output_tokens", "prompt_tokens", "delay", "delay_p99", "error_fraction"})  # judged otherwise
+# Judged otherwise, or the same thing again.
+NO_RATIO = frozenset({
+    "output_tokens", "prompt_tokens", "delay", "delay_p99", "error_fraction", "goodput", "good_fraction",
+    "prefill_rate", "user_speed", "ttft_due", "e2e_due",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from skerry.benchmarks.described import fact, flat, plain_unit, texts
+from skerry.benchmarks.metrics import METRICS
 from skerry.benchmarks.shown import (
     DASH,
     amount,
@@ -18,17 +19,12 @@ from skerry.benchmarks.shown import (
     percent,
     plain,
     ratio,
-    short,
 )
 
 Document = Mapping[str, Any]
 KNOWN = frozenset({  # what is shown in a place of its own
     "schema", "level", "began", "seconds", "environment", "notes", "subject", "settings", "figures", "rows",
-    "comparison",
-})  # fmt: skip
-READ = frozenset({  # of the environment
-    "cpu", "cores_usable", "cores_online", "isa", "isa_lowered", "memory_bytes", "os", "python", "versions",
-    "load_average", "git",
+    "comparison", "verdict", "reasons",
 })  # fmt: skip
 VERDICTS = {
     "pass": ("Pass", "good", "B is within the budget of every gated metric, and says what A says."),
@@ -77,17 +73,17 @@ def header(*names: str) -> tuple[Cell, ...]:
 
 
 def verdict_of(document: Document) -> tuple[str, str, str]:
-    """Word, tone and sentence. Empty words where the level gives no verdict."""
+    """Word, tone and sentence: of a comparison, or of a level that judges itself. Empty where there is none."""
     raw = mapping(document.get("comparison")).get("verdict")
-    return ("", "", "") if raw is None else VERDICTS.get(str(raw), (plain(raw, 40), "wait", "An unknown verdict."))
+    own = document.get("verdict") if raw is None else None
+    if raw is None and own is None:
+        return "", "", ""
+    word, tone, sentence = VERDICTS.get(str(raw or own), (plain(raw or own, 40), "wait", "An unknown verdict."))
+    return word, tone, sentence if own is None else "All checks held." if own == "pass" else "Not all checks held."
 
 
 def reasons_of(document: Document) -> list[str]:
-    return texts(mapping(document.get("comparison")).get("reasons"))
-
-
-def texts(raw: Any) -> list[str]:
-    return [plain(one, 600) for one in raw] if isinstance(raw, list | tuple) else []
+    return texts(mapping(document.get("comparison")).get("reasons")) or texts(document.get("reasons"))
 
 
 def metrics_of(comparison: Document) -> list[tuple[str, Mapping[str, Any]]]:
@@ -111,39 +107,21 @@ def metrics_table(comparison: Document, gated: bool | None = None) -> Table:
         unit, verdict, budget = plain_unit(metric), plain(metric.get("verdict"), 40), number(metric.get("budget"))
         a, b, middle, low, high = (number(metric.get(key)) for key in ("a", "b", "ratio", "low", "high"))
         rows.append((
-            Cell(metric_label(name, metric), unit=f"({name})"), figure(amount(a, unit)), figure(amount(b, unit)), figure(ratio(middle)),
-            figure(interval(low, high)), figure(DASH if budget is None else f"+{percent(budget)}"),
-            Cell(verdict, tone=TONES.get(verdict, "off")),
+            Cell(metric_label(name, metric), unit=f"({name})"), figure(amount(a, unit)), figure(amount(b, unit)),
+            figure(ratio(middle)), figure(interval(low, high)),
+            figure(DASH if budget is None else f"+{percent(budget)}"), Cell(verdict, tone=TONES.get(verdict, "off")),
         ))  # fmt: skip
     return Table("Metrics", head, tuple(rows))
 
 
-def plain_unit(raw: Document) -> str:
-    return plain(raw["unit"], 30) if raw.get("unit") else ""
-
-
-def quality_facts(quality: Document) -> list[tuple[str, str]]:
-    """What was found of answers and their length, beside its bound."""
-    if not quality:
-        return []
-    prompts, positions = (fact(key, quality.get(key)) for key in ("prompts", "positions"))
-    low, bound = (percent(number(quality.get(key))) for key in ("agreement_low", "bound"))
-    facts = [
-        ("Agreement of answers", f"{percent(number(quality.get('agreement')))}, at least {low}; bound {bound}"),
-        ("Compared", f"{positions} tokens of {prompts} prompts"),
-        ("Length of answers", f"{percent(number(quality.get('length_ratio')))} of A's; "
-                              f"bound {percent(number(quality.get('length_bound')))}"),
-    ]  # fmt: skip
-    if number(quality.get("self_agreement")) not in (None, 1.0):
-        facts.append(("A with itself", f"{percent(number(quality.get('self_agreement')))} agree"))
-    if number(quality.get("likelihood_ratio")) is not None:
-        allowed = ratio(number(quality.get("likelihood_bound")))
-        facts.append(("Perplexity, B over A", f"{ratio(number(quality.get('likelihood_ratio')))}; bound {allowed}"))
-    return [
-        *facts,
-        ("Verdict", plain(quality.get("verdict"), 40)),
-        *(("Reason", one) for one in texts(quality.get("reasons"))),
-    ]
+def formulas_table(names: Iterable[str]) -> Table:
+    """How each of these metrics is formed; names that are no metric's are left out."""
+    rows = (
+        (Cell(metric.label, unit=f"({metric.name})"), Cell(metric.formula))
+        for name in dict.fromkeys(names)
+        if (metric := METRICS.get(name))
+    )
+    return Table("Formulas", header("Metric", "Formula"), tuple(rows), folded=True)
 
 
 def sides_table(comparison: Document) -> Table:
@@ -155,18 +133,6 @@ def sides_table(comparison: Document) -> Table:
         for name in names
     )  # fmt: skip
     return Table("Sides", header("", *sides), tuple(rows) if sides else ())
-
-
-def fact(name: str, raw: Any) -> str:
-    """A value of a field whose name tells its unit."""
-    value = number(raw)
-    if value is None:
-        return plain(raw)
-    if name.endswith("_seconds") or name == "seconds":
-        return amount(value, "s")
-    if name.endswith("_bytes") or name in ("peak_rss", "pss", "rss", "gpu_memory"):
-        return amount(value, "B")
-    return f"{value:,.0f}" if value == int(value) and isinstance(raw, int) else short(value)
 
 
 def rows_table(document: Document, folded: bool = False) -> Table:
@@ -244,63 +210,6 @@ def _cell(name: str, raw: Any, right: bool) -> Cell:
         tone = ("good" if raw else "bad") if isinstance(raw, bool) else TONES.get(raw.lower(), "off")
         return Cell(plain(raw, 40), tone=tone)
     return Cell(fact(name, raw), "n" if right else "")
-
-
-def flat(raw: Any, before: str = "") -> list[tuple[str, str]]:
-    """Names joined by dots, and what they hold; lists of plain values on one line."""
-    found: list[tuple[str, str]] = []
-    for name, value in list(mapping(raw).items())[:MOST_ROWS]:
-        key = f"{before}.{plain(name, 60)}" if before else plain(name, 60)
-        if isinstance(value, dict) and value and key.count(".") < 4:
-            found += flat(value, key)
-        elif isinstance(value, list | tuple) and not entries(value):
-            found.append((key, plain(", ".join(plain(one, 60) for one in value[:40]), 400)))
-        elif value is not None:
-            found.append((key, fact(str(name), value)))
-    return found
-
-
-def environment_facts(document: Document) -> list[tuple[str, str]]:
-    """The fingerprint, in the words of a person. What the machine did not say is left out."""
-    found = mapping(document.get("environment"))
-    git = mapping(found.get("git"))
-    cores = " of ".join(plain(found[key]) for key in ("cores_usable", "cores_online") if found.get(key) is not None)
-    facts = [
-        ("Processor", plain(found.get("cpu"))), ("Cores usable", cores or DASH),
-        ("Instruction set", plain(found.get("isa")) + (" (lowered on purpose)" if found.get("isa_lowered") else "")),
-        ("Memory", amount(number(found.get("memory_bytes")), "B")), ("System", plain(found.get("os"))),
-        ("Python", plain(found.get("python"))),
-        *((plain(name, 60), plain(version)) for name, version in mapping(found.get("versions")).items()),
-        ("Load before the run", plain(found.get("load_average"))),
-        ("Commit", commit_of(document) or DASH), ("Schema", plain(document.get("schema"))),
-        *flat({k: v for k, v in found.items() if k not in READ}),
-    ]  # fmt: skip
-    if git.get("dirty"):
-        facts.append(("Checkout", "had changes that are in no commit"))
-    return [(name, value) for name, value in facts if value != DASH]
-
-
-def began(document: Document) -> str:
-    """To the second: 2026-11-23 10:12:13 UTC."""
-    raw = plain(document.get("began"), 40)
-    return re.sub(r"\.\d+", "", raw).replace("T", " ", 1).replace("+00:00", " UTC")
-
-
-def commit_of(document: Document) -> str:
-    git = mapping(mapping(document.get("environment")).get("git"))
-    return plain(git["commit"], 60) if git.get("commit") else ""
-
-
-def title_of(document: Document) -> str:
-    """What was measured, on one line."""
-    subject, sides = document.get("subject"), mapping(mapping(document.get("comparison")).get("sides"))
-    if sides:
-        names = [plain(mapping(side).get("name") or name, 80) for name, side in sides.items()]
-        return " against ".join(reversed(names))
-    if not isinstance(subject, dict):
-        return plain(subject) if subject else plain(document.get("level"), 40)
-    named = [subject.get(key) for key in ("name", "version", "target", "precision", "a", "b", "url")]
-    return " ".join(plain(one, 80) for one in named if isinstance(one, str) and one) or plain(document.get("level"), 40)
 
 
 def as_text(table: Table) -> str:

@@ -15,7 +15,12 @@ TAIL_LINES, TAIL_BYTES = 6, 4096
 
 
 def run_logged(
-    operation: str, obj: str, words: Sequence[str | Path], log: Path, seconds: float, extra: Mapping[str, str] | None = None
+    operation: str,
+    obj: str,
+    words: Sequence[str | Path],
+    log: Path,
+    seconds: float,
+    extra: Mapping[str, str] | None = None,
 ) -> None:
     """Appends to `log`. Raises SkerryError with the log's last lines if the command fails or takes over `seconds`."""
     try:

@@ -1,10 +1,10 @@
 """Peers' virtual environments: made, probed, marked. No marker, no peer: what was interrupted is made again.
 
-    $SKERRY_PEERS or ~/.cache/skerry/peers
-      NAME/             the environment; installed.json in it is written last
-      NAME.log          what pip said
-      NAME.lock         held while it is made
-      weights/          peers/weights.py
+$SKERRY_PEERS or ~/.cache/skerry/peers
+  NAME/             the environment; installed.json in it is written last
+  NAME.log          what pip said
+  NAME.lock         held while it is made
+  weights/          peers/weights.py
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ def require(peer: Peer) -> Installed:
     """Raises UsageError that says how to install it."""
     found = look(peer)
     if found is None:
-        raise UsageError("open peer", peer.name, f"not installed in {root()}", f"skerry bench peers install {peer.name}")
+        raise UsageError(
+            "open peer", peer.name, f"not installed in {root()}", f"skerry bench peers install {peer.name}"
+        )
     return found
 
 
@@ -97,10 +99,21 @@ def install(peer: Peer, report: Report, force: bool = False) -> Installed:
         _delete(home)
         log.unlink(missing_ok=True)
         report(f"{peer.name}: environment in {home}; log in {log}")
-        run_logged("install peer", peer.name, [sys.executable, "-m", "venv", home], log, 300.0)
+        make: list[str | Path] = [sys.executable, "-m", "venv", home]
+        run_logged("install peer", peer.name, make, log, 300.0)
         report(f"{peer.name}: pip install {' '.join(peer.packages)}")
-        words = [home / "bin" / "python", "-m", "pip", "install", "--no-input", "--progress-bar", "off"]
-        run_logged("install peer", peer.name, [*words, *peer.pip, *peer.packages], log, peer.build_seconds, peer.environment)
+        words: list[str | Path] = [
+            home / "bin" / "python",
+            "-m",
+            "pip",
+            "install",
+            "--no-input",
+            "--progress-bar",
+            "off",
+        ]
+        run_logged(
+            "install peer", peer.name, [*words, *peer.pip, *peer.packages], log, peer.build_seconds, peer.environment
+        )
         probed = _probe(peer, home, log)
         version = probed["versions"].get(peer.version_of)
         if version is None:

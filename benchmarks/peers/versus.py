@@ -115,7 +115,9 @@ class Versus:
                 if isinstance(answer.get(figure), int):
                     side.found.setdefault(figure, {})[repeat] = answer[figure] / 2**20
 
-    def rows(self, described: Mapping[str, tuple[str, str, str]], ours: Mapping[str, Mapping[int, float]]) -> list[dict[str, Any]]:
+    def rows(
+        self, described: Mapping[str, tuple[str, str, str]], ours: Mapping[str, Mapping[int, float]]
+    ) -> list[dict[str, Any]]:
         """`described`: label, unit and better direction by figure, in the order of the rows."""
         return [
             row(name, *described[name], ours[name], side)
@@ -130,7 +132,9 @@ class Versus:
     def __enter__(self) -> Versus:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stack.close()
 
     def _drop(self, side: Side, error: PeerFailed) -> None:

@@ -81,7 +81,7 @@ def _gguf(source: Path, precision: str, report: Report) -> Weights:
     tool = maker.programs["llama-quantize"]
 
     def make(folder: Path, log: Path) -> None:
-        words = [tool, "--allow-requantize", source, folder / f"{kind}.gguf", kind]
+        words: list[str | Path] = [tool, "--allow-requantize", source, folder / f"{kind}.gguf", kind]
         run_logged("make weights", f"{source.name} as {kind}", words, log, SECONDS)
 
     folder = _cached(source, ["gguf", kind, maker.version], f"{source.name} as {kind}", make, report)
@@ -96,15 +96,22 @@ def _onnx(peer: Installed, source: Path, precision: str, report: Report) -> Weig
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".hf-") as scratch:
             checkpoint, out = Path(scratch) / "hf", folder / "model"
             name = f"{source.name} as {precision} ONNX"
-            run_logged("make weights", name, [peer.python, DRIVERS / "hf_from_gguf.py", source, checkpoint], log, SECONDS)
-            words = [peer.python, "-m", "onnxruntime_genai.models.builder", "-m", "local", "-i", checkpoint, "-o", out,
-                     "-p", precision, "-e", "cpu", "-c", Path(scratch) / "cache", "--extra_options", "hf_token=false"]  # fmt: skip
-            run_logged("make weights", name, [*words, *options], log, SECONDS, {"HF_HUB_OFFLINE": "1"})
+            convert: list[str | Path] = [peer.python, DRIVERS / "hf_from_gguf.py", source, checkpoint]
+            build: list[str | Path] = [
+                peer.python, "-m", "onnxruntime_genai.models.builder", "-m", "local", "-i", checkpoint, "-o", out,
+                "-p", precision, "-e", "cpu", "-c", Path(scratch) / "cache",
+                "--extra_options", "hf_token=false", *options,
+            ]  # fmt: skip
+            run_logged("make weights", name, convert, log, SECONDS)
+            run_logged("make weights", name, build, log, SECONDS, {"HF_HUB_OFFLINE": "1"})
 
     recipe = ["onnx", precision, *options, peer.version]
     folder = _cached(source, recipe, f"{source.name} as {precision} ONNX", make, report)
     head = ", head 8 bits" if precision == "int4" else ""
-    return _found(folder / "model", f"ONNX {precision}, block 32{head}, by its builder" if options else "ONNX float32, by its builder")
+    return _found(
+        folder / "model",
+        f"ONNX {precision}, block 32{head}, by its builder" if options else "ONNX float32, by its builder",
+    )
 
 
 def _cached(source: Path, recipe: list[str], name: str, make: Callable[[Path, Path], None], report: Report) -> Path:
@@ -142,5 +149,7 @@ def _turn(cache: Path, key: str) -> Iterator[None]:
 def _found(path: Path, label: str) -> Weights:
     files = [path] if path.is_file() else [file for file in path.glob("**/*") if file.is_file()]
     if not files:
-        raise SkerryError("make weights", path, "the tool ended well and wrote nothing", f"read the log in {path.parent}")
+        raise SkerryError(
+            "make weights", path, "the tool ended well and wrote nothing", f"read the log in {path.parent}"
+        )
     return Weights(path, label, sum(file.stat().st_size for file in files))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -26,7 +27,7 @@ def feed(parts: list[bytes]) -> list[bytes]:
 
 def cut(raw: bytes, places: list[int]) -> list[bytes]:
     edges = [0, *sorted(places), len(raw)]
-    return [raw[start:end] for start, end in zip(edges, edges[1:])]
+    return [raw[start:end] for start, end in pairwise(edges)]
 
 
 @given(st.lists(st.integers(0, len(STREAM))))
@@ -68,8 +69,9 @@ def delta(**fields: str) -> bytes:
 
 def test_roles_and_empty_texts_are_no_tokens():
     answer = Answer(keep_text=True)
-    for at, raw in enumerate((delta(role="assistant", content=""), delta(content=""), delta(content="a"), delta(content="b"),
-                              sse({"choices": [{"delta": {}, "finish_reason": "stop"}]}), sse(b"[DONE]"))):  # fmt: skip
+    end = sse({"choices": [{"delta": {}, "finish_reason": "stop"}]})
+    events = (delta(role="assistant", content=""), delta(content=""), delta(content="a"), delta(content="b"), end)
+    for at, raw in enumerate((*events, sse(b"[DONE]"))):
         answer.take(raw, float(at))
     answer.close()
     assert (answer.chunks, answer.end, answer.text) == ([2.0, 3.0], 5.0, "ab")

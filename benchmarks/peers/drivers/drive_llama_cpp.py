@@ -53,7 +53,16 @@ class LlamaCpp(Peer):
 
     def _together(self, sequences: int, prompt: int, output: int, attention: str) -> dict[str, float]:
         """The first token of each comes from its prompt, so `output - 1` steps follow. No prompt is shared."""
-        words = ["-npp", str(prompt), "-ntg", str(output - 1), "-npl", str(sequences), "-fa", "on" if attention == "1" else "off"]
+        words = [
+            "-npp",
+            str(prompt),
+            "-ntg",
+            str(output - 1),
+            "-npl",
+            str(sequences),
+            "-fa",
+            "on" if attention == "1" else "off",
+        ]
         context = sequences * (prompt + output) + 64
         printed = self._run("llama-batched-bench", "-c", str(context), *words, "--output-format", "jsonl")
         found = next(json.loads(line) for line in printed.splitlines() if line.startswith("{"))

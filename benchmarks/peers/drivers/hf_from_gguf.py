@@ -14,9 +14,9 @@ def main(source: Path, out: Path) -> None:
     folder, name = str(source.parent), source.name
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
     # What is in memory is float32 by now; only these marks keep it from being saved.
-    model.hf_quantizer = None
+    model.__dict__["hf_quantizer"] = None
     model.config.__dict__.pop("quantization_config", None)
-    model.is_quantized = False
+    model.__dict__["is_quantized"] = False
     model.save_pretrained(out)
     transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(out)
 

@@ -3,7 +3,7 @@
     {"id", "op": "open", "model", "threads"}   -> {"version", "seconds"}
     {"id", "op": "tune", CASE}                 -> {"setting"}: the fastest of the peer's settings, kept for that case
     {"id", "op": "settle"}                     -> {}: lets go of what no case uses; the peak of memory counts from here
-    {"id", "op": "measure", CASE}              -> {"seconds", "tokens"} and, of several sequences, {"decode_seconds", ...}
+    {"id", "op": "measure", CASE}              -> {"seconds", "tokens"}; of a batch "decode_..." too
     {"id", "op": "memory"}                     -> {"peak_rss", "pss"} in bytes, null where unknown
     CASE: "case": "prefill" | "decode" | "batch", "prompts": [[token ids]], "decode" or "output": counts of tokens
 
@@ -27,7 +27,7 @@ BETTER_BY = 0.97  # a later setting has to be this much faster than an earlier o
 
 
 class Peer:
-    """What a driver fills in. `settings` of a case, in order of preference; the first is used where nothing was tuned."""
+    """What a driver fills in. `settings` of a case, best guess first; the first is used where nothing was tuned."""
 
     def version(self) -> str:
         raise NotImplementedError
@@ -114,7 +114,7 @@ def _die_with_parent() -> None:
 
 def _status(path: str, name: str) -> int | None:
     try:
-        with open(path, encoding="ascii") as file:   # noqa: PTH123
+        with open(path, encoding="ascii") as file:  # noqa: PTH123
             return next((int(line.split()[1]) << 10 for line in file if line.startswith(name)), None)
     except OSError:
         return None

@@ -1,0 +1,152 @@
+"""`skerry bench engine`: figures of a bundle in this process, beside other engines where they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from skerry.benchmarks.cli_options import PATH, history_option, out_option, say
+from skerry.core.cli import emit, json_option
+
+
+@click.command()
+@click.argument("bundle", type=PATH)
+@click.option("--context", "contexts", type=click.IntRange(1), multiple=True, default=(512,), show_default=True,
+              help="Tokens before decoding; repeatable.")  # fmt: skip
+@click.option("--sequences", type=click.IntRange(1, 256), multiple=True, default=(8,), show_default=True,
+              help="Decoding together; repeatable.")  # fmt: skip
+@click.option("--repeats", type=click.IntRange(1, 1000), default=7, show_default=True, help="Of all cases, in turn.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="All usable cores by default.")
+@click.option(
+    "--vs", "peers", multiple=True, metavar="NAME", help="Measure this peer too (skerry bench peers list); repeatable."
+)
+@click.option(
+    "--weights", type=PATH, help="The model's GGUF for the peers; by default the one the bundle was made from."
+)
+@click.option("--seed", type=click.IntRange(0, 1 << 31), default=0, show_default=True, help="Of the order in a repeat.")
+@out_option
+@history_option
+@json_option
+def engine(
+    bundle: Path, contexts: tuple[int, ...], sequences: tuple[int, ...], repeats: int, threads: int | None,
+    peers: tuple[str, ...], weights: Path | None, seed: int, out: Path | None, history: Path | None, as_json: bool,
+) -> int:  # fmt: skip
+    """Figures of BUNDLE in this process, without a server: prefill, decode, a batch, opening, memory.
+
+    Each is the median over the repeats with its spread. They mean something on an otherwise idle machine only; the
+    document says how loaded it was. With --vs, other engines run the same cases on weights of the same kind, in turn
+    with ours, and each figure comes with the ratio: above 1 ours is better.
+    """
+    from skerry.benchmarks.documents import close_document, last_line, new_document
+    from skerry.benchmarks.engine import measure
+    from skerry.benchmarks.engine_workload import Workload
+    from skerry.benchmarks.peers.versus import Versus
+    from skerry.core.bundle import open_bundle
+    from skerry.core.errors import UsageError
+    from skerry.core.target import usable_cores
+
+    if weights is not None and not peers:
+        raise UsageError("measure engine", "--weights", "it is for peers, and there is no --vs", "add --vs NAME")
+    opened = open_bundle(bundle)
+    threads = threads or usable_cores()
+    load = Workload(contexts=tuple(dict.fromkeys(contexts)), sequences=tuple(dict.fromkeys(sequences))).fit(opened)
+    manifest = opened.manifest
+    document = new_document("engine", subject={
+        "name": manifest.name, "version": manifest.version, "target": str(manifest.target),
+        "precision": manifest.precision, "manifest_sha256": opened.digest, "engine_digest": manifest.engine_digest,
+        "parameters": manifest.model.parameters, "engine_bytes": manifest.engine_bytes,
+    }, settings={"threads": threads, "repeats": repeats, "seed": seed})  # fmt: skip
+    for note in document["notes"]:
+        say(note)
+    with Versus(say) as versus:
+        if peers:
+            source = _source(opened, peers, weights, document)
+            versus.open(peers, source, manifest.precision, threads)
+        found = measure(opened, load, repeats, threads, say, versus if peers else None, seed)
+        document["peers"] = versus.to_json()
+        document["notes"] += versus.notes
+    figures = found.pop("figures")
+    document |= {**found, "figures": {name: figure.to_json() for name, figure in figures.items()}}
+    close_document(document)
+    if out is not None:
+        from skerry.benchmarks.publish import keep
+
+        keep(document, out)
+    if history is not None:
+        from skerry.benchmarks.history import append
+
+        append(history, document)
+    emit(document, as_json, lambda: f"{_text(document, figures)}\n\n{last_line(document, out)}")
+    return 6 if peers and not document["rows"] else 0
+
+
+def _source(opened: Any, peers: tuple[str, ...], weights: Path | None, document: dict[str, Any]) -> Path:
+    """The peers' GGUF, after everything that can be refused without opening one."""
+    from skerry.benchmarks.peers.gguf import check_same_model
+    from skerry.benchmarks.peers.install import require
+    from skerry.benchmarks.peers.pins import find
+    from skerry.benchmarks.peers.weights import default_source
+    from skerry.core.files import sha256_file
+
+    for name in peers:
+        require(find(name))
+    source = weights or default_source(opened)
+    check_same_model(source, opened.manifest.model, opened.short)
+    digest = sha256_file(source)
+    document["settings"]["weights"] = {"name": source.name, "sha256": digest}
+    if digest not in str(opened.manifest.lineage.get("training")):
+        document["notes"].append(f"the bundle was not made from {source.name}: same shapes, other weights")
+    return source
+
+
+def _text(document: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
+    from skerry.benchmarks.stats import table
+
+    subject = document["subject"]
+    what = f"{subject['name']} {subject['version']} {subject['precision']}"
+    head = f"{what} ({subject['manifest_sha256'][:12]}), {subject['target']}"
+    parts = [f"{head}\n{_where(document)}", table(list(figures.values()))]
+    if document.get("rows"):
+        parts.append(rows_text(document["rows"]))
+        named = {f"{row['peer_name']} {row['peer_version']}: {row['peer_weights']}": None for row in document["rows"]}
+        parts.append("\n".join(named))
+    parts += [f"note: {note}" for note in document["notes"]]
+    return "\n\n".join(parts)
+
+
+def rows_text(rows: list[dict[str, Any]]) -> str:
+    """Columns: measure, ours, each peer's, ratio with its interval (above 1 ours is better)."""
+    lines = [("", "unit", "ours", "peer", "", "ratio", "95% interval")]
+    for row in rows:
+        low, high = (f"{row[name]:.2f}" if row[name] is not None else "?" for name in ("low", "high"))
+        peer, ratio = f"{row['peer_name']} {row['peer_version']}", f"{row['ratio']:.2f}"
+        found = _short(row["ours"]), _short(row["peer"]), peer, ratio, f"[{low}, {high}]"
+        lines.append((row["label"], row["unit"], *found))
+    widths = [max(len(line[column]) for line in lines) for column in range(7)]
+    right = {2, 3, 5}
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _short(value: float) -> str:
+    return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 10 else f"{value:.1f}"
+
+
+def _where(document: Mapping[str, Any]) -> str:
+    environment, settings = document["environment"], document["settings"]
+    versions, git = environment["versions"], environment["git"]
+    commit = "" if git is None else f" at {git['commit'][:12]}{' with changes' if git['dirty'] else ''}"
+    return (
+        f"{environment['cpu'] or environment['arch']}, {environment['isa']}, {settings['threads']} threads of "
+        f"{environment['cores_usable']} cores, load {environment['load_average']:g} before\n"
+        f"skerry {versions['skerry']}{commit}, onnxruntime {versions['onnxruntime']}; "
+        f"median of {settings['repeats']}; golden prompts {document['check']['golden']}"
+    )
