@@ -67,7 +67,7 @@ def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def last_line(document: Mapping[str, Any], folder: Path | None) -> str:
     """The one line of JSON that ends stdout for whoever reads it by machine."""
-    comparison = document.get("comparison") or {}
-    found = {"level": document["level"], "verdict": comparison.get("verdict"), "reasons": comparison.get("reasons"),
+    judged = document.get("comparison") or document
+    found = {"level": document["level"], "verdict": judged.get("verdict"), "reasons": judged.get("reasons"),
              "seconds": document.get("seconds"), "result": str(folder / RESULT) if folder else None}  # fmt: skip
     return json.dumps({name: value for name, value in found.items() if value is not None}, ensure_ascii=False)

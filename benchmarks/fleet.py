@@ -32,6 +32,7 @@ ENROL_AT_ONCE = ROUND_AT_ONCE = 16
 FEWEST_FOR_P99, FEWEST_FOR_P90 = 100, 10
 REACHED, STALLED = 0.98, 0.05  # below, above: the schedule fell behind; our own process did
 INTERVALS, PATIENCE = 2, 3  # within which every node should be seen after a restart; after which we stop waiting
+LEAST_PATIENCE = 30.0  # seconds: a server takes some to start, however short the interval
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ def saturation(figures: dict[str, Any], stall: float, rows: Sequence[dict[str, A
 def _restart(
     document: dict[str, Any], plan: Plan, plane: ControlPlane, serving: Serving, load: Driver, report: Report
 ) -> None:
-    limit = PATIENCE * plan.poll_seconds
+    limit = max(LEAST_PATIENCE, PATIENCE * plan.poll_seconds)
     report(f"SIGKILL, start again; waiting for every node, {limit:g} s at most")
     with ThreadPoolExecutor(1) as pool:
         serving.process.kill()

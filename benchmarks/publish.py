@@ -10,7 +10,7 @@ import click
 
 from skerry.benchmarks.documents import MARKDOWN, REPORT, REQUESTS, RESULT, TABLE, last_line, write_json_lines
 from skerry.core.cli import emit
-from skerry.core.errors import StorageError
+from skerry.core.errors import InputError, StorageError
 from skerry.core.files import write_atomic, write_json
 
 
@@ -26,7 +26,10 @@ def publish(
     if history is not None:
         from skerry.benchmarks.history import append
 
-        append(history, document)
+        try:
+            append(history, document)
+        except InputError as error:  # an invalid result has nothing to remember; its own exit code says more
+            click.echo(error.render(), err=True)
     emit(document, as_json, lambda: f"{render_text(document)}\n\n{last_line(document, out)}")
 
 

@@ -92,7 +92,7 @@ def _subject(document: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _names(comparison: Mapping[str, Any]) -> dict[str, str]:
     """How the sides are called in legends."""
     sides = mapping(comparison.get("sides"))
-    return {key: f"{plain(key, 20).upper()}  {plain(mapping(side).get('name'), 60)}" for key, side in sides.items()}
+    return {key: f"{plain(key, 20).upper()} {plain(mapping(side).get('name'), 60)}" for key, side in sides.items()}
 
 
 def _comparison_parts(comparison: Mapping[str, Any]) -> list[Part | None]:

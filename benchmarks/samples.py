@@ -17,6 +17,7 @@ from skerry.benchmarks.charts import Point
 from skerry.benchmarks.shown import number, numbers, plain
 
 Row = Mapping[str, Any]
+OURS = "skerry"
 METRICS = {
     "ttft": "Time to first token",
     "tpot": "Time per output token",
@@ -62,8 +63,8 @@ def by_side(requests: Sequence[Row]) -> dict[str, dict[str, list[float]]]:
 
 
 def sides_of(requests: Sequence[Row]) -> list[str]:
-    """In the order of their names: which one was asked first is chance."""
-    return sorted({side_of(row) for row in requests})
+    """Ours first, the rest by name: which one was asked first is chance."""
+    return sorted({side_of(row) for row in requests}, key=lambda side: (side != OURS, side))
 
 
 def points_of(requests: Sequence[Row]) -> list[str]:

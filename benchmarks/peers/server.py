@@ -7,23 +7,75 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import os
 import signal
 import socket
 import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import monotonic, sleep
+from time import monotonic, perf_counter, sleep
 from typing import Any
 
 from skerry.benchmarks.peers.commands import end_group, tail
 from skerry.benchmarks.peers.driver import PeerFailed
+from skerry.benchmarks.peers.gguf import check_same_model
 from skerry.benchmarks.peers.install import require, root
 from skerry.benchmarks.peers.pins import find
+from skerry.benchmarks.peers.weights import default_source, weights_for
+from skerry.benchmarks.server import Server, first_token
+from skerry.core.bundle import Bundle
 from skerry.core.errors import UsageError
+from skerry.core.target import usable_cores
 
 SERVERS = ("llama.cpp",)
-READY_SECONDS, STOP_SECONDS = 120.0, 10.0
+READY_SECONDS, STOP_SECONDS, TRIAL_SECONDS = 120.0, 10.0, 120.0
+# Tried before a server is measured; the fastest with all slots busy is the peer's. Its defaults come first.
+TRIALS = (("auto", 50), ("off", 50), ("auto", 0), ("off", 0))
+TRIAL_PROMPT, TRIAL_OUTPUT = 110, 32
+
+
+@contextlib.contextmanager
+def open_peer_server(
+    name: str, weights: Path | None, bundle: Bundle | None, threads: int | None, slots: int = 8, context: int = 2048
+) -> Iterator[Server]:
+    """A peer's server on weights like the bundle's, with the best of its settings. Without a bundle: on `weights` as
+    they are. Raises UsageError, PeerFailed, SkerryError."""
+    threads = threads or usable_cores()
+    if bundle is not None:
+        source = weights or default_source(bundle)
+        check_same_model(source, bundle.manifest.model, bundle.short)
+        made = weights_for(find(name), source, bundle.manifest.precision, _silent)
+        path, label = made.path, made.label
+    elif weights is not None:
+        path, label = weights, weights.name
+    else:
+        raise UsageError("serve peer", name, "no bundle and no weights", "--weights FILE.gguf")
+
+    def server(trial: tuple[str, int]) -> PeerServer:
+        attention, poll = trial
+        return PeerServer(name, path, threads, slots, context, attention, poll)
+
+    best = fastest([server(trial) for trial in TRIALS])
+    with best as running:
+        found = Server(
+            f"{label}, flash attention {best.flash_attention}, poll {best.poll}", running.url, name, pid=running.pid,
+            close=running.close, version=running.version, start_seconds=running.start_seconds, extra=dict(running.body),
+        )  # fmt: skip
+        found.first_token_seconds = running.start_seconds + first_token(found)
+        yield found
+
+
+def fastest(servers: list[PeerServer]) -> PeerServer:
+    """The one that does a full load of short requests first, each tried once after a warm-up."""
+    seconds = []
+    for server in servers:
+        with server:
+            server.trial()
+            seconds.append(server.trial())
+    return servers[seconds.index(min(seconds))]
 
 
 @dataclass
@@ -80,6 +132,27 @@ class PeerServer:
             os.kill(self._process.pid, signal.SIGTERM)
         end_group(self._process, patience=STOP_SECONDS)
 
+    def trial(self) -> float:
+        """Seconds of one short request in every slot. Raises PeerFailed."""
+        began = perf_counter()
+        with ThreadPoolExecutor(self.slots) as pool:
+            list(pool.map(self._complete, range(self.slots)))
+        return perf_counter() - began
+
+    def _complete(self, index: int) -> None:
+        prompt = [1 + (7 * at + 131 * index) % 1000 for at in range(TRIAL_PROMPT)]
+        body = {"prompt": prompt, "n_predict": TRIAL_OUTPUT, "ignore_eos": True, "temperature": 0, **self.body}
+        connection = http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=TRIAL_SECONDS)
+        try:
+            connection.request("POST", "/completion", json.dumps(body), {"Content-Type": "application/json"})
+            status = connection.getresponse().status
+        except (OSError, http.client.HTTPException) as error:
+            raise self._failed(f"a request failed: {error}") from error
+        finally:
+            connection.close()
+        if status != 200:
+            raise self._failed(f"a request was answered with HTTP {status}")
+
     def _words(self, port: int) -> list[str]:
         poll = [] if self.poll is None else ["--poll", str(self.poll)]
         return [
@@ -103,6 +176,10 @@ class PeerServer:
     def _failed(self, cause: str) -> PeerFailed:
         assert self.log is not None
         return PeerFailed("start peer", self.name, f"{cause}. {tail(self.log)}", f"read {self.log}")
+
+
+def _silent(_: str) -> None:
+    """Weights are made without a word: whoever opens servers has his own progress."""
 
 
 def _healthy(port: int) -> bool:

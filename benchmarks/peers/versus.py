@@ -106,6 +106,7 @@ class Versus:
 
     def measure_memory(self, repeat: int) -> None:
         for side in list(self.sides):
+            side.found.setdefault("engine_bytes", {})[repeat] = side.weights.bytes / 2**20
             try:
                 answer = side.driver.ask("memory", ASK_SECONDS)
             except PeerFailed as error:
