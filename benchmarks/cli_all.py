@@ -71,5 +71,6 @@ def table(standings: list[dict[str, Any]]) -> str:
         found = "-" if one["found"] is None else f"{one['found']:.4g}"
         state = one["state"] + (", stretch too" if one["stretch_met"] else "")
         bar = f"{sign} {one['must']:g} {one['unit']}"
-        lines.append(f"  {one['measure']:<{width}}  {bar:<14} {found:>9}  {state}" + (f" ({one['why']})" if one["why"] else ""))
+        why = f" ({one['why']})" if one["why"] else ""
+        lines.append(f"  {one['measure']:<{width}}  {bar:<14} {found:>9}  {state}{why}")
     return "\n".join(lines).lstrip("\n")

@@ -66,14 +66,14 @@ def compare(
     })  # fmt: skip
     found = Comparison(gates)
     with ExitStack() as stack:
-        sides = [stack.enter_context(open_server(what, threads, key)) for what in (a, b)]
-        for name, side in zip("AB", sides):
-            say(f"{name}: {side.name}")
+        first, second = (stack.enter_context(open_server(what, threads, key)) for what in (a, b))
+        say(f"A: {first.name}, B: {second.name}")
         say(traffic.describe())
-        likelihood = _likelihood(sides, data, threads) if data else None
+        likelihood = _likelihood([first, second], data, threads) if data else None
         client = stack.enter_context(Client())
         try:
-            run(found, *sides, traffic, client, seed, say, QualityPlan(quality_prompts, quality_tokens), likelihood)
+            asked = QualityPlan(quality_prompts, quality_tokens)
+            run(found, first, second, traffic, client, seed, say, asked, likelihood)
         except KeyboardInterrupt:
             found.invalid.append("interrupted")
             publish(_close(document, found), out, found.requests, history, as_json)

@@ -14,7 +14,9 @@ from skerry.core.cli import json_option
 @click.option("--nodes", type=click.IntRange(1, 50_000), default=1000, show_default=True)
 @click.option("--poll-seconds", type=click.FloatRange(0.05, 3600), default=60.0, show_default=True)
 @click.option("--seconds", type=click.FloatRange(1, 86_400), default=30.0, show_default=True, help="Of the open loop.")
-@click.option("--restart/--no-restart", default=True, show_default=True, help="Also kill the server; up to 3 intervals more.")
+@click.option(
+    "--restart/--no-restart", default=True, show_default=True, help="Also kill the server; up to 3 intervals more."
+)
 @click.option("--seed", type=click.IntRange(0, 1 << 31), default=0, show_default=True)
 @out_option
 @history_option

@@ -54,7 +54,8 @@ def serve(
     from skerry.benchmarks.traffic import Traffic, from_trace
 
     if trace is not None:
-        points = [from_trace(trace, requests, (concurrencies or (4,))[0] if rate is None else None, rate, timeout)]
+        at_once = (concurrencies or (4,))[0] if rate is None else None
+        points = [from_trace(trace, requests, at_once, rate, timeout)]
     elif rate:
         points = [Traffic(shape, requests or 100, None, rate, prompt_tokens, output_tokens, timeout=timeout)]
     else:
@@ -80,7 +81,9 @@ def serve(
             sweep(found, sides, points, repeats, limits, client, seed, say)
         finally:  # whatever ended it, what was measured is kept
             versions = {name: side.version for name, side in sides.items()}
-            document["figures"] = {name: one.to_json() for name, one in {**figures(found, OURS, limits), **began}.items()}
+            document["figures"] = {
+                name: one.to_json() for name, one in {**figures(found, OURS, limits), **began}.items()
+            }
             document["peers"] = {
                 name: {metric: one.to_json() for metric, one in figures(found, name, limits).items()} for name in peers
             }

@@ -118,10 +118,10 @@ def measure_blocks(
     while True:
         plans = [prompts(half, seed + 2 * number + index, tokenizer.bundle) for index in range(2)]
         outcomes: dict[str, list[Outcome]] = {"a": [], "b": []}
-        for side in order.choice(ORDERS):
-            outcome = client.run(order_of(sides[side], half, plans[len(outcomes[side])]))
-            outcomes[side].append(outcome)
-            rows = ({**to_json(record), "side": side, "block": number} for record in outcome.records)
+        for name in order.choice(ORDERS):
+            outcome = client.run(order_of(sides[name], half, plans[len(outcomes[name])]))
+            outcomes[name].append(outcome)
+            rows = ({**to_json(record), "side": name, "block": number} for record in outcome.records)
             found.requests += rows
         yield block_of(outcomes)
         number += 1

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
 
-from skerry.benchmarks.memory import process_memory
+from skerry.benchmarks.client import die_with_parent
+from skerry.benchmarks.memory import gpu_memory, process_memory
 from skerry.core.bundle import Bundle, open_bundle
 from skerry.core.errors import InputError, SkerryError, Unavailable, UsageError
 
@@ -49,6 +50,9 @@ class Server:
     def to_json(self) -> dict[str, Any]:
         """The document's side: what is known of it, its memory now included."""
         memory = process_memory(self.pid) if self.pid else {}
+        on_gpu = gpu_memory(self.pid) if self.pid else None
+        if on_gpu is not None:
+            memory["gpu_memory"] = on_gpu
         manifest = self.bundle.manifest if self.bundle else None
         return {
             "name": self.name, "kind": self.kind, "url": self.url, "version": self.version or None,
@@ -112,8 +116,9 @@ def started(
     with tempfile.TemporaryFile() as log:
         began = time.perf_counter()
         process = subprocess.Popen(
-            list(words), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, start_new_session=True
-        )
+            list(words), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, start_new_session=True,
+            preexec_fn=die_with_parent(),
+        )  # fmt: skip
         try:
             url = _wait_for_line(process, announced, seconds)
             if url is None:

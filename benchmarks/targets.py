@@ -79,13 +79,14 @@ def read_targets(file: Path = FILE) -> list[Target]:
         raise ConfigError("read targets", file, str(error)) from error
     for target in targets:
         sources = [target.row, target.figure, target.elsewhere, target.path if not target.kept else "", target.kept]
-        if sum(map(bool, sources)) != 1 or (target.kept and not target.path) or target.better not in ("higher", "lower"):
+        known_side = target.better in ("higher", "lower")
+        if sum(map(bool, sources)) != 1 or (target.kept and not target.path) or not known_side:
             raise ConfigError("read targets", target.measure, "needs one of row, figure, path, kept, elsewhere")
     return targets
 
 
 def stand(target: Target, documents: Mapping[str, Mapping[str, Any]], kept: Sequence[Path] = ()) -> Standing:
-    """`documents`: by run; one that failed holds {"failed": why}. `kept`: folders of results, the first found counts."""
+    """`documents`: by run; one that failed holds {"failed": why}. `kept`: folders of results; the newest counts."""
     if target.elsewhere:
         return Standing(target, None, None, None, UNKNOWN, target.elsewhere)
     if target.kept:

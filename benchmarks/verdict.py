@@ -128,7 +128,9 @@ def judge(
 def judge_metric(name: str, blocks: Sequence[Block], budget: float | None, confidence: float) -> MetricVerdict:
     pairs = [(block.a[name], block.b[name]) for block in blocks if _formed(name, [block])]
     if len(pairs) < len(blocks) or not pairs:
-        return MetricVerdict(name, *[math.nan] * 5, budget, INVALID if budget is not None else "absent")
+        nothing = math.nan
+        verdict = INVALID if budget is not None else "absent"
+        return MetricVerdict(name, nothing, nothing, nothing, nothing, nothing, budget, verdict)
     sign = 1 if METRICS[name].better == "lower" else -1
     bounds = signed_rank_interval([sign * math.log(b / a) for a, b in pairs], confidence)
     ratio, low, high = (math.exp(value) if math.isfinite(value) else value for value in bounds)
@@ -171,9 +173,7 @@ def _untrustworthy(blocks: Sequence[Block], a: Totals, b: Totals, metrics: Seque
         if a.output != b.output:
             reasons.append(f"token totals differ: A gave {a.output}, B {b.output}, {a.asked} asked for")
         if a.prompt != b.prompt:
-            reasons.append(
-                f"prompts differ: {a.prompt} tokens for A, {b.prompt} for B; not the same tokenizer"
-            )
+            reasons.append(f"prompts differ: {a.prompt} tokens for A, {b.prompt} for B; not the same tokenizer")
     requests = [block.a["e2e"] for block in blocks if "e2e" in block.a]
     limit = max(STALL_FLOOR, STALL_SHARE * median(requests)) if requests else STALL_FLOOR
     for what, worst in (("stalled", "stall"), ("sent requests late", "late")):

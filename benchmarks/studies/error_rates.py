@@ -20,7 +20,6 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from skerry.benchmarks.client import Client
 from skerry.benchmarks.compare import Comparison, QualityPlan, compare
 from skerry.benchmarks.documents import close_document, new_document
 from skerry.benchmarks.gates import Gates
-from skerry.benchmarks.server import Server, open_server
+from skerry.benchmarks.server import open_server
 from skerry.benchmarks.traffic import Traffic
 from skerry.core.files import write_json
 
@@ -49,7 +48,10 @@ def one(case: str, bundle: str, traffic: Traffic, client: Client, seed: int, thr
     fault, gates, judged = CASES[case]
     found = Comparison(gates)
     with ExitStack() as stack:
-        a, b = _both(stack, bundle, fault, threads)
+        a, b = (
+            stack.enter_context(open_server(bundle, threads, command=(*INJECTED, *words, "serve")))
+            for words in ((), fault)
+        )
         compare(found, a, b, traffic, client, seed, lambda line: None, QualityPlan(8, 32) if judged else None)
     verdict = found.finish()
     return {
@@ -59,13 +61,6 @@ def one(case: str, bundle: str, traffic: Traffic, client: Client, seed: int, thr
         "blocks": {name: [[round(side[name], 8) for side in (block.a, block.b)] for block in found.blocks
                           if name in block.a and name in block.b] for name in TIMED.metrics},
     }  # fmt: skip
-
-
-def _both(stack: ExitStack, bundle: str, fault: Sequence[str], threads: int) -> list[Server]:
-    """Started together, to save time."""
-    opened = [open_server(bundle, threads, command=(*INJECTED, *words, "serve")) for words in ((), fault)]
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(stack.enter_context, opened))
 
 
 def rates(done: Sequence[dict[str, Any]]) -> dict[str, Any]:

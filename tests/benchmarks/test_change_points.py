@@ -81,9 +81,7 @@ def test_too_few_or_constant(values):
 def test_a_segment_has_five_points_at_least():
     values = [1.0] * 4 + [9.0] * 30
     assert all(5 <= one.index <= 29 for one in find_changes([*np.array(values) + np.linspace(0, 1e-3, 34)]))
-    assert [one.index for one in find_changes([1.0, 1.1, 0.9, 1.0, 1.05, 9.0, 9.1, 8.9, 9.05, 9.0], alpha=0.05)] == [
-        5
-    ]
+    assert [one.index for one in find_changes([1.0, 1.1, 0.9, 1.0, 1.05, 9.0, 9.1, 8.9, 9.05, 9.0], alpha=0.05)] == [5]
 
 
 def test_the_seed_decides_and_nothing_else():

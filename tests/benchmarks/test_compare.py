@@ -115,7 +115,9 @@ def test_the_command_keeps_everything_it_measured(served_bundle, tmp_path):
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     document = json.loads(done.stdout)
-    assert done.returncode == {"pass": 0, "inconclusive": 6, "invalid": 6}[document["comparison"]["verdict"]], done.stderr
+    assert done.returncode == {"pass": 0, "inconclusive": 6, "invalid": 6}[document["comparison"]["verdict"]], (
+        done.stderr
+    )
     assert document["comparison"]["quality"]["verdict"] == "pass"
     assert {file.name for file in out.iterdir()} == {
         "result.json", "requests.jsonl", "result.csv", "summary.md", "report.html",

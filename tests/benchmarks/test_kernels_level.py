@@ -130,7 +130,7 @@ def small_attention(monkeypatch):
     monkeypatch.setattr(paged_attention, "SHAPES", (paged_attention.Shape("h4x16", 4, 2, 16),))
     monkeypatch.setattr(paged_attention, "BATCHES", (1, 3))
     monkeypatch.setattr(paged_attention, "PREFILL", 20)
-    monkeypatch.setattr(paged_attention, "BEYOND_L2", 0.01)
+    monkeypatch.setattr(paged_attention, "cache_bytes", lambda: {2: 2048})
 
 
 def test_attention_beside_onnxruntime(small_attention):
@@ -220,7 +220,6 @@ def torch():
         yield peer
 
 
-@pytest.mark.slow
 def test_torch_takes_part_in_everything(torch, small_attention, monkeypatch):
     shapes = (matmul.Shape("tiny", 128, 64, (1,)),)
     own = setting(["torch"], torch, contexts=(33,), vocabularies=(512,), dense_shapes=shapes)
@@ -236,7 +235,6 @@ def test_torch_takes_part_in_everything(torch, small_attention, monkeypatch):
     own.close()
 
 
-@pytest.mark.slow
 def test_what_torch_refuses_concerns_one_order(torch):
     x, w = np.ones((2, 3), np.float32), np.ones((4, 5), np.float32)
     with pytest.raises(SkerryError, match="mat1 and mat2"):

@@ -68,7 +68,9 @@ def test_the_command_on_a_url_with_a_rate(served_bundle, tmp_path):
     document = json.loads(done.stdout)
     assert document["figures"]["e2e_due_r20"]["median"] > 0
     assert document["figures"]["good_fraction_r20"]["median"] == 1.0
-    assert "tokens_per_joule_r20" not in document["figures"] or document["figures"]["tokens_per_joule_r20"]["median"] > 0
+    assert (
+        "tokens_per_joule_r20" not in document["figures"] or document["figures"]["tokens_per_joule_r20"]["median"] > 0
+    )
     lines = [json.loads(line) for line in (tmp_path / "requests.jsonl").read_text().splitlines()]
     assert len(lines) == 24 and [row["due"] for row in lines[:12]] == sorted(row["due"] for row in lines[:12])
 
@@ -80,12 +82,14 @@ def test_starts_are_cold_and_warm(served_bundle):
 
 
 def test_servers_that_do_not_start(tmp_path, free_port):
-    with pytest.raises(Unavailable, match="no bundle here"), started(
-        [sys.executable, "-c", "import sys; sys.exit('no bundle here')"], lambda line: None
+    with (
+        pytest.raises(Unavailable, match="no bundle here"),
+        started([sys.executable, "-c", "import sys; sys.exit('no bundle here')"], lambda line: None),
     ):
         pass
-    with pytest.raises(Unavailable, match="silent"), started(
-        [sys.executable, "-c", "import time; time.sleep(60)"], lambda line: None, seconds=0.5
+    with (
+        pytest.raises(Unavailable, match="silent"),
+        started([sys.executable, "-c", "import time; time.sleep(60)"], lambda line: None, seconds=0.5),
     ):
         pass
     with pytest.raises(Unavailable, match="ask"), open_server(f"http://127.0.0.1:{free_port}"):
@@ -117,12 +121,11 @@ def test_traffic_that_makes_no_sense(tmp_path):
 
 def test_a_trace_is_replayed_at_its_own_times(tmp_path, served_bundle):
     trace = tmp_path / "trace.jsonl"
-    trace.write_text("".join(json.dumps({"timestamp": 100 * i, "input_length": 20, "output_length": 4, "hash_ids": [i]}) + "\n"
-                             for i in range(6)))  # fmt: skip
+    asked = [{"timestamp": 100 * i, "input_length": 20, "output_length": 4, "hash_ids": [i]} for i in range(6)]
+    trace.write_text("".join(json.dumps(one) + "\n" for one in asked))
     traffic = from_trace(trace, None, 1, None, 10.0)
     planned = prompts(traffic, 0, open_bundle(served_bundle))
     assert [one.due for one in planned if not one.warm_up] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
-    (tmp_path / "chats.json").write_text(json.dumps(
-        [{"conversations": [{"from": "human", "value": f"hello {i}"}, {"from": "gpt", "value": "hi there"}]} for i in range(8)]
-    ))  # fmt: skip
+    turns = [[{"from": "human", "value": f"hello {i}"}, {"from": "gpt", "value": "hi there"}] for i in range(8)]
+    (tmp_path / "chats.json").write_text(json.dumps([{"conversations": both} for both in turns]))
     assert len(prompts(from_trace(tmp_path / "chats.json", 5, 2, None, 10.0), 0, None)) == 6

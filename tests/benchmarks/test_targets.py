@@ -11,7 +11,9 @@ ROW = {"measure": "decode", "ratio": 1.5, "low": 1.4, "high": 1.6, "peer_version
 
 
 def target(**fields) -> Target:
-    return Target(**{"section": "s", "measure": "m", "unit": "x", "better": "higher", "must": 1.2, "stretch": 2.0, **fields})
+    return Target(
+        **{"section": "s", "measure": "m", "unit": "x", "better": "higher", "must": 1.2, "stretch": 2.0, **fields}
+    )
 
 
 def test_the_table_is_sound():
@@ -32,7 +34,13 @@ def test_a_table_that_is_not(tmp_path, text, cause):
 
 
 def test_the_best_of_the_peers_counts():
-    document = {"rows": [{**ROW, "peer_name": "slow", "ratio": 4.0}, {**ROW, "peer_name": "fast"}, {**ROW, "peer_name": "other", "ratio": 0.1}]}
+    document = {
+        "rows": [
+            {**ROW, "peer_name": "slow", "ratio": 4.0},
+            {**ROW, "peer_name": "fast"},
+            {**ROW, "peer_name": "other", "ratio": 0.1},
+        ]
+    }
     found = stand(target(run="engine", row="decode", peers=("slow", "fast")), {"engine": document})
     assert (found.found, found.state, found.why) == (1.5, "met", "fast 1")
     missing = stand(target(run="engine", row="decode", peers=("fast", "gone")), {"engine": document})
