@@ -23,7 +23,8 @@ def test_the_table_is_sound():
 
 
 @pytest.mark.parametrize(("text", "cause"), [
-    ("[[target]]\nmeasure = 'x'\nfigur = 'y'", "unknown key figur"), ("target = 3", "read targets"), ("[[target]]", "missing"),
+    ("[[target]]\nmeasure = 'x'\nfigur = 'y'", "unknown key figur"),
+    ("target = 3", "read targets"), ("[[target]]", "missing"),
     ("[[target]]\nsection='s'\nmeasure='m'\nunit='x'\nbetter='higher'\nmust=1.0", "needs one of"),
     ("[[target]]\nsection='s'\nmeasure='m'\nunit='x'\nbetter='up'\nmust=1.0\nfigure='f'", "needs one of"),
 ])  # fmt: skip
