@@ -47,7 +47,7 @@ def runs(subject: Subject, repeats: int) -> dict[str, list[str]]:
     if subject.int4:
         found["engine-int4"] = ["engine", str(subject.int4), *contexts, *often, *engines]
     if subject.checkpoint:
-        found["export"] = ["export", str(subject.checkpoint)]
+        found["export"] = ["export", str(subject.checkpoint), "--precision", "int8", *_against(("llama.cpp",))]
     return found
 
 

@@ -59,13 +59,13 @@ def kernels(
     )  # fmt: skip
     if repeats < 6:
         document["notes"].append("fewer than 6 repeats: ratios have no interval")
-    if importlib.util.find_spec("cupy"):
-        document["notes"].append("there are no GPU kernels yet: the CPU was measured")
     with kept_if_broken(document, out), torch_peer(threads if "torch" in wanted else 0) as torch:
         if torch is None and "torch" in vs:
             raise UsageError("compare with", "torch", "not installed", "skerry bench peers install transformers")
         if torch is None and "torch" in wanted:
             document["notes"].append("no torch: skerry bench peers install transformers")
+        if importlib.util.find_spec("cupy") or Path("/dev/nvidiactl").exists() or (torch is not None and torch.cuda):
+            document["notes"].append("there are no GPU kernels yet: the CPU was measured, for peers too")
         peers = tuple(name for name in wanted if name != "torch" or torch is not None)
         measure(document, Setting(threads, seed, peers, torch, say, contexts, vocabularies), ops, repeats)
     publish(close_document(document), out, history=history, as_json=as_json)

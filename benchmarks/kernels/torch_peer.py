@@ -37,7 +37,8 @@ class TorchPeer:
 
     def __init__(self, driver: Driver, threads: int, folder: Path) -> None:
         self._driver, self._folder, self._used = driver, folder, 0
-        self.version = str(driver.ask("open", START_SECONDS, threads=threads)["version"])
+        opened = driver.ask("open", START_SECONDS, threads=threads)
+        self.version, self.cuda = str(opened["version"]), bool(opened["cuda"])
 
     def prepare(self, kind: str, data: dict[str, npt.NDArray[Any]], **options: Any) -> Prepared:
         """Raises SkerryError where torch refuses, PeerFailed where its driver is gone."""

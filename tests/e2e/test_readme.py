@@ -19,6 +19,9 @@ QUICK = {
     "--max-rows 1500": "--max-rows 160 --base tiny",
     "--base smollm2": "--base tiny --steps 6 --batch 4 --max-tokens 96",
     "--target ort-cpu": "--target ort-cpu --precision fp32",
+    "--concurrency 8 --out": "--concurrency 8 --repeats 2 --starts 0 --output-tokens 8 --out",
+    # Random weights on a busy machine: what is shown here is that it runs, not how fast it is.
+    "--metric tpot:0.1": "--metric e2e:9 --blocks 8 --max-blocks 8 --requests 4 --quality-prompts 8",
 }
 
 

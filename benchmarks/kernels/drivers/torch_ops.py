@@ -2,7 +2,7 @@
 line on stdout. Runs under the interpreter of a peer's own environment, so it imports the standard library, numpy and
 torch.
 
-    {"id", "op": "open", "threads": n}                                      ->  {"id", "version"}
+    {"id", "op": "open", "threads": n}                                      ->  {"id", "version", "cuda"}
     {"id", "op": "prepare", "case", "kind", "data": x.npz, "options": {}}   ->  {"id", "output": y.npz, "variant"}
     {"id", "op": "time", "case", "calls": n}                                ->  {"id", "seconds"}
     {"id", "op": "forget", "case"}                                          ->  {"id"}
@@ -86,7 +86,7 @@ class Driver:
     def obey(self, order: dict[str, Any]) -> dict[str, Any]:
         if order["op"] == "open":
             torch.set_num_threads(int(order["threads"]))
-            return {"version": torch.__version__}
+            return {"version": torch.__version__, "cuda": torch.cuda.is_available()}
         if order["op"] == "prepare":
             return self.prepare(order)
         if order["op"] == "forget":
