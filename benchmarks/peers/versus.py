@@ -163,6 +163,7 @@ def row(
     """Above 1 ours is better. `low` and `high` are None where there are too few pairs for the interval."""
     from skerry.benchmarks.paired import signed_rank_interval
 
+    case = name.replace("batch_decode", "batch_output")  # two figures of one measurement
     theirs = side.found[name]
     pairs = [(ours[repeat], theirs[repeat]) for repeat in sorted(ours.keys() & theirs.keys())]
     sign = 1.0 if better == "higher" else -1.0
@@ -172,7 +173,7 @@ def row(
         "measure": name, "label": label.strip(), "unit": unit, "better": better,
         "ours": median(mine for mine, _ in pairs), "peer_name": side.name,
         "peer": median(other for _, other in pairs), "peer_version": side.version, "peer_weights": side.weights.label,
-        "peer_setting": side.settings.get(name), "ratio": ratio, "low": low, "high": high, "pairs": pairs,
+        "peer_setting": side.settings.get(case), "ratio": ratio, "low": low, "high": high, "pairs": pairs,
     }  # fmt: skip
 
 

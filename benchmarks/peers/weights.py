@@ -24,10 +24,18 @@ from skerry.core.errors import NotFound, SkerryError, StorageError, UsageError
 from skerry.core.files import canonical_json, sha256_bytes, sha256_file
 
 GGUF_TYPES = {"int8": "Q8_0", "int4": "Q4_0", "fp32": "F32"}
-# The head in 8 bits beside a 4-bit body is what the other formats do too (llama-quantize, our exporter).
+HALF = ("openvino",)  # opens no F32: these get F16 for fp32, half the bytes
+# The head in 8 bits beside a 4-bit body is what the other formats do too (llama-quantize, our exporter). Its embedding
+# must not share that head's matrix then: the builder's graph would name a weight that it lacks.
 BUILDER_OPTIONS = {
     "int8": ("accuracy_level=4", "block_size=32", "is_symmetric=true"),
-    "int4": ("accuracy_level=4", "block_size=32", "is_symmetric=true", "matmul_mixed_precision=last_matmul:int8"),
+    "int4": (
+        "accuracy_level=4",
+        "block_size=32",
+        "is_symmetric=true",
+        "matmul_mixed_precision=last_matmul:int8",
+        "shared_embeddings=false",
+    ),
     "fp32": (),
 }
 SECONDS = 1800.0
@@ -68,12 +76,11 @@ def weights_for(peer: Peer, source: Path, precision: str, report: Report) -> Wei
         return Weights(source, f"float32, dequantised from {source.name}", source.stat().st_size)
     if peer.weights == "onnx":
         return _onnx(require(peer), source, precision, report)
-    return _gguf(source, precision, report)
+    return _gguf(source, "F16" if precision == "fp32" and peer.name in HALF else GGUF_TYPES[precision], report)
 
 
-def _gguf(source: Path, precision: str, report: Report) -> Weights:
+def _gguf(source: Path, kind: str, report: Report) -> Weights:
     """By llama.cpp's own tool, for every peer that opens a GGUF."""
-    kind = GGUF_TYPES[precision]
     maker = look(PEERS["llama.cpp"])
     if maker is None:
         cause = "llama.cpp's llama-quantize makes them, and it is not installed"

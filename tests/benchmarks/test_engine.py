@@ -10,6 +10,7 @@ import pytest
 from skerry.benchmarks.engine import Session, check_golden, measure, measure_once, peer_case
 from skerry.benchmarks.engine_steps import Stream, decode, greedy, in_steps, prefill
 from skerry.benchmarks.engine_workload import Workload, describe
+from skerry.benchmarks.memory import gpu_memory
 from skerry.benchmarks.page_cache import cached_pages, drop_page_cache
 from skerry.core.errors import BundleError, GateFailed, SkerryError, UsageError
 from skerry.kernels.runner import Runner
@@ -201,3 +202,20 @@ def test_malformed_golden_prompts(golden_bundle, document):
 def test_logits_that_are_not_numbers(runner):
     with pytest.raises(SkerryError, match="not numbers"):
         greedy(runner, np.full((2, 96), np.nan, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("printed", "code", "found"),
+    [("7, 100\n9, 1\n7, 20", 0, 120 << 20), ("9, 100", 0, None), ("no devices", 0, None), ("7, 100", 9, None)],
+)
+def test_gpu_memory_is_what_the_driver_says_or_absent(tmp_path, monkeypatch, printed, code, found):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\nprintf '{printed}'\nexit {code}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert gpu_memory(7) == found
+
+
+def test_no_gpu_is_absent(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu_memory(7) is None

@@ -21,7 +21,7 @@ from skerry.benchmarks.peers.commands import run_logged
 from skerry.benchmarks.peers.driver import Driver, PeerFailed
 from skerry.benchmarks.peers.gguf import check_same_model, read_header
 from skerry.benchmarks.peers.pins import PEERS, Peer, find
-from skerry.benchmarks.peers.server import PeerServer
+from skerry.benchmarks.peers.server import PeerServer, fastest
 from skerry.benchmarks.peers.versus import Side, Versus, row, speeds
 from skerry.benchmarks.peers.weights import Weights, default_source, weights_for
 from skerry.core.cli import run
@@ -447,6 +447,26 @@ def test_a_server_that_does_not_come_up(tmp_path, home, monkeypatch):
     marker.write_text(json.dumps(document))
     with pytest.raises(PeerFailed, match=r"ended with 2.*cannot load model"), PeerServer("llama.cpp", tmp_path):
         pass
+
+
+def test_the_fastest_server_is_served_and_each_is_stopped():
+    class Trial:
+        def __init__(self, *seconds: float) -> None:
+            self.seconds, self.state = list(seconds), "new"
+
+        def __enter__(self):
+            self.state = "up"
+
+        def __exit__(self, *_):
+            self.state = "down"
+
+        def trial(self) -> float:
+            assert self.state == "up"
+            return self.seconds.pop(0)
+
+    servers = [Trial(1.0, 5.0), Trial(9.0, 2.0), Trial(1.0, 3.0)]  # the first of each is its warm-up
+    assert fastest(servers) is servers[1]
+    assert all(server.state == "down" for server in servers)
 
 
 # ---- the real ones, where they are installed
