@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,6 @@ from skerry.core.cli import json_option
 
 if TYPE_CHECKING:
     from skerry.benchmarks.compare import Comparison
-    from skerry.benchmarks.server import Server
 
 
 @click.command()
@@ -22,6 +21,16 @@ if TYPE_CHECKING:
 @traffic_options
 @click.option("--requests", type=click.IntRange(2), default=16, show_default=True, help="Of each side and block.")
 @click.option("--concurrency", type=click.IntRange(1), default=4, show_default=True, help="Without --rate.")
+@click.option("--turn", type=click.IntRange(1), help="Requests of a side in a row.  [default: one wave, or one second]")
+@click.option("--pin", is_flag=True, help="One core for the load client alone, the others for servers started here.")
+@click.option(
+    "--restart-every",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    metavar="BLOCKS",
+    help="Two processes of one program are not equally fast: start them anew.",
+)
 @click.option("--gates", "gates_file", type=PATH, help="TOML with [gates].  [default: ./skerry.toml]")
 @click.option("--metric", "metrics", multiple=True, metavar="NAME[:BUDGET]", help="Gate this; may be repeated.")
 @click.option("--budget", type=float, help="Share by which B may be worse.  [default: 0.03]")
@@ -38,7 +47,8 @@ if TYPE_CHECKING:
 @json_option
 def compare(
     a: str, b: str, shape: str, prompt_tokens: int, output_tokens: int | None, rate: float | None, timeout: float,
-    threads: int | None, seed: int, requests: int, concurrency: int, gates_file: Path | None, metrics: tuple[str, ...],
+    threads: int | None, seed: int, requests: int, concurrency: int, turn: int | None, pin: bool,
+    restart_every: int,     gates_file: Path | None, metrics: tuple[str, ...],
     quality_prompts: int, quality_tokens: int, data: Path | None, key: str, out: Path | None, history: Path | None,
     as_json: bool, **flags: Any,
 ) -> int:  # fmt: skip
@@ -52,33 +62,34 @@ def compare(
     from skerry.benchmarks.compare import compare as run
     from skerry.benchmarks.documents import new_document
     from skerry.benchmarks.gates import read_gates
+    from skerry.benchmarks.pair import Pair
+    from skerry.benchmarks.placement import Placement, apart
     from skerry.benchmarks.publish import publish
     from skerry.benchmarks.server import open_server
     from skerry.benchmarks.traffic import Traffic
 
     gates = read_gates(gates_file, metrics, **flags)
     at_once = None if rate else concurrency
-    traffic = Traffic(shape, requests, at_once, rate, prompt_tokens, output_tokens, timeout=timeout)
+    traffic = Traffic(shape, requests, at_once, rate, prompt_tokens, output_tokens, timeout=timeout, turn=turn)
     gates.check_requests(requests)
     document = new_document("compare", subject={"a": a, "b": b}, settings={
-        "traffic": vars(traffic), "gates": vars(gates), "threads": threads, "seed": seed,
+        "traffic": vars(traffic), "gates": vars(gates), "threads": threads, "seed": seed, "pin": pin,
+        "restart_every": restart_every,
         "quality": {"prompts": quality_prompts, "tokens": quality_tokens, "data": str(data) if data else None},
     })  # fmt: skip
-    found = Comparison(gates)
-    with ExitStack() as stack:
-        first, second = (stack.enter_context(open_server(what, threads, key)) for what in (a, b))
-        say(f"A: {first.name}, B: {second.name}")
-        say(traffic.describe())
-        likelihood = _likelihood([first, second], data, threads) if data else None
-        client = stack.enter_context(Client())
+    found, place = Comparison(gates), apart() if pin else Placement()
+    say(f"{a} against {b}: {traffic.describe()}")
+    likelihood = _likelihood(a, b, data, threads) if data else None
+    first, second = (partial(open_server, what, threads, key, cpus=place.servers) for what in (a, b))
+    pair = Pair(first, second, blocks=None if "://" in a and "://" in b else restart_every)
+    with Client(place.client) as client:
         try:
-            asked = QualityPlan(quality_prompts, quality_tokens)
-            run(found, first, second, traffic, client, seed, say, asked, likelihood)
-        except KeyboardInterrupt:
-            found.invalid.append("interrupted")
+            run(found, pair, traffic, client, seed, say, QualityPlan(quality_prompts, quality_tokens), likelihood)
+        except BaseException as error:  # whatever it was, what was measured is kept
+            found.invalid.append("interrupted" if isinstance(error, KeyboardInterrupt) else str(error))
             publish(_close(document, found), out, found.requests, history, as_json)
             raise
-        _close(document, found)
+    _close(document, found)
     publish(document, out, found.requests, history, as_json)
     return found.finish().exit_code
 
@@ -94,14 +105,14 @@ def _close(document: dict[str, Any], found: Comparison) -> dict[str, Any]:
     return close_document(document)
 
 
-def _likelihood(sides: list[Server], data: Path, threads: int | None) -> float:
+def _likelihood(a: str, b: str, data: Path, threads: int | None) -> float:
     """B's perplexity over A's. Raises UsageError for anything but two bundles."""
     from skerry.benchmarks.server import evaluate
+    from skerry.core.bundle import open_bundle
     from skerry.core.errors import UsageError
 
-    bundles = [side.bundle for side in sides]
-    if None in bundles:
+    if "://" in a + b:
         raise UsageError("compare", data, "--data needs two bundles: a server's weights cannot be asked")
     say(f"perplexity on {data.name}")
-    before, after = (evaluate(bundle, data, threads) for bundle in bundles if bundle)
+    before, after = (evaluate(open_bundle(what), data, threads) for what in (a, b))
     return after / before

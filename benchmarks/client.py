@@ -19,7 +19,7 @@ from time import monotonic
 from types import TracebackType
 from typing import IO, Any
 
-from skerry.benchmarks.records import Outcome, Record, Run, from_json, to_json
+from skerry.benchmarks.records import Outcome, Record, Relay, Run, from_json, to_json
 from skerry.core.errors import DeadlineExceeded, SkerryError, UsageError
 
 COMMAND = (sys.executable, "-m", "skerry.benchmarks.load")
@@ -33,7 +33,9 @@ _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 class Client:
     """A context manager. The process starts with the first run and is kept for the next ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, cpus: frozenset[int] | None = None) -> None:
+        """`cpus`: where the process may run; None: anywhere."""
+        self._cpus = cpus
         self._child: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
         self._unread = b""
@@ -50,15 +52,24 @@ class Client:
         what had not ended are errors in its outcome: a dead server gives records, not an exception. Raises UsageError
         where the client refuses the run, DeadlineExceeded where it does not answer, SkerryError where it dies.
         """
-        line = json.dumps(to_json(run), separators=(",", ":")).encode() + b"\n"
+        return read_outcome(self._order(run, run.url, longest(run) if budget is None else budget))
+
+    def relay(self, relay: Relay, budget: float | None = None) -> list[Outcome]:
+        """As `run`, for runs that take turns: one outcome each."""
+        longest_turns = sum(map(longest, relay.runs)) if budget is None else budget
+        document = self._order(relay, " and ".join(run.url for run in relay.runs), longest_turns)
+        return [read_outcome(outcome) for outcome in document["outcomes"]]
+
+    def _order(self, order: Run | Relay, where: str, budget: float) -> dict[str, Any]:
+        line = json.dumps(to_json(order), separators=(",", ":")).encode() + b"\n"
         try:
-            document = json.loads(self._ask(line, longest(run) if budget is None else budget))
+            document: dict[str, Any] = json.loads(self._ask(line, budget))
         except BaseException:
-            self.close()  # what it would say next belongs to this run
+            self.close()  # what it would say next belongs to this order
             raise
         if "error" in document:
-            raise UsageError("run load", run.url, document["error"])
-        return read_outcome(document)
+            raise UsageError("run load", where, document["error"])
+        return document
 
     def close(self) -> None:
         """Ends the process, whatever it does."""
@@ -148,7 +159,7 @@ class Client:
             stderr=self._log,
             bufsize=0,
             start_new_session=True,  # Ctrl-C is ours to handle
-            preexec_fn=die_with_parent(),
+            preexec_fn=bound_to(self._cpus),
         )
         assert self._child.stdin is not None
         os.set_blocking(self._child.stdin.fileno(), False)
@@ -171,11 +182,15 @@ def read_outcome(document: Mapping[str, Any]) -> Outcome:
     return replace(outcome, records=tuple(records))
 
 
-def die_with_parent() -> Callable[[], None] | None:
-    """For `preexec_fn`: the child is killed with us, however we end. Linux only."""
-    return None if _libc is None else _ask_for_death
+def bound_to(cpus: frozenset[int] | None) -> Callable[[], None] | None:
+    """For `preexec_fn`: the child is killed with us, however we end, and runs on `cpus` alone. Linux only."""
+    libc = _libc
+    if libc is None:
+        return None
 
+    def prepare() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if cpus:
+            os.sched_setaffinity(0, cpus)
 
-def _ask_for_death() -> None:
-    assert _libc is not None
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    return prepare

@@ -1,34 +1,38 @@
 """Two servers side by side: quality first, then randomised ABBA blocks until a verdict or the last look.
 
-    quality -> warm up both -> [ABBA or BAAB -> block -> at a look: verdict?]* -> verdict
+    quality -> [start both -> warm up -> (ABBA or BAAB turns)* -> block -> at a look: verdict?]* -> verdict
 
-Both servers live the whole time and take turns, so a slow minute of the machine falls on both. A block is four runs,
-two a side, and is the unit of the statistics. Each side of a block sees the same prompts; no two runs of a side share
-any.
+Both servers live at once and take turns. A turn is one wave of requests: the speed of a machine wanders by a
+tenth within seconds, and what is compared must lie closer together than that. A block is as many turns as its requests
+need, and is the unit of the statistics. Both sides of a block see the same prompts; no two turns of a side share any.
 """
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
-from statistics import fmean
+from itertools import count, islice, zip_longest
+from statistics import fmean, median
 from typing import Any
 from urllib.parse import urlsplit
 
 from skerry.benchmarks.client import Client
 from skerry.benchmarks.gates import OFF, Gates
-from skerry.benchmarks.metrics import summarize
+from skerry.benchmarks.metrics import e2e, e2e_due, summarize, tpot, ttft, ttft_due
+from skerry.benchmarks.pair import Pair, start_orders
 from skerry.benchmarks.paired import looks
 from skerry.benchmarks.quality import Answer, Quality, judge_quality, parity_bound
-from skerry.benchmarks.records import Outcome, Planned, Record, Run, to_json
+from skerry.benchmarks.records import Outcome, Planned, Record, Relay, Run, to_json
 from skerry.benchmarks.server import Server
 from skerry.benchmarks.throttling import read_throttling
 from skerry.benchmarks.traffic import Traffic, prompts
-from skerry.benchmarks.verdict import INCONCLUSIVE, INVALID, Block, Totals, Verdict, judge
+from skerry.benchmarks.verdict import INCONCLUSIVE, REGRESSED, Block, Totals, Verdict, judge
 from skerry.core.errors import Unavailable
 
-ORDERS = ("abba", "baab")
+MATCHED = {"ttft": ttft, "tpot": tpot, "e2e": e2e, "ttft_due": ttft_due, "e2e_due": e2e_due}
 Report = Callable[[str], None]
 
 
@@ -51,7 +55,7 @@ class Comparison:
     invalid: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     verdict: Verdict | None = None
-    sides: dict[str, Server] = field(default_factory=dict)
+    lives: list[dict[str, dict[str, Any]]] = field(default_factory=list)  # each side as it was at the end of a life
 
     def finish(self) -> Verdict:
         """The verdict on what there is, where the run itself came to none."""
@@ -61,36 +65,45 @@ class Comparison:
 
 
 def compare(
-    found: Comparison, a: Server, b: Server, traffic: Traffic, client: Client, seed: int, report: Report,
+    found: Comparison, pair: Pair, traffic: Traffic, client: Client, seed: int, report: Report,
     asked: QualityPlan | None = None, likelihood: float | None = None,
 ) -> Verdict:  # fmt: skip
     """Fills `found`. `asked` None: quality is not judged (an A/A study of time alone). Raises SkerryError."""
-    found.sides = {"a": a, "b": b}
     gates = found.gates
     gates.check_requests(traffic.requests)
-    found.invalid += incomparable(a, b)
-    if found.invalid:
-        found.verdict = Verdict(INVALID, tuple(found.invalid), ())
+    with pair.life() as (a, b):
+        found.lives.append({"a": a.to_json(), "b": b.to_json()})
+        found.invalid += incomparable(a, b)
+        if not found.invalid and asked is not None and _quality_wanted(gates, likelihood):
+            report(f"quality: {asked.prompts} greedy answers a side")
+            found.quality = ask_quality(a, b, gates, asked, client, seed, likelihood)
+    if found.invalid or (found.quality is not None and found.quality.verdict == REGRESSED):
+        found.verdict = judge([], gates, found.quality, found.invalid)
         return found.verdict
-    if asked is not None and (gates.agreement != OFF or gates.length > 0 or likelihood is not None):
-        report(f"quality: {asked.prompts} greedy answers a side")
-        found.quality = ask_quality(a, b, gates, asked, client, seed, likelihood)
-    before = read_throttling()
-    planned = looks(gates.blocks, gates.max_blocks)
-    for block in measure_blocks(found, a, b, traffic, client, seed):
+    with closing(measure_blocks(found, pair, traffic, client, seed)) as blocks:
+        found.verdict = _until_decided(found, blocks, report)
+    return found.verdict
+
+
+def _until_decided(found: Comparison, blocks: Iterator[Block], report: Report) -> Verdict:
+    gates, before = found.gates, read_throttling()
+    planned, earlier = looks(gates.blocks, gates.max_blocks), list(found.invalid)
+    for block in blocks:
         found.blocks.append(block)
-        count = len(found.blocks)
-        report(f"block {count} of {planned[-1]}: {_ratios(block, gates)}")
-        dead = _dead(block)
-        if count in planned or dead:
-            invalid, notes = read_throttling().since(before)
-            look = None if dead else planned.index(count)
-            verdict = judge(found.blocks, gates, found.quality, [*found.invalid, *invalid], look)
-            found.invalid, found.notes = [*found.invalid, *invalid], notes
-            if verdict.verdict != INCONCLUSIVE or count == planned[-1] or dead:
-                found.verdict = verdict
+        done, dead = len(found.blocks), _dead(block)
+        report(f"block {done} of {planned[-1]}: {_ratios(block, gates)}")
+        if done in planned or dead:
+            invalid, found.notes = read_throttling().since(before)
+            found.invalid = earlier + invalid
+            look = None if dead else planned.index(done)
+            verdict = judge(found.blocks, gates, found.quality, found.invalid, look)
+            if verdict.verdict != INCONCLUSIVE or done == planned[-1] or dead:
                 return verdict
     raise AssertionError("the last look ends the loop")
+
+
+def _quality_wanted(gates: Gates, likelihood: float | None) -> bool:
+    return gates.agreement != OFF or gates.length > 0 or likelihood is not None
 
 
 def incomparable(a: Server, b: Server) -> list[str]:
@@ -105,26 +118,38 @@ def incomparable(a: Server, b: Server) -> list[str]:
 
 
 def measure_blocks(
-    found: Comparison, a: Server, b: Server, traffic: Traffic, client: Client, seed: int
-) -> Iterator[Block]:
-    """An endless stream of blocks. Their requests are kept in `found.requests`."""
-    sides = {"a": a, "b": b}
-    order = random.Random(seed)
-    tokenizer = a if a.bundle else b
-    half = replace(traffic, requests=max(1, traffic.requests // 2))
-    for side in sides.values():
-        client.run(order_of(side, half, prompts(half, seed - 1, tokenizer.bundle)))
-    number = 0
-    while True:
-        plans = [prompts(half, seed + 2 * number + index, tokenizer.bundle) for index in range(2)]
-        outcomes: dict[str, list[Outcome]] = {"a": [], "b": []}
-        for name in order.choice(ORDERS):
-            outcome = client.run(order_of(sides[name], half, plans[len(outcomes[name])]))
-            outcomes[name].append(outcome)
-            rows = ({**to_json(record), "side": name, "block": number} for record in outcome.records)
-            found.requests += rows
-        yield block_of(outcomes)
-        number += 1
+    found: Comparison, pair: Pair, traffic: Traffic, client: Client, seed: int
+) -> Generator[Block, None, None]:
+    """An endless stream of blocks, life after life. Their requests are kept in `found.requests`."""
+    order, numbers = random.Random(seed), count()
+    for b_first in start_orders(order):
+        with pair.life(b_first) as (a, b):
+            bundle = a.bundle or b.bundle
+            found.lives.append({})
+            for side in (a, b):
+                client.run(order_of(side, traffic, prompts(traffic, seed - 1, bundle)))
+            for number in islice(numbers, pair.blocks):
+                planned = prompts(replace(traffic, warm_up=0), seed + number, bundle)
+                runs = tuple(order_of(side, traffic, planned) for side in (a, b))
+                outcomes = client.relay(Relay(runs, turns_of(len(planned), traffic.turn_size, order)))
+                for name, outcome in zip("ab", outcomes):
+                    found.requests += ({**to_json(one), "side": name, "block": number} for one in outcome.records)
+                found.lives[-1] = {"a": a.to_json(), "b": b.to_json()}
+                yield block_of(*outcomes)
+
+
+def turns_of(requests: int, size: int, order: random.Random) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """Turns of `size` requests in quads, each drawn as ABBA or BAAB. Both sides get every request once."""
+    pieces = [tuple(range(first, min(first + size, requests))) for first in range(0, requests, size)]
+    turns = []
+    for first, second in zip_longest(pieces[::2], pieces[1::2]):
+        one = order.randrange(2)
+        other = 1 - one
+        if second is None:
+            turns += [(one, first), (other, first)]
+        else:
+            turns += [(one, first), (other, first), (other, second), (one, second)]
+    return tuple(turns)
 
 
 def order_of(side: Server, traffic: Traffic, requests: Sequence[Planned]) -> Run:
@@ -135,15 +160,27 @@ def order_of(side: Server, traffic: Traffic, requests: Sequence[Planned]) -> Run
     )  # fmt: skip
 
 
-def block_of(outcomes: dict[str, list[Outcome]]) -> Block:
-    records = {side: [record for outcome in done for record in outcome.records] for side, done in outcomes.items()}
-    seconds = {side: sum(outcome.seconds for outcome in done) for side, done in outcomes.items()}
-    metrics = {side: summarize(records[side], seconds[side]) for side in outcomes}
-    late = [value["delay_p99"] for value in metrics.values() if "delay_p99" in value]
-    return Block(
-        metrics["a"], metrics["b"], totals_of(records["a"]), totals_of(records["b"]),
-        stall=fmean(outcome.stall for done in outcomes.values() for outcome in done), late=max(late, default=0.0),
-    )  # fmt: skip
+def block_of(a: Outcome, b: Outcome) -> Block:
+    metrics = [summarize(outcome.records, outcome.seconds) for outcome in (a, b)]
+    late = [value["delay_p99"] for value in metrics if "delay_p99" in value]
+    totals = totals_of(a.records), totals_of(b.records)
+    stall, matched = max(a.stall, b.stall), matched_ratios(a.records, b.records)
+    return Block(metrics[0], metrics[1], totals[0], totals[1], stall, max(late, default=0.0), matched)
+
+
+def matched_ratios(a: Sequence[Record], b: Sequence[Record]) -> dict[str, float]:
+    """For each metric of single requests, log(b / a) of the same request on both sides, averaged without the outer
+    fifths. The two were sent within moments of each other, so most of what the machine did to them cancels; medians of
+    a side would keep it. Absent where fewer than half of the requests can be matched."""
+    other = {record.index: record for record in b if record.ok}
+    found = {}
+    for name, value in MATCHED.items():
+        pairs = ((value(record), value(other[record.index])) for record in a if record.ok and record.index in other)
+        ratios = sorted(math.log(two / one) for one, two in pairs if one and two and one > 0 and two > 0)
+        if 2 * len(ratios) >= max(2, len(a)):
+            cut = len(ratios) // 5
+            found[name] = fmean(ratios[cut : len(ratios) - cut])
+    return found
 
 
 def totals_of(records: Sequence[Record]) -> Totals:
@@ -206,13 +243,16 @@ def _ratios(block: Block, gates: Gates) -> str:
 
 
 def totals_by_side(found: Comparison) -> dict[str, Any]:
-    """The document's `sides`: each server as it is now, and what it was asked and did."""
+    """The document's `sides`: each server at the end of its last life, how fast it started in the median of its lives,
+    and what it was asked and did."""
+    lives = [life for life in found.lives if life]
     sides = {}
-    for name, server in found.sides.items():
-        blocks = (block.totals_a if name == "a" else block.totals_b for block in found.blocks)
-        totals = sum(blocks, Totals())
+    for name in "ab" if lives else "":
+        totals = sum((block.totals_a if name == "a" else block.totals_b for block in found.blocks), Totals())
+        starts = [life[name]["first_token_seconds"] for life in lives if life[name]["first_token_seconds"]]
         sides[name] = {
-            **server.to_json(), "requests": totals.requests, "errors": totals.errors, "output_tokens": totals.output,
+            **lives[-1][name], "first_token_seconds": median(starts) if starts else None, "lives": len(lives),
+            "requests": totals.requests, "errors": totals.errors, "output_tokens": totals.output,
             "prompt_tokens": totals.prompt,
         }  # fmt: skip
     return sides

@@ -1,6 +1,7 @@
 """The load client, a process of its own: `python -m skerry.benchmarks.load`.
 
-One Run as JSON a line on stdin, one Outcome a line on stdout, in order; {"error": ...} where the Run makes no sense.
+One Run as JSON a line on stdin, one Outcome a line on stdout, in order; {"error": ...} where the Run makes no sense. A
+Relay of Runs that take turns, {"runs": [...], "turns": [...]}, is answered by {"outcomes": [...]}.
 Ends with its stdin. SIGINT stops the run under way: its Outcome is still written, with what was not finished as errors.
 
 A closed loop keeps `concurrency` requests going: a worker takes the next as soon as its last has ended. An open loop
@@ -23,7 +24,7 @@ from time import perf_counter
 from typing import Any, TextIO
 
 from skerry.benchmarks.exchange import CHAT, Exchange
-from skerry.benchmarks.records import Outcome, Planned, Run, from_json, to_json
+from skerry.benchmarks.records import Outcome, Planned, Record, Relay, Run, from_json, to_json
 
 TICK = 0.01  # seconds between two looks at the client's own timer
 WARM_UP_WIDTH = 16  # an open loop's warm-up requests in flight, at most
@@ -58,18 +59,46 @@ async def execute(run: Run, stop: asyncio.Event) -> Outcome:
         with quiet_memory():
             clock.start()
             watch = asyncio.create_task(stall.watch())
-            loop = (
-                _open(exchange, requests) if run.concurrency is None else _closed(exchange, requests, run.concurrency)
-            )
-            await _until(stop, loop)
+            await _until(stop, _loop(exchange, requests, run.concurrency))
             watch.cancel()
             await asyncio.wait([watch])
-        for planned in requests:
-            if planned.index not in exchange.records:
-                exchange.skip(planned, planned.due, "not sent: interrupted")
-        records = tuple(exchange.records[planned.index] for planned in requests)
+        records = _records(exchange, requests)
         tried = [record.sent for record in records if not record.error.startswith("not sent")]
         return Outcome(records, max(0.0, exchange.last - min(tried, default=0.0)), stall.worst)
+
+
+async def execute_relay(relay: Relay, stop: asyncio.Event) -> list[Outcome]:
+    """Each turn on a clock of its own, on connections that stay open between the turns; no warm-up. `seconds` of an
+    outcome are those of its turns."""
+    clock, stall = Clock(), Stall()
+    seconds = [0.0] * len(relay.runs)
+    async with contextlib.AsyncExitStack() as stack:
+        exchanges = [await stack.enter_async_context(Exchange(run, clock)) for run in relay.runs]
+        with quiet_memory():
+            watch = asyncio.create_task(stall.watch())
+            for side, indices in relay.turns:
+                if stop.is_set():
+                    break
+                exchange, wanted = exchanges[side], frozenset(indices)
+                exchange.last = 0.0
+                clock.start()
+                requests = [planned for planned in relay.runs[side].requests if planned.index in wanted]
+                await _until(stop, _loop(exchange, requests, relay.runs[side].concurrency))
+                seconds[side] += exchange.last
+            watch.cancel()
+            await asyncio.wait([watch])
+    return [
+        Outcome(_records(exchange, run.requests), spent, stall.worst)
+        for exchange, run, spent in zip(exchanges, relay.runs, seconds)
+    ]
+
+
+def _records(exchange: Exchange, requests: Sequence[Planned]) -> tuple[Record, ...]:
+    """In the order of the requests; those that were not reached are errors."""
+    for planned in requests:
+        if planned.index not in exchange.records:
+            exchange.skip(planned, planned.due, "not sent: interrupted")
+    return tuple(exchange.records[planned.index] for planned in requests)
 
 
 class Stall:
@@ -142,11 +171,20 @@ def _complain(exchange: Exchange, count: int) -> None:
         print(f"load: {len(failed)} of {count} warm-up requests failed: {failed[0]}", file=sys.stderr, flush=True)
 
 
-def read_run(line: str) -> Run:
-    """Raises ValueError or TypeError on what is no sound Run."""
+def read_order(line: str) -> Run | Relay:
+    """Raises ValueError, TypeError or KeyError on what is no sound order."""
     raw = json.loads(line)
     if not isinstance(raw, Mapping):
-        raise TypeError("a run is a JSON object")
+        raise TypeError("an order is a JSON object")
+    if "turns" not in raw:
+        return read_run(raw)
+    relay = Relay(tuple(map(read_run, raw["runs"])), tuple((int(side), tuple(turn)) for side, turn in raw["turns"]))
+    if not all(0 <= side < len(relay.runs) for side, _ in relay.turns):
+        raise ValueError("a turn of a side that is none")
+    return relay
+
+
+def read_run(raw: Mapping[str, Any]) -> Run:
     run = from_json(Run, raw)
     run = replace(run, requests=tuple(from_json(Planned, planned) for planned in raw["requests"]))
     if len({(planned.warm_up, planned.index) for planned in run.requests}) < len(run.requests):
@@ -172,13 +210,15 @@ class Interrupt:
     def __exit__(self, *_: object) -> None:
         signal.signal(signal.SIGINT, self._before)
 
-    async def run(self, run: Run) -> Outcome:
+    async def run(self, order: Run | Relay) -> dict[str, Any]:
         stop, loop = asyncio.Event(), asyncio.get_running_loop()
         self._wake = lambda: loop.call_soon_threadsafe(stop.set)
         try:
             if self.told:
                 stop.set()
-            return await execute(run, stop)
+            if isinstance(order, Run):
+                return to_json(await execute(order, stop))
+            return {"outcomes": [to_json(outcome) for outcome in await execute_relay(order, stop)]}
         finally:
             self._wake = None
 
@@ -190,10 +230,10 @@ class Interrupt:
 
 def answer(line: str, interrupt: Interrupt) -> dict[str, Any]:
     try:
-        run = read_run(line)
+        order = read_order(line)
     except (ValueError, TypeError, KeyError) as error:
         return {"error": f"{type(error).__name__}: {error}"}
-    return to_json(asyncio.run(interrupt.run(run)))
+    return asyncio.run(interrupt.run(order))
 
 
 def serve(lines: TextIO, out: TextIO) -> int:

@@ -46,6 +46,14 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Relay:
+    """Runs that take turns: (which run, indices of its requests). Between turns nothing is in flight."""
+
+    runs: tuple[Run, ...]
+    turns: tuple[tuple[int, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True)
 class Record:
     """One request. `first`, `end`: None where it never came. `chunks`: arrivals of non-empty content, the first too.
     Token counts are the server's own. `status` 0: no response. `error` "" means: complete and well formed."""

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from skerry.benchmarks.client import Client, die_with_parent
+from skerry.benchmarks.client import Client, bound_to
 from skerry.benchmarks.metrics import e2e, e2e_due, quantile, ttft
 from skerry.benchmarks.records import Outcome, Planned, Record, Run
 from skerry.core.errors import DeadlineExceeded, SkerryError
@@ -148,7 +148,7 @@ def mock(*words: str) -> Iterator[str]:
     """A mock server in a process of its own; gives its URL."""
     child = subprocess.Popen(
         [sys.executable, "-m", "skerry.benchmarks.mock", "--watch-stdin", *words], stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, start_new_session=True, preexec_fn=die_with_parent(),
+        stdout=subprocess.PIPE, start_new_session=True, preexec_fn=bound_to(None),
     )  # fmt: skip
     try:
         yield _url(child)

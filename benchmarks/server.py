@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
 
-from skerry.benchmarks.client import die_with_parent
+from skerry.benchmarks.client import bound_to
 from skerry.benchmarks.memory import gpu_memory, process_memory
 from skerry.core.bundle import Bundle, open_bundle
 from skerry.core.errors import InputError, SkerryError, Unavailable, UsageError
@@ -70,9 +70,11 @@ class Server:
 
 @contextlib.contextmanager
 def open_server(
-    what: str, threads: int | None = None, key: str = "", words: Sequence[str] = (), command: Sequence[str] = COMMAND
-) -> Iterator[Server]:
-    """`what`: a bundle's folder, or the URL of any OpenAI-compatible server. Raises SkerryError."""
+    what: str, threads: int | None = None, key: str = "", command: Sequence[str] = COMMAND,
+    cpus: frozenset[int] | None = None,
+) -> Iterator[Server]:  # fmt: skip
+    """`what`: a bundle's folder, or the URL of any OpenAI-compatible server. `cpus`: where a server that is started
+    here may run. Raises SkerryError."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     if "://" in what:
         yield running_server(what, headers)
@@ -82,7 +84,7 @@ def open_server(
         raise UsageError("open server", what, "is neither a bundle's folder nor a URL", "http://HOST:PORT, or a folder")
     bundle = open_bundle(path)
     limit = ["--threads", str(threads)] if threads else []
-    with started([*command, str(path), "--port", "0", *limit, *words], _announced) as (process, url, seconds):
+    with started([*command, str(path), "--port", "0", *limit], _announced, cpus=cpus) as (process, url, seconds):
         manifest = bundle.manifest
         server = Server(f"{manifest.name} {manifest.version} {manifest.precision}", url, "bundle", bundle, process.pid)
         server.start_seconds = seconds
@@ -110,14 +112,15 @@ def running_server(url: str, headers: dict[str, str]) -> Server:
 
 @contextlib.contextmanager
 def started(
-    words: Sequence[str], announced: Callable[[bytes], str | None], seconds: float = START_SECONDS
-) -> Iterator[tuple[subprocess.Popen[bytes], str, float]]:
+    words: Sequence[str], announced: Callable[[bytes], str | None], seconds: float = START_SECONDS,
+    cpus: frozenset[int] | None = None,
+) -> Iterator[tuple[subprocess.Popen[bytes], str, float]]:  # fmt: skip
     """(process, url, seconds to readiness) once a line of its stdout says where it listens. Stopped afterwards."""
     with tempfile.TemporaryFile() as log:
         began = time.perf_counter()
         process = subprocess.Popen(
             list(words), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, start_new_session=True,
-            preexec_fn=die_with_parent(),
+            preexec_fn=bound_to(cpus),
         )  # fmt: skip
         try:
             url = _wait_for_line(process, announced, seconds)

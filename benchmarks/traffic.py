@@ -32,6 +32,7 @@ class Traffic:
     output_tokens: int | None = None
     warm_up: int = 1
     timeout: float = 120.0
+    turn: int | None = None  # requests of a side in a row, in a comparison
     trace: Path | None = None
     temperature: float = 0.0  # with a fixed seed; random weights say something readable only above 0
 
@@ -46,6 +47,11 @@ class Traffic:
     @property
     def connections(self) -> int:
         return self.concurrency or CONNECTIONS
+
+    @property
+    def turn_size(self) -> int:
+        """One wave of a closed loop, one second of an open one."""
+        return min(self.requests, self.turn or self.concurrency or max(1, round(self.rate or 1)))
 
     def describe(self) -> str:
         arrival = (

@@ -53,8 +53,9 @@ class Totals:
 
 @dataclass(frozen=True)
 class Block:
-    """One randomised ABBA block: the metrics of each side over both of its runs. `stall`: the client's worst delay of a
-    timer, in seconds. `late`: 99th percentile of sent - due of an open loop."""
+    """One randomised block: the metrics of each side over its turns. `matched`: log(b / a) of metrics that single
+    requests have, from pairs of the same request; others are compared as they stand. `stall`: the client's worst delay
+    of a timer, in seconds. `late`: 99th percentile of sent - due of an open loop."""
 
     a: Mapping[str, float]
     b: Mapping[str, float]
@@ -62,6 +63,12 @@ class Block:
     totals_b: Totals = field(default_factory=Totals)
     stall: float = 0.0
     late: float = 0.0
+    matched: Mapping[str, float] = field(default_factory=dict)
+
+    def log_ratio(self, name: str) -> float | None:
+        """log(b / a); None where the block does not have the metric, or has it as zero."""
+        a, b = self.a.get(name, 0.0), self.b.get(name, 0.0)
+        return self.matched.get(name, math.log(b / a)) if a > 0 and b > 0 else None
 
 
 @dataclass(frozen=True)
@@ -126,25 +133,23 @@ def judge(
 
 
 def judge_metric(name: str, blocks: Sequence[Block], budget: float | None, confidence: float) -> MetricVerdict:
-    pairs = [(block.a[name], block.b[name]) for block in blocks if _formed(name, [block])]
-    if len(pairs) < len(blocks) or not pairs:
+    found = [ratio for block in blocks if (ratio := block.log_ratio(name)) is not None]
+    if len(found) < len(blocks) or not found:
         nothing = math.nan
         verdict = INVALID if budget is not None else "absent"
         return MetricVerdict(name, nothing, nothing, nothing, nothing, nothing, budget, verdict)
     sign = 1 if METRICS[name].better == "lower" else -1
-    bounds = signed_rank_interval([sign * math.log(b / a) for a, b in pairs], confidence)
+    bounds = signed_rank_interval([sign * ratio for ratio in found], confidence)
     ratio, low, high = (math.exp(value) if math.isfinite(value) else value for value in bounds)
     verdict = "not gated"
     if budget is not None:
         verdict = REGRESSED if low > 1 + budget else PASS if high <= 1 + budget else INCONCLUSIVE
-    return MetricVerdict(
-        name, median(a for a, _ in pairs), median(b for _, b in pairs), ratio, low, high, budget, verdict
-    )
+    a, b = (median(getattr(block, side)[name] for block in blocks) for side in "ab")
+    return MetricVerdict(name, a, b, ratio, low, high, budget, verdict)
 
 
 def _formed(name: str, blocks: Sequence[Block]) -> bool:
-    """Whether both sides have the metric, above zero (a ratio of zeros says nothing), in every block."""
-    return all(side.get(name, 0.0) > 0 for block in blocks for side in (block.a, block.b))
+    return all(block.log_ratio(name) is not None for block in blocks)
 
 
 def _broken_reference(a: Totals, gates: Gates) -> list[str]:

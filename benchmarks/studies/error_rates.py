@@ -3,9 +3,8 @@
     python -m skerry.benchmarks.studies.error_rates BUNDLE --out FILE [--aa 200] [--power 100] [--wrong 20]
 
 Cases: `aa` (nothing differs), `slow5` (+5% time per token, budget 0), `slow6` (+6%, twice the default budget, budget
-3%), `truncated` (answers at three quarters of their length) and `degraded` (noisy logits). Every comparison starts both
-servers anew, as the command does: two processes of one program differ by their memory layout, and that luck belongs to
-the error.
+3%), `truncated` (answers at three quarters of their length) and `degraded` (noisy logits). Every block starts both
+servers anew, as the command does by default (pair.py says why).
 Rates come with their exact upper or lower 95% bound (Clopper and Pearson 1934). What was finished is kept: run it again
 with the same --out and it goes on.
 """
@@ -20,7 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,8 @@ from skerry.benchmarks.client import Client
 from skerry.benchmarks.compare import Comparison, QualityPlan, compare
 from skerry.benchmarks.documents import close_document, new_document
 from skerry.benchmarks.gates import Gates
+from skerry.benchmarks.pair import Pair
+from skerry.benchmarks.placement import Placement, apart
 from skerry.benchmarks.server import open_server
 from skerry.benchmarks.traffic import Traffic
 from skerry.core.files import write_json
@@ -44,22 +45,24 @@ CASES: dict[str, tuple[tuple[str, ...], Gates, bool]] = {  # fault of B, gates, 
 }
 
 
-def one(case: str, bundle: str, traffic: Traffic, client: Client, seed: int, threads: int) -> dict[str, Any]:
+def one(
+    case: str, bundle: str, traffic: Traffic, client: Client, seed: int, threads: int, place: Placement
+) -> dict[str, Any]:
     fault, gates, judged = CASES[case]
     found = Comparison(gates)
-    with ExitStack() as stack:
-        a, b = (
-            stack.enter_context(open_server(bundle, threads, command=(*INJECTED, *words, "serve")))
-            for words in ((), fault)
-        )
-        compare(found, a, b, traffic, client, seed, lambda line: None, QualityPlan(8, 32) if judged else None)
+    a, b = (
+        partial(open_server, bundle, threads, command=(*INJECTED, *words, "serve"), cpus=place.servers)
+        for words in ((), fault)
+    )
+    asked = QualityPlan(8, 32) if judged else None
+    compare(found, Pair(a, b), traffic, client, seed, lambda line: None, asked)
     verdict = found.finish()
     return {
         "case": case, "seed": seed, "verdict": verdict.verdict, "reasons": list(verdict.reasons),
         "ratios": {metric.name: round(metric.ratio, 5) for metric in verdict.metrics
                    if metric.name in TIMED.metrics and math.isfinite(metric.ratio)},
-        "blocks": {name: [[round(side[name], 8) for side in (block.a, block.b)] for block in found.blocks
-                          if name in block.a and name in block.b] for name in TIMED.metrics},
+        "log_ratios": {name: [round(ratio, 6) for block in found.blocks
+                              if (ratio := block.log_ratio(name)) is not None] for name in TIMED.metrics},
     }  # fmt: skip
 
 
@@ -112,12 +115,13 @@ def main() -> None:
     log = given.out.with_suffix(".jsonl")
     done = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     document = new_document(
-        "error_rates", settings={"traffic": vars(traffic), "threads": given.threads, "blocks": BLOCKS}
+        "error_rates", settings={"traffic": vars(traffic), "threads": given.threads, "blocks": BLOCKS, "pin": True}
     )
-    with Client() as client, log.open("a", encoding="utf-8") as file:
+    place = apart()
+    with Client(place.client) as client, log.open("a", encoding="utf-8") as file:
         for case, seed in todo(wanted, done):
             began = time.monotonic()
-            row = one(case, given.bundle, traffic, client, seed, given.threads)
+            row = one(case, given.bundle, traffic, client, seed, given.threads, place)
             done.append(row)
             file.write(json.dumps(row) + "\n")
             file.flush()

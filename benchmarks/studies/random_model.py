@@ -34,7 +34,10 @@ def write_model(tokenizer: Path, out: Path, shape: argparse.Namespace) -> int:
     def matrix(rows: int, columns: int) -> Any:
         return (random.standard_normal((rows, columns), np.float32) / columns**0.5).astype(np.float32)
 
-    tensors = {"model.embed_tokens.weight": matrix(vocabulary, hidden), "model.norm.weight": np.ones(hidden, np.float32)}
+    tensors = {
+        "model.embed_tokens.weight": matrix(vocabulary, hidden),
+        "model.norm.weight": np.ones(hidden, np.float32),
+    }
     for layer in range(shape.layers):
         at = f"model.layers.{layer}"
         sizes = {

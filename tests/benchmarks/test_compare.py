@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from skerry.benchmarks.client import Client
-from skerry.benchmarks.compare import Comparison, QualityPlan, compare, incomparable
+from skerry.benchmarks.compare import Comparison, QualityPlan, compare, incomparable, turns_of
 from skerry.benchmarks.gates import Gates
+from skerry.benchmarks.pair import Pair, start_orders
 from skerry.benchmarks.server import Server, open_server
 from skerry.benchmarks.traffic import Traffic
 from skerry.benchmarks.verdict import Verdict
@@ -33,20 +38,25 @@ ASKED = QualityPlan(32, 24)
 def run(served_bundle):
     """run(*fault of B) -> (what was found, verdict). `spoil(a, b)` is called before block 3."""
 
-    def one(*fault: str, gates: Gates = GATES, spoil: Any = None, asked: QualityPlan | None = ASKED) -> Any:
+    def one(
+        *fault: str, gates: Gates = GATES, spoil: Any = None, asked: QualityPlan | None = ASKED, lives: int = 4
+    ) -> Any:
         found = Comparison(gates)
-        with ExitStack() as stack:
-            sides = [
-                stack.enter_context(open_server(str(served_bundle), 1, command=(*INJECTED, *words, "serve")))
-                for words in ((), fault)
-            ]
+        alive: dict[str, Server] = {}
 
-            def report(line: str) -> None:
-                if spoil and line.startswith("block 2"):
-                    spoil(*sides)
+        @contextmanager
+        def side(name: str, *words: str) -> Iterator[Server]:
+            with open_server(str(served_bundle), 1, command=(*INJECTED, *words, "serve")) as server:
+                alive[name] = server
+                yield server
 
-            with Client() as client:
-                verdict: Verdict = compare(found, *sides, TRAFFIC, client, 1, report, asked)
+        def report(line: str) -> None:
+            if spoil and line.startswith("block 2"):
+                spoil(alive)
+
+        pair = Pair(partial(side, "a"), partial(side, "b", *fault), blocks=lives)
+        with Client() as client:
+            verdict: Verdict = compare(found, pair, TRAFFIC, client, 1, report, asked)
         return found, verdict
 
     return one
@@ -57,10 +67,7 @@ def test_two_of_the_same_pass(run):
     assert verdict.verdict == "pass", verdict.reasons
     assert found.quality and found.quality.agreement == 1.0 and found.quality.length_ratio == 1.0
     assert len(found.blocks) == 8 and len(found.requests) == 8 * 4 * 2
-    for number in range(8):
-        mine = [row["side"] for row in found.requests if row["block"] == number]
-        assert "".join(mine[::2]) in ("abba", "baab")
-    assert len({json.dumps(row["index"]) for row in found.requests}) == 2
+    assert len(found.lives) == 3 and len({life["a"]["url"] for life in found.lives}) == 3  # quality, then two
 
 
 def test_an_engine_that_cuts_answers_short_is_rejected(run):
@@ -81,12 +88,32 @@ def test_a_server_that_dies_half_way(run):
         assert server.pid
         os.kill(server.pid, signal.SIGKILL)
 
-    found, verdict = run(spoil=lambda a, b: kill(b))
+    found, verdict = run(spoil=lambda alive: kill(alive["b"]))
     assert verdict.verdict == "regressed" and "B failed" in verdict.reasons[0]
     assert 2 <= len(found.blocks) < 8 and any(row["error"] for row in found.requests)
-    found, verdict = run(spoil=lambda a, b: kill(a))
+    found, verdict = run(spoil=lambda alive: kill(alive["a"]))
     assert verdict.verdict == "invalid" and "A failed" in verdict.reasons[0]
     assert len(found.blocks) >= 2
+
+
+@pytest.mark.parametrize(("requests", "size"), [(16, 4), (6, 4), (1, 1), (5, 1), (12, 3)])
+def test_turns_are_balanced_and_lose_nothing(requests, size):
+    seen = set()
+    for seed in range(20):
+        turns = turns_of(requests, size, random.Random(seed))
+        for side in (0, 1):
+            assert sorted(index for who, piece in turns if who == side for index in piece) == list(range(requests))
+        assert all(len(piece) <= size for _, piece in turns)
+        quads = ["".join("ab"[who] for who, _ in turns[first : first + 4]) for first in range(0, len(turns), 4)]
+        assert set(quads) <= {"abba", "baab", "ab", "ba"}
+        seen.update(quads)
+    assert len(seen) >= 2
+
+
+def test_each_side_starts_first_once_in_two_lives():
+    orders = start_orders(random.Random(0))
+    drawn = [(next(orders), next(orders)) for _ in range(40)]
+    assert all(first != second for first, second in drawn) and len(Counter(drawn)) == 2
 
 
 def test_what_cannot_be_compared():
@@ -111,7 +138,7 @@ def test_the_command_keeps_everything_it_measured(served_bundle, tmp_path):
     done = subprocess.run(
         skerry("compare", served_bundle, served_bundle, "--requests", 4, "--prompt-tokens", 16, "--output-tokens", 8,
                "--metric", "e2e:9", "--blocks", 8, "--max-blocks", 8, "--quality-prompts", 32, "--quality-tokens", 24,
-               "--threads", 1, "--out", out, "--history", history, "--json"),
+               "--threads", 1, "--restart-every", 4, "--out", out, "--history", history, "--json"),
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     document = json.loads(done.stdout)
