@@ -33,6 +33,7 @@ from skerry.benchmarks.verdict import INCONCLUSIVE, REGRESSED, Block, Totals, Ve
 from skerry.core.errors import Unavailable
 
 MATCHED = {"ttft": ttft, "tpot": tpot, "e2e": e2e, "ttft_due": ttft_due, "e2e_due": e2e_due}
+WARM_UP_TURNS = 4
 Report = Callable[[str], None]
 
 
@@ -71,12 +72,13 @@ def compare(
     """Fills `found`. `asked` None: quality is not judged (an A/A study of time alone). Raises SkerryError."""
     gates = found.gates
     gates.check_requests(traffic.requests)
-    with pair.life() as (a, b):
-        found.lives.append({"a": a.to_json(), "b": b.to_json()})
-        found.invalid += incomparable(a, b)
-        if not found.invalid and asked is not None and _quality_wanted(gates, likelihood):
-            report(f"quality: {asked.prompts} greedy answers a side")
-            found.quality = ask_quality(a, b, gates, asked, client, seed, likelihood)
+    if asked is not None:
+        with pair.life() as (a, b):
+            found.lives.append({"a": a.to_json(), "b": b.to_json()})
+            found.invalid += incomparable(a, b)
+            if not found.invalid and _quality_wanted(gates, likelihood):
+                report(f"quality: {asked.prompts} greedy answers a side")
+                found.quality = ask_quality(a, b, gates, asked, client, seed, likelihood)
     if found.invalid or (found.quality is not None and found.quality.verdict == REGRESSED):
         found.verdict = judge([], gates, found.quality, found.invalid)
         return found.verdict
@@ -126,8 +128,9 @@ def measure_blocks(
         with pair.life(b_first) as (a, b):
             bundle = a.bundle or b.bundle
             found.lives.append({})
+            short = replace(traffic, requests=min(traffic.requests, WARM_UP_TURNS * traffic.turn_size))
             for side in (a, b):
-                client.run(order_of(side, traffic, prompts(traffic, seed - 1, bundle)))
+                client.run(order_of(side, short, prompts(short, seed - 1, bundle)))
             for number in islice(numbers, pair.blocks):
                 planned = prompts(replace(traffic, warm_up=0), seed + number, bundle)
                 runs = tuple(order_of(side, traffic, planned) for side in (a, b))

@@ -101,7 +101,7 @@ def fact(name: str, raw: Any) -> str:
     """A value of a field whose name tells its unit."""
     value = number(raw)
     if value is None:
-        return plain(raw)
+        return raw[:12] if isinstance(raw, str) and re.fullmatch("[0-9a-f]{64}", raw) else plain(raw)
     if name.endswith("_seconds") or name == "seconds":
         return amount(value, "s")
     if name.endswith("_bytes") or name in ("peak_rss", "pss", "rss", "gpu_memory"):

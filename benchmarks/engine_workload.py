@@ -20,7 +20,7 @@ class Workload:
     chunk: int = 256  # most tokens of a prefill step
     decode: int = 32  # timed steps of one sequence
     prompt: int = 110
-    output: int = 32
+    output: int = 64
     bind_calls: int = 500
 
     def fit(self, bundle: Bundle) -> Workload:

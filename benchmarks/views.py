@@ -144,7 +144,8 @@ def rows_table(document: Document, folded: bool = False) -> Table:
         where = standing(middle, low, high)
         badge = Cell(where, tone=TONES.get(where, "off"))
         found.append((
-            Cell(plain(row.get("measure"), 90)), figure(amount(ours, unit)), figure(amount(peer, unit)),
+            Cell(plain(row.get("label") or row.get("measure"), 90)), figure(amount(ours, unit)),
+            figure(amount(peer, unit)),
             Cell(peer_name(row)), figure(ratio(middle)), figure(interval(low, high)), badge,
         ))  # fmt: skip
     head = header("Measure", ">Skerry", ">Peer", "Peer is", ">Ratio, ours better above 1", ">95% interval", "Standing")
@@ -196,7 +197,9 @@ def extras(document: Document) -> tuple[list[Table], list[tuple[str, str]]]:
 
 
 def objects_table(title: str, objects: Sequence[Mapping[str, Any]]) -> Table:
-    names = list(dict.fromkeys(key for one in objects for key in one))[:MOST_COLUMNS]
+    """Columns of plain values; what has parts of its own is for who reads the JSON."""
+    plain_keys = (key for one in objects for key, value in one.items() if not isinstance(value, dict | list))
+    names = list(dict.fromkeys(plain_keys))[:MOST_COLUMNS]
     columns = {
         name: all(number(one.get(name)) is not None or one.get(name) is None for one in objects) for name in names
     }

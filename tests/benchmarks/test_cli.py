@@ -38,7 +38,7 @@ def test_table(bundle, capsys):
     assert run(["bench", "engine", str(bundle.path), *QUICK]) == 0
     out = capsys.readouterr().out
     assert "tiny 1 fp32" in out and "golden prompts absent" in out
-    assert "prefill, 320 tokens" in out and "2 sequences, 110 in, 32 out" in out
+    assert "prefill, 320 tokens" in out and "2 sequences, 110 in, 64 out" in out
     last = json.loads(out.splitlines()[-1])
     assert last["level"] == "engine" and last["seconds"] > 0
 

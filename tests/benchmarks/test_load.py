@@ -18,7 +18,7 @@ import pytest
 
 from skerry.benchmarks.client import COMMAND, Client, longest
 from skerry.benchmarks.exchange import GIVE_UP
-from skerry.benchmarks.load import Stall, quiet_memory, read_run
+from skerry.benchmarks.load import Stall, quiet_memory, read_order
 from skerry.benchmarks.records import Outcome, Planned, Run, to_json
 from skerry.benchmarks.selfcheck import mock, read_truths
 from skerry.core.errors import DeadlineExceeded, SkerryError, UsageError
@@ -309,4 +309,4 @@ def test_a_stalled_client_says_so():
 
 def test_what_a_line_must_hold():
     run = Run("http://x", (Planned(0, (1, 2), 3, 0.5, True), Planned(0, "text", 4)), body={"a": 1})
-    assert read_run(json.dumps(to_json(run))) == run
+    assert read_order(json.dumps(to_json(run))) == run

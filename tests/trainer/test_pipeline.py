@@ -75,7 +75,8 @@ class World:
         found = []
         for line in self._calls.read_text().splitlines():
             words = json.loads(line)
-            found.append(next(stage for stage in [*STAGES, "bench compare"] if words[: len(stage.split())] == stage.split()))
+            known = [*STAGES, "bench compare"]
+            found.append(next(stage for stage in known if words[: len(stage.split())] == stage.split()))
         return found
 
     def registry(self) -> dict[str, str]:
