@@ -20,5 +20,5 @@ def test_table_lines_up():
     lines = table([Figure("open", "s", "lower", (0.25, 0.5)), Figure("prefill", "tok/s", "higher", (1234.5,))])
     head, first, second = lines.splitlines()
     assert head.split() == ["median", "unit", "min", "max", "MAD"]
-    assert first.split() == ["open", "0.375", "s", "0.250", "0.500", "0.125"]
+    assert first.split() == ["open", "375.0", "ms", "250.0", "500.0", "125.0"]
     assert len(head) == len(first) == len(second)
