@@ -1,9 +1,8 @@
 """The two sides of a comparison, started anew as often as it takes.
 
-Two processes of one program are not equally fast: which pages of memory one gets, and what its neighbour left in the
-caches, made the server that started second up to 10% faster for its whole life (7M float32 weights, two cores). One
-pair of processes is therefore one sample, however many requests it answers. Blocks are spread over lives; in every two
-lives each side starts first once.
+Two processes of one program are not equally fast: where their memory lies is settled when they start. One pair of
+processes is therefore one sample, however many requests it answers. Blocks are spread over lives; in every two lives
+each side starts first once, and neither starts on what the last life has just freed (ballast.py).
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from random import Random
 
+from skerry.benchmarks.ballast import ballast
 from skerry.benchmarks.server import Server
 
 Open = Callable[[], AbstractContextManager[Server]]
@@ -24,11 +24,13 @@ class Pair:
 
     a: Open
     b: Open
-    blocks: int | None = 1
+    blocks: int | None = 2
 
     @contextmanager
     def life(self, b_first: bool = False) -> Iterator[tuple[Server, Server]]:
         with ExitStack() as stack:
+            if self.blocks is not None:
+                stack.enter_context(ballast())
             if b_first:
                 b = stack.enter_context(self.b())
                 a = stack.enter_context(self.a())
