@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option(
     "--restart-every",
     type=click.IntRange(1),
-    default=2,
+    default=5,
     show_default=True,
     metavar="BLOCKS",
     help="Two processes of one program are not equally fast: start them anew.",

@@ -24,7 +24,7 @@ class Pair:
 
     a: Open
     b: Open
-    blocks: int | None = 2
+    blocks: int | None = 5
 
     @contextmanager
     def life(self, b_first: bool = False) -> Iterator[tuple[Server, Server]]:
