@@ -3,10 +3,9 @@
     python -m skerry.benchmarks.studies.error_rates BUNDLE --out FILE [--aa 200] [--power 60] [--wrong 10]
 
 Cases: `aa` (nothing differs), `slow5` (+5% time per token, budget 0), `slow6` (+6%, twice the default budget, budget
-3%), `truncated` (answers at three quarters of their length) and `degraded` (noisy logits). Both servers start
-anew every five blocks, as the command does by default (pair.py says why).
-Rates come with their exact upper or lower 95% bound (Clopper and Pearson 1934). What was finished is kept: run it again
-with the same --out and it goes on.
+3%), `truncated` (answers at three quarters of their length) and `degraded` (noisy logits). Both servers start anew
+every five blocks, as the command does by default (pair.py says why). Rates come with their exact upper or lower 95%
+bound (Clopper and Pearson 1934). What was finished is kept: run it again with the same --out and it goes on.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ BLOCKS = 10
 TIMED = Gates(metrics=("ttft", "tpot", "e2e"), budget=0.0, blocks=BLOCKS, max_blocks=BLOCKS)
 CASES: dict[str, tuple[tuple[str, ...], Gates, bool]] = {  # fault of B, gates, whether quality is judged
     "aa": ((), TIMED, False),
-    # The fault also keeps the server's other thread waiting: these make it 5 and 6% slower a token (`tpot_ratio_median`).
+    # The fault also keeps the server's other thread waiting: these make a token 5 and 6% slower (`tpot_ratio_median`).
     "slow5": (("--slow", "0.031"), TIMED, False),
     "slow6": (("--slow", "0.037"), Gates(metrics=TIMED.metrics, blocks=BLOCKS, max_blocks=BLOCKS), False),
     "truncated": (("--truncate", "0.75"), Gates(blocks=BLOCKS, max_blocks=BLOCKS), True),
