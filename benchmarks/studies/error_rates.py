@@ -39,7 +39,7 @@ CASES: dict[str, tuple[tuple[str, ...], Gates, bool]] = {  # fault of B, gates, 
     "aa": ((), TIMED, False),
     # The fault also keeps the server's other thread waiting: these make a token 5 and 6% slower (`tpot_ratio_median`).
     "slow5": (("--slow", "0.031"), TIMED, False),
-    "slow6": (("--slow", "0.037"), Gates(metrics=TIMED.metrics, blocks=BLOCKS, max_blocks=BLOCKS), False),
+    "slow6": (("--slow", "0.041"), Gates(metrics=TIMED.metrics, blocks=BLOCKS, max_blocks=BLOCKS), False),
     "truncated": (("--truncate", "0.75"), Gates(blocks=BLOCKS, max_blocks=BLOCKS), True),
     "degraded": (("--noise", "0.5"), Gates(blocks=BLOCKS, max_blocks=BLOCKS), True),
 }
