@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from skerry.benchmarks.children import Used, run_measured
-from skerry.benchmarks.kernels.contest import paired_ratio
+from skerry.benchmarks.paired import paired_ratio
 from skerry.benchmarks.stats import Figure
 from skerry.core.bundle import Bundle, open_bundle
 from skerry.core.errors import SkerryError, UsageError

@@ -31,6 +31,17 @@ def signed_rank_interval(log_ratios: Sequence[float], confidence: float = 0.95) 
     return estimate, averages[cut], averages[-1 - cut]
 
 
+def paired_ratio(
+    ours: Sequence[float], theirs: Sequence[float], better: str = "lower", confidence: float = 0.95
+) -> tuple[float, float | None, float | None]:
+    """(ratio, low, high) of values from the same repeats; above 1 ours is better, whichever way `better` points
+    ("higher", or "lower" as times do). None: too few pairs for a bound (fewer than 6 at 95%)."""
+    sign = 1.0 if better == "higher" else -1.0
+    found = signed_rank_interval([sign * math.log(one / other) for one, other in zip(ours, theirs)], confidence)
+    low, high = (math.exp(bound) if math.isfinite(bound) else None for bound in found[1:])
+    return math.exp(found[0]), low, high
+
+
 @lru_cache(maxsize=256)
 def critical_rank(count: int, alpha: float) -> int:
     """The largest k with P(W <= k) <= alpha for the signed-rank sum W of `count` values; -1 where not even k = 0 is."""

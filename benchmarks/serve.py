@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,7 @@ from skerry.benchmarks.client import Client
 from skerry.benchmarks.compare import order_of
 from skerry.benchmarks.energy import read_joules
 from skerry.benchmarks.metrics import METRICS, Limits, summarize
-from skerry.benchmarks.paired import signed_rank_interval
+from skerry.benchmarks.paired import paired_ratio
 from skerry.benchmarks.records import Outcome, to_json
 from skerry.benchmarks.server import Server
 from skerry.benchmarks.stats import Figure
@@ -102,17 +101,16 @@ def rows(found: Sweep, versions: dict[str, str], confidence: float = 0.95) -> li
     result = []
     for (side, point, metric), theirs in found.values.items():
         ours = found.values.get((OURS, point, metric), [])
-        pairs = [(mine, other) for mine, other in zip(ours, theirs) if mine > 0 and other > 0]
+        pairs = [(one, two) for one, two in zip(ours, theirs) if one > 0 and two > 0]
         if side == OURS or metric not in COMPARED or not pairs:
             continue
-        sign = 1 if METRICS[metric].better == "higher" else -1
-        ratio = signed_rank_interval([sign * math.log(mine / other) for mine, other in pairs], confidence)
-        middle, low, high = (math.exp(value) if math.isfinite(value) else None for value in ratio)
+        mine, other = [one for one, _ in pairs], [two for _, two in pairs]
+        ratio, low, high = paired_ratio(mine, other, METRICS[metric].better, confidence)
         result.append({
             "measure": f"{METRICS[metric].label}, {point}", "unit": METRICS[metric].unit,
             "better": METRICS[metric].better,
-            "ours": median(mine for mine, _ in pairs), "peer_name": side, "peer": median(other for _, other in pairs),
-            "peer_version": versions.get(side, ""), "ratio": middle, "low": low, "high": high,
+            "ours": median(mine), "peer_name": side, "peer": median(other),
+            "peer_version": versions.get(side, ""), "ratio": ratio, "low": low, "high": high,
         })  # fmt: skip
     return result
 

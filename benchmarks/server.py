@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import os
 import re
 import signal
 import subprocess
@@ -15,12 +14,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
 
 from skerry.benchmarks.client import bound_to
 from skerry.benchmarks.memory import gpu_memory, process_memory
+from skerry.benchmarks.peers.commands import end_group
 from skerry.core.bundle import Bundle, open_bundle
 from skerry.core.errors import InputError, SkerryError, Unavailable, UsageError
 
@@ -82,7 +83,7 @@ def open_server(
     path = Path(what)
     if not path.is_dir():
         raise UsageError("open server", what, "is neither a bundle's folder nor a URL", "http://HOST:PORT, or a folder")
-    bundle = open_bundle(path)
+    bundle = _open_once(path.resolve())
     limit = ["--threads", str(threads)] if threads else []
     with started([*command, str(path), "--port", "0", *limit], _announced, cpus=cpus) as (process, url, seconds):
         manifest = bundle.manifest
@@ -90,6 +91,12 @@ def open_server(
         server.start_seconds = seconds
         server.first_token_seconds = seconds + first_token(server)
         yield server
+
+
+@lru_cache(maxsize=8)
+def _open_once(path: Path) -> Bundle:
+    """A comparison starts a bundle many times; its digests are checked at the first, and by the server at each."""
+    return open_bundle(path)
 
 
 def running_server(url: str, headers: dict[str, str]) -> Server:
@@ -133,14 +140,8 @@ def started(
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    process.send_signal(signal.SIGTERM)  # nothing happens where it has ended
+    end_group(process, patience=STOP_SECONDS)
     if process.stdout:
         process.stdout.close()
 

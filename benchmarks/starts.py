@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
+from skerry.benchmarks.page_cache import drop_page_cache
 from skerry.benchmarks.server import open_server
 from skerry.benchmarks.stats import Figure
 
 
 def measure_starts(target: str, threads: int | None, repeats: int, report: Callable[[str], None]) -> dict[str, Figure]:
-    """Figures `start_warm` and `start_cold`, seconds. Cold: the kernel was told to forget the bundle's files; the
+    """Figures `start_warm` and `start_cold`, seconds. Cold: the bundle's files have left the page cache; the
     interpreter and its packages stay in memory, as they do on a node that changes engines. `start_cold` is absent where
-    the kernel takes no such advice."""
+    they could not be made to leave."""
     if repeats == 0:
         return {}
     with open_server(target, threads):  # whatever is built at the first start ever
         report("starts")
+    files = [file for file in sorted(Path(target).iterdir()) if file.is_file()]
     found: dict[str, list[float]] = {"start_warm": [], "start_cold": []}
     for _ in range(repeats):
         for name, values in found.items():
-            if name == "start_cold" and not forget(Path(target)):
+            if name == "start_cold" and not drop_page_cache(files):
                 continue
             with open_server(target, threads) as server:
                 assert server.first_token_seconds is not None
@@ -29,17 +30,3 @@ def measure_starts(target: str, threads: int | None, repeats: int, report: Calla
     labels = {"start_warm": "process start to first token, files in memory",
               "start_cold": "process start to first token, bundle on disk"}  # fmt: skip
     return {name: Figure(labels[name], "s", "lower", tuple(values)) for name, values in found.items() if values}
-
-
-def forget(folder: Path) -> bool:
-    """Drops the folder's clean pages from the page cache. False where the system cannot."""
-    if not hasattr(os, "posix_fadvise"):
-        return False
-    for file in sorted(folder.iterdir()):
-        if file.is_file():
-            descriptor = os.open(file, os.O_RDONLY)
-            try:
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(descriptor)
-    return True

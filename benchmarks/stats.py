@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from skerry.benchmarks.shown import scale
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -37,10 +39,10 @@ def table(figures: Sequence[Figure]) -> str:
     """Columns: what, median, unit, min, max, MAD."""
     rows = [("", "median", "unit", "min", "max", "MAD")]
     for figure in figures:
-        small = figure.unit == "s" and figure.median < 1
+        factor, unit = scale(figure.unit, [figure.median]) if figure.unit == "s" else (1.0, figure.unit)
         found = (figure.median, min(figure.values), max(figure.values), figure.mad)
-        middle, least, most, mad = (_short(value * 1e3 if small else value) for value in found)
-        rows.append((figure.label, middle, "ms" if small else figure.unit, least, most, mad))
+        middle, least, most, mad = (_short(value * factor) for value in found)
+        rows.append((figure.label, middle, unit, least, most, mad))
     widths = [max(len(row[column]) for row in rows) for column in range(6)]
 
     def line(row: tuple[str, ...]) -> str:

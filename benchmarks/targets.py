@@ -1,6 +1,6 @@
 """The table of targets: what each must reach, and where in the results it is found. Pure but for reading the TOML.
 
-A target names its `run` (a name of RUNS in all.py) and one source in that run's document:
+A target names its `run` (a name that `runs` of all.py gives) and one source in that run's document:
 
     row      label of a peer row; `peers`: the ratio against the best of these counts (the lowest ratio)
     figure   name of a figure; its median counts

@@ -8,14 +8,13 @@ one before fall asleep: some libraries spin for milliseconds after their last ca
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from skerry.benchmarks.paired import signed_rank_interval
+from skerry.benchmarks.paired import paired_ratio
 from skerry.benchmarks.stats import Figure
 from skerry.core.errors import SkerryError
 
@@ -102,17 +101,6 @@ class Case:
             "peer": self.peer_figures()[self.peer_key(peer)].median, "peer_version": peer.version,
             "ratio": estimate, "low": low, "high": high,
         }  # fmt: skip
-
-
-def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """theirs / ours, times of the same repeats, with its interval; above 1 ours is faster. None: too few pairs for a
-    bound (fewer than 6 at 95%)."""
-    estimate, low, high = signed_rank_interval([math.log(b / a) for a, b in zip(ours, theirs)], CONFIDENCE)
-    return math.exp(estimate), _finite(low), _finite(high)
-
-
-def _finite(log_bound: float) -> float | None:
-    return math.exp(log_bound) if math.isfinite(log_bound) else None
 
 
 def compete(cases: Sequence[Case], repeats: int, seed: int, report: Report) -> list[str]:

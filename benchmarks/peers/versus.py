@@ -15,6 +15,7 @@ from statistics import median
 from types import TracebackType
 from typing import Any
 
+from skerry.benchmarks.paired import paired_ratio
 from skerry.benchmarks.peers.driver import Driver, PeerFailed
 from skerry.benchmarks.peers.install import Installed, require, root
 from skerry.benchmarks.peers.pins import find
@@ -161,19 +162,17 @@ def row(
     name: str, label: str, unit: str, better: str, ours: Mapping[int, float], side: Side
 ) -> dict[str, Any]:  # fmt: skip
     """Above 1 ours is better. `low` and `high` are None where there are too few pairs for the interval."""
-    from skerry.benchmarks.paired import signed_rank_interval
-
     case = name.replace("batch_decode", "batch_output")  # two figures of one measurement
     theirs = side.found[name]
-    pairs = [(ours[repeat], theirs[repeat]) for repeat in sorted(ours.keys() & theirs.keys())]
-    sign = 1.0 if better == "higher" else -1.0
-    bounds = signed_rank_interval([sign * math.log(mine / other) for mine, other in pairs], CONFIDENCE)
-    ratio, low, high = (math.exp(value) if math.isfinite(value) else None for value in bounds)
+    both = sorted(ours.keys() & theirs.keys())
+    mine, other = [ours[repeat] for repeat in both], [theirs[repeat] for repeat in both]
+    ratio, low, high = paired_ratio(mine, other, better, CONFIDENCE)
     return {
         "measure": name, "label": label.strip(), "unit": unit, "better": better,
-        "ours": median(mine for mine, _ in pairs), "peer_name": side.name,
-        "peer": median(other for _, other in pairs), "peer_version": side.version, "peer_weights": side.weights.label,
-        "peer_setting": side.settings.get(case), "ratio": ratio, "low": low, "high": high, "pairs": pairs,
+        "ours": median(mine), "peer_name": side.name,
+        "peer": median(other), "peer_version": side.version, "peer_weights": side.weights.label,
+        "peer_setting": side.settings.get(case), "ratio": ratio, "low": low, "high": high,
+        "pairs": list(zip(mine, other)),
     }  # fmt: skip
 
 

@@ -6,14 +6,13 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 import onnxruntime_genai as genai
-from protocol import Peer, serve
+from protocol import StaticBatch, serve
 
 
-class OnnxRuntimeGenAi(Peer):
+class OnnxRuntimeGenAi(StaticBatch):
     def version(self) -> str:
         return importlib.metadata.version("onnxruntime-genai")
 
@@ -23,19 +22,7 @@ class OnnxRuntimeGenAi(Peer):
         config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
         self.model = genai.Model(config)
 
-    def measure(self, case: dict[str, Any], setting: str) -> dict[str, float]:
-        prompts = [prompt or [1] for prompt in case["prompts"]]
-        if case["case"] == "prefill":
-            return {"seconds": self._generate(prompts, 1)[0], "tokens": len(prompts[0])}
-        if case["case"] == "decode":
-            first, last = self._generate(prompts, 1 + case["decode"])
-            return {"seconds": last - first, "tokens": case["decode"]}
-        count, output = len(prompts), case["output"]
-        first, last = self._generate(prompts, output)
-        return {"seconds": last, "tokens": count * output,
-                "decode_seconds": last - first, "decode_tokens": count * (output - 1)}  # fmt: skip
-
-    def _generate(self, prompts: list[list[int]], output: int) -> tuple[float, float]:
+    def generate(self, prompts: list[list[int]], output: int) -> tuple[float, float]:
         """Seconds until the first token and until the last. `min_length` keeps it from ending early."""
         length = len(prompts[0]) + output
         params = genai.GeneratorParams(self.model)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
 import transformers
-from protocol import Peer, serve
+from protocol import StaticBatch, serve
 
 
-class Transformers(Peer):
+class Transformers(StaticBatch):
     def version(self) -> str:
         return f"{importlib.metadata.version('transformers')} (torch {torch.__version__})"
 
@@ -25,19 +24,7 @@ class Transformers(Peer):
         ).eval()
 
     @torch.inference_mode()
-    def measure(self, case: dict[str, Any], setting: str) -> dict[str, float]:
-        prompts = [prompt or [1] for prompt in case["prompts"]]
-        if case["case"] == "prefill":
-            return {"seconds": self._generate(prompts, 1)[0], "tokens": len(prompts[0])}
-        if case["case"] == "decode":
-            first, last = self._generate(prompts, 1 + case["decode"])
-            return {"seconds": last - first, "tokens": case["decode"]}
-        count, output = len(prompts), case["output"]
-        first, last = self._generate(prompts, output)
-        return {"seconds": last, "tokens": count * output,
-                "decode_seconds": last - first, "decode_tokens": count * (output - 1)}  # fmt: skip
-
-    def _generate(self, prompts: list[list[int]], output: int) -> tuple[float, float]:
+    def generate(self, prompts: list[list[int]], output: int) -> tuple[float, float]:
         """Seconds until the first token and until the last; greedy, without `generate` and its cost a step."""
         ids = torch.tensor(prompts)
         cache = transformers.DynamicCache(config=self.model.config)

@@ -48,6 +48,26 @@ class Peer:
         return {"peak_rss": _status("/proc/self/status", "VmHWM:"), "pss": _status("/proc/self/smaps_rollup", "Pss:")}
 
 
+class StaticBatch(Peer):
+    """A peer without continuous batching: sequences of one length start together and end together."""
+
+    def generate(self, prompts: list[list[int]], output: int) -> tuple[float, float]:
+        """Seconds until the first token of `output` and until the last."""
+        raise NotImplementedError
+
+    def measure(self, case: dict[str, Any], setting: str) -> dict[str, float]:
+        prompts = [prompt or [1] for prompt in case["prompts"]]
+        if case["case"] == "prefill":
+            return {"seconds": self.generate(prompts, 1)[0], "tokens": len(prompts[0])}
+        if case["case"] == "decode":
+            first, last = self.generate(prompts, 1 + case["decode"])
+            return {"seconds": last - first, "tokens": case["decode"]}
+        count, output = len(prompts), case["output"]
+        first, last = self.generate(prompts, output)
+        return {"seconds": last, "tokens": count * output,
+                "decode_seconds": last - first, "decode_tokens": count * (output - 1)}  # fmt: skip
+
+
 def serve(peer: Peer) -> None:
     """Libraries print on file descriptor 1 too, so the answers get a copy of it and it becomes stderr."""
     answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
