@@ -64,7 +64,7 @@ def compare(
     from skerry.benchmarks.gates import read_gates
     from skerry.benchmarks.pair import Pair
     from skerry.benchmarks.placement import Placement, apart
-    from skerry.benchmarks.publish import publish
+    from skerry.benchmarks.publish import publish, publish_broken
     from skerry.benchmarks.server import open_server
     from skerry.benchmarks.traffic import Traffic
 
@@ -73,7 +73,7 @@ def compare(
     traffic = Traffic(shape, requests, at_once, rate, prompt_tokens, output_tokens, timeout=timeout, turn=turn)
     gates.check_requests(requests)
     document = new_document("compare", subject={"a": a, "b": b}, settings={
-        "traffic": vars(traffic), "gates": vars(gates), "threads": threads, "seed": seed, "pin": pin,
+        "traffic": traffic.to_json(), "gates": vars(gates), "threads": threads, "seed": seed, "pin": pin,
         "restart_every": restart_every,
         "quality": {"prompts": quality_prompts, "tokens": quality_tokens, "data": str(data) if data else None},
     })  # fmt: skip
@@ -87,7 +87,7 @@ def compare(
             run(found, pair, traffic, client, seed, say, QualityPlan(quality_prompts, quality_tokens), likelihood)
         except BaseException as error:  # whatever it was, what was measured is kept
             found.invalid.append("interrupted" if isinstance(error, KeyboardInterrupt) else str(error))
-            publish(_close(document, found), out, found.requests, history, as_json)
+            publish_broken(error, _close(document, found), out, found.requests, history, as_json)
             raise
     _close(document, found)
     publish(document, out, found.requests, history, as_json)

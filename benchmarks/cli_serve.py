@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -47,7 +47,7 @@ def serve(
     from skerry.benchmarks.client import Client
     from skerry.benchmarks.documents import close_document, new_document
     from skerry.benchmarks.metrics import Limits
-    from skerry.benchmarks.publish import publish
+    from skerry.benchmarks.publish import publish, publish_broken
     from skerry.benchmarks.serve import OURS, Sweep, curve, figures, rows, sweep
     from skerry.benchmarks.server import open_server
     from skerry.benchmarks.starts import measure_starts
@@ -65,7 +65,7 @@ def serve(
         ]
     limits = Limits(limit_ttft, limit_tpot, limit_e2e)
     document = new_document("serve", subject={"target": target, "peers": list(peers)}, settings={
-        "points": [vars(point) for point in points], "repeats": repeats, "threads": threads, "seed": seed,
+        "points": [point.to_json() for point in points], "repeats": repeats, "threads": threads, "seed": seed,
         "limits": vars(limits),
     })  # fmt: skip
     found = Sweep()
@@ -77,9 +77,8 @@ def serve(
         for name, side in sides.items():
             say(f"{name}: {side.name} {side.version}")
         client = stack.enter_context(Client())
-        try:
-            sweep(found, sides, points, repeats, limits, client, seed, say)
-        finally:  # whatever ended it, what was measured is kept
+
+        def fill() -> dict[str, Any]:
             versions = {name: side.version for name, side in sides.items()}
             document["figures"] = {
                 name: one.to_json() for name, one in {**figures(found, OURS, limits), **began}.items()
@@ -90,7 +89,14 @@ def serve(
             document["rows"], document["curve"] = rows(found, versions), curve(found)
             document["sides"] = {name: side.to_json() for name, side in sides.items()}
             document["notes"] += found.notes
-            publish(close_document(document), out, found.requests, history, as_json)
+            return close_document(document)
+
+        try:
+            sweep(found, sides, points, repeats, limits, client, seed, say)
+        except BaseException as error:  # whatever it was, what was measured is kept
+            publish_broken(error, fill(), out, found.requests, history, as_json)
+            raise
+        publish(fill(), out, found.requests, history, as_json)
 
 
 def _peer(stack: ExitStack, name: str, weights: Path | None, ours: Server, threads: int | None) -> Server:

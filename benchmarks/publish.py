@@ -33,6 +33,18 @@ def publish(
     emit(document, as_json, lambda: f"{render_text(document)}\n\n{last_line(document, out)}")
 
 
+def publish_broken(
+    error: BaseException, document: dict[str, Any], out: Path | None, requests: Sequence[Mapping[str, Any]] = (),
+    history: Path | None = None, as_json: bool = False,
+) -> None:  # fmt: skip
+    """What was measured when `error` ended it. An error is answered on stdout by whoever catches it, and there is one
+    document on stdout: only an interrupt leaves that place to ours."""
+    if isinstance(error, KeyboardInterrupt):
+        publish(document, out, requests, history, as_json)
+    elif out is not None:
+        keep(document, out, requests)
+
+
 def keep(document: dict[str, Any], out: Path, requests: Sequence[Mapping[str, Any]] = ()) -> None:
     """result.json first: whatever goes wrong with the rest, it can be rendered again."""
     from skerry.benchmarks.report import render_html

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from skerry.benchmarks.records import Planned
 from skerry.benchmarks.traces import read_mooncake, read_sharegpt
@@ -52,6 +53,9 @@ class Traffic:
     def turn_size(self) -> int:
         """One wave of a closed loop, one second of an open one."""
         return min(self.requests, self.turn or self.concurrency or max(1, round(self.rate or 1)))
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "trace": str(self.trace) if self.trace else None}
 
     def describe(self) -> str:
         arrival = (

@@ -115,7 +115,7 @@ def main() -> None:
     log = given.out.with_suffix(".jsonl")
     done = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     document = new_document(
-        "error_rates", settings={"traffic": vars(traffic), "threads": given.threads, "blocks": BLOCKS, "pin": True}
+        "error_rates", settings={"traffic": traffic.to_json(), "threads": given.threads, "blocks": BLOCKS, "pin": True}
     )
     place = apart()
     with Client(place.client) as client, log.open("a", encoding="utf-8") as file:

@@ -129,3 +129,27 @@ def test_a_trace_is_replayed_at_its_own_times(tmp_path, served_bundle):
     turns = [[{"from": "human", "value": f"hello {i}"}, {"from": "gpt", "value": "hi there"}] for i in range(8)]
     (tmp_path / "chats.json").write_text(json.dumps([{"conversations": both} for both in turns]))
     assert len(prompts(from_trace(tmp_path / "chats.json", 5, 2, None, 10.0), 0, None)) == 6
+
+
+def test_the_command_on_a_trace(tmp_path, served_bundle):
+    """Its path is in the document too, as text."""
+    trace = tmp_path / "trace.jsonl"
+    asked = [{"timestamp": 20 * i, "input_length": 12, "output_length": 3, "hash_ids": [i]} for i in range(5)]
+    trace.write_text("".join(json.dumps(one) + "\n" for one in asked))
+    done = subprocess.run(
+        skerry("serve", served_bundle, "--trace", trace, "--repeats", 1, "--starts", 0, "--json"),
+        capture_output=True, text=True, timeout=90,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["settings"]["points"][0]["trace"] == str(trace)
+
+
+def test_an_error_on_the_way_is_one_document(tmp_path, served_bundle):
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"timestamp": 0, "input_length": 12, "output_length": 3, "hash_ids": [1]}\nnonsense\n')
+    done = subprocess.run(
+        skerry("serve", served_bundle, "--trace", trace, "--starts", 0, "--out", tmp_path / "out", "--json"),
+        capture_output=True, text=True, timeout=90,
+    )  # fmt: skip
+    assert done.returncode == 1 and "line 2" in json.loads(done.stdout)["error"]["message"]
+    assert (tmp_path / "out" / "result.json").is_file()
