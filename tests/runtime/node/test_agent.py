@@ -156,7 +156,7 @@ def test_a_crash_in_probation_reverts_and_the_digest_never_comes_back_by_itself(
     until(lambda: version(agent) == "v1")
     print(f"crash to answer of the old engine: {time.monotonic() - began:.2f} s")
     until(lambda: agent.outcomes["reverted"] == 1)
-    until(lambda: control.of_kind("worker.crashed")[0]["digest"] == wish["engine_digest"])
+    assert until(lambda: control.of_kind("worker.crashed"))[0]["digest"] == wish["engine_digest"]
     control.want(wish)
     until(lambda: control.of_kind("update.blocked"))
     time.sleep(0.3)
