@@ -14,6 +14,7 @@ from pathlib import Path
 
 MOST, SHARE = 1 << 30, 0.25  # bytes; of what is available
 PAGE = mmap.PAGESIZE
+POPULATE = getattr(mmap, "MAP_POPULATE", 0)  # Linux: the kernel writes every page
 
 
 @contextmanager
@@ -23,9 +24,10 @@ def ballast() -> Iterator[int]:
     if size == 0:
         yield 0
         return
-    with mmap.mmap(-1, size) as memory:
-        for place in range(0, size, PAGE):
-            memory[place] = 1
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | POPULATE) as memory:
+        if not POPULATE:
+            for place in range(0, size, PAGE):
+                memory[place] = 1
         yield size
 
 

@@ -14,6 +14,10 @@ from skerry.core.cli import json_option
 if TYPE_CHECKING:
     from skerry.benchmarks.compare import Comparison
 
+FEW_LIVES = (
+    "blocks shared their processes: what one process was luckier in than the other is in the ratio, and no interval"
+)
+
 
 @click.command()
 @click.argument("a")
@@ -26,10 +30,10 @@ if TYPE_CHECKING:
 @click.option(
     "--restart-every",
     type=click.IntRange(1),
-    default=5,
+    default=1,
     show_default=True,
     metavar="BLOCKS",
-    help="Two processes of one program are not equally fast: start them anew.",
+    help="Two processes of one program are not equally fast, so they are one sample: start them anew.",
 )
 @click.option("--gates", "gates_file", type=PATH, help="TOML with [gates].  [default: ./skerry.toml]")
 @click.option("--metric", "metrics", multiple=True, metavar="NAME[:BUDGET]", help="Gate this; may be repeated.")
@@ -48,7 +52,7 @@ if TYPE_CHECKING:
 def compare(
     a: str, b: str, shape: str, prompt_tokens: int, output_tokens: int | None, rate: float | None, timeout: float,
     threads: int | None, seed: int, requests: int, concurrency: int, turn: int | None, pin: bool,
-    restart_every: int,     gates_file: Path | None, metrics: tuple[str, ...],
+    restart_every: int, gates_file: Path | None, metrics: tuple[str, ...],
     quality_prompts: int, quality_tokens: int, data: Path | None, key: str, out: Path | None, history: Path | None,
     as_json: bool, **flags: Any,
 ) -> int:  # fmt: skip
@@ -82,6 +86,8 @@ def compare(
     likelihood = _likelihood(a, b, data, threads) if data else None
     first, second = (partial(open_server, what, threads, key, cpus=place.servers) for what in (a, b))
     pair = Pair(first, second, blocks=None if "://" in a and "://" in b else restart_every)
+    if pair.blocks != 1:
+        document["notes"].append(FEW_LIVES)
     with Client(place.client) as client:
         try:
             run(found, pair, traffic, client, seed, say, QualityPlan(quality_prompts, quality_tokens), likelihood)

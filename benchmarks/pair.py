@@ -1,8 +1,9 @@
 """The two sides of a comparison, started anew as often as it takes.
 
-Two processes of one program are not equally fast: where their memory lies is settled when they start. One pair of
-processes is therefore one sample, however many requests it answers. Blocks are spread over lives; in every two lives
-each side starts first once, and neither starts on what the last life has just freed (ballast.py).
+Two processes of one program are not equally fast: where their memory lies is settled when they start, and has made 20%
+between equals. One pair of processes is therefore one sample, however many requests it answers, and each block has a
+life of its own unless somebody wants otherwise. In every two lives each side starts first once, and neither starts on
+what the last life has just freed (ballast.py).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Pair:
 
     a: Open
     b: Open
-    blocks: int | None = 5
+    blocks: int | None = 1
 
     @contextmanager
     def life(self, b_first: bool = False) -> Iterator[tuple[Server, Server]]:
