@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 BACKENDS = ("ort-cpu", "ort-cuda", "tensorrt", "tensorrt-rtx")
 # Ops of the `skerry` domain with the version of their contract; a manifest lists those its graph uses.
-OPS = ("skerry.PagedAttention:1", "skerry.Sample:1")
+OPS = ("skerry.GatherBlock:1", "skerry.MatMulBlock:1", "skerry.PagedAttention:1", "skerry.Sample:1")
 # What a worker needs besides weights and KV pages: interpreter, ONNX Runtime, HTTP server.
 WORKER_BYTES = 256 << 20
 

@@ -2,16 +2,17 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
 #include <algorithm>
-#include <map>
-#include <memory>
-#include <mutex>
 #include <stdexcept>
+#include <tuple>
 #include <vector>
 
 #include "cpu/isa.h"
 #include "cpu/pool.h"
+#include "include/matmul_block.h"
 #include "include/paged_attention.h"
 #include "include/philox.h"
 #include "include/sample.h"
@@ -27,15 +28,9 @@ using InOut = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
 template <class T>
 using Out = nb::ndarray<nb::numpy, T>;
 
-// One pool for each thread count that is asked for; they live as long as the process.
 skerry::Parallel parallel_for(int threads) {
-  static std::mutex mutex;
-  static std::map<int, std::unique_ptr<skerry::Pool>> pools;
-  if (threads <= 1) return {};
-  const std::lock_guard lock(mutex);
-  std::unique_ptr<skerry::Pool>& pool = pools[threads];
-  if (!pool) pool = std::make_unique<skerry::Pool>(threads);
-  return pool->parallel();
+  skerry::Pool* pool = skerry::Pool::of(threads);
+  return pool == nullptr ? skerry::Parallel{} : pool->parallel();
 }
 
 void expect(const char* name, size_t found, size_t wanted) {
@@ -187,6 +182,64 @@ Out<int32_t> kept(const In<float>& logits, const nb::object& rows, size_t row) {
   return out;
 }
 
+// weight, rows, format, bias (or None)
+using Segment = std::tuple<In<uint8_t>, int64_t, int, nb::object>;
+
+skerry::BlockSegment block_segment(const Segment& given, size_t width) {
+  const auto& [weight, rows, format, bias] = given;
+  skerry::BlockSegment segment;
+  segment.rows = rows;
+  segment.format = static_cast<skerry::BlockFormat>(format);
+  if (format < 0 || format > 2 || rows < 1 || width % skerry::kBlock != 0) {
+    throw std::invalid_argument("a segment of " + std::to_string(rows) + " rows of " + std::to_string(width) +
+                                " in format " + std::to_string(format));
+  }
+  const size_t bytes = skerry::panels_of(rows) * skerry::panel_bytes(segment.format, width / skerry::kBlock);
+  segment.weight = checked("weight", weight, {bytes});
+  if (!bias.is_none()) segment.bias = checked("bias", nb::cast<In<float>>(bias), {static_cast<size_t>(rows)});
+  return segment;
+}
+
+nb::list matmul_block(const In<float>& x, const std::vector<Segment>& segments, const nb::object& norm,
+                      const nb::object& residual, float epsilon, int activation, int threads) {
+  expect("dimensions of x", x.ndim(), 2);
+  const size_t tokens = x.shape(0), width = x.shape(1);
+  skerry::MatMulBlockArgs args;
+  args.x = x.data();
+  args.tokens = static_cast<int64_t>(tokens);
+  args.width = static_cast<int64_t>(width);
+  args.epsilon = epsilon;
+  args.activation = static_cast<skerry::Activation>(activation);
+  args.segments = static_cast<int>(segments.size());
+  if (!norm.is_none()) args.norm = checked("norm", nb::cast<In<float>>(norm), {width});
+  nb::list outputs;
+  for (size_t s = 0; s < segments.size() && s < skerry::kMaxSegments; ++s) {
+    args.segment[s] = block_segment(segments[s], width);
+    const size_t rows = args.segment[s].rows;
+    if (s == 0 && !residual.is_none()) args.residual = checked("residual", nb::cast<In<float>>(residual), {tokens, rows});
+    if (s > 0 && activation != 0) continue;
+    Out<float> out = make<float>({tokens, rows});
+    args.segment[s].out = out.data();
+    outputs.append(out);
+  }
+  std::string problem;
+  {
+    const nb::gil_scoped_release release;
+    problem = skerry::matmul_block(args, parallel_for(threads));
+  }
+  if (!problem.empty()) throw std::invalid_argument(problem);
+  return outputs;
+}
+
+Out<float> gather_block(const In<int32_t>& ids, const Segment& table, size_t width) {
+  expect("dimensions of ids", ids.ndim(), 1);
+  Out<float> out = make<float>({ids.shape(0), width});
+  const std::string problem = skerry::gather_block(block_segment(table, width), static_cast<int64_t>(width), ids.data(),
+                                                   static_cast<int64_t>(ids.shape(0)), out.data());
+  if (!problem.empty()) throw std::invalid_argument(problem);
+  return out;
+}
+
 nb::tuple philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t key0, uint32_t key1) {
   uint32_t counter[4] = {c0, c1, c2, c3};
   skerry::philox4x32(counter, key0, key1);
@@ -199,13 +252,17 @@ NB_MODULE(_native, m) {
   using namespace nb::literals;
   m.attr("ABI") = 1;
   m.attr("VERSION") = SKERRY_VERSION;
-  m.attr("OPS") = nb::make_tuple("skerry.PagedAttention:1", "skerry.Sample:1");
+  m.attr("OPS") = 
+      nb::make_tuple("skerry.GatherBlock:1", "skerry.MatMulBlock:1", "skerry.PagedAttention:1", "skerry.Sample:1");
   m.attr("SPLIT_TOKENS") = skerry::kSplitTokens;
   m.def("isa", [] { return std::string(skerry::isa_name(skerry::isa())); });
   m.def("paged_attention", &paged_attention, "q"_a, "k"_a, "v"_a, "kv"_a, "cos"_a, "sin"_a, "positions"_a,
         "query_start"_a, "context_len"_a, "block_table"_a, "slot"_a, nb::kw_only(), "num_heads"_a, "num_kv_heads"_a,
         "head_size"_a, "scale"_a, "softcap"_a = 0.0f, "window"_a = 0, "rotary_dim"_a = 0, "interleaved"_a = false,
         "threads"_a = 1);
+  m.def("matmul_block", &matmul_block, "x"_a, "segments"_a, nb::kw_only(), "norm"_a = nb::none(),
+        "residual"_a = nb::none(), "epsilon"_a = 0.0f, "activation"_a = 0, "threads"_a = 1);
+  m.def("gather_block", &gather_block, "ids"_a, "table"_a, "width"_a);
   m.def("sample", &sample, "logits"_a, "rows"_a, "threads"_a = 1);
   m.def("kept", &kept, "logits"_a, "rows"_a, "row"_a);
   m.def("philox4x32", &philox, "c0"_a, "c1"_a, "c2"_a, "c3"_a, "key0"_a, "key1"_a);

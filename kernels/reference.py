@@ -24,11 +24,13 @@ token -1 and NaN. So has a row of which steps 1 and 2 leave nothing, or a NaN or
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from skerry.kernels.blocks import BLOCK, Blocks
 from skerry.kernels.sampling import Sampled, SampleRows
 
 Array = npt.NDArray[np.floating]
@@ -221,3 +223,48 @@ def sample(logits: Float32, rows: SampleRows) -> Sampled:
         if token[row] >= 0:
             logprob[row] = logp[token[row]]
     return Sampled(token, logprob, entropy, top_ids, top_logprobs)
+
+
+@dataclass(frozen=True)
+class BlockProduct:
+    """A weight matrix of MatMulBlock and its bias [N], if it has one."""
+
+    weight: Blocks
+    bias: Float32 | None = None
+
+
+def quantize_activations(x: Float32) -> tuple[npt.NDArray[np.int8], Float32]:
+    """Codes int8 [T, blocks, 32] and scales float32 [T, blocks], each rounding in float32 and to even: the largest
+    magnitude of a block becomes 127. A block below 1e-30 is nothing; one with a NaN or infinity has such a scale."""
+    blocks = x.reshape(len(x), -1, BLOCK)
+    largest = np.abs(blocks).max(-1)
+    some = ~(largest < np.float32(1e-30))
+    with np.errstate(invalid="ignore"):
+        inverse = np.where(some, np.float32(127) / np.where(some, largest, 1), 0).astype(np.float32)
+        codes = np.nan_to_num(np.rint(blocks * inverse[..., None])).astype(np.int8)
+    return codes, np.where(some, largest / np.float32(127), 0).astype(np.float32)
+
+
+def rms_norm(x: Float32, weight: Float32, epsilon: float) -> npt.NDArray[np.float64]:
+    wide = x.astype(np.float64)
+    return wide / np.sqrt((wide * wide).mean(-1, keepdims=True) + epsilon) * weight
+
+
+def matmul_block(
+    x: Float32, products: Sequence[BlockProduct], *, norm: Float32 | None = None, residual: Float32 | None = None,
+    epsilon: float = 0.0, gated: bool = False,
+) -> list[npt.NDArray[np.float64]]:  # fmt: skip
+    """MatMulBlock: x [T, K], normalized if `norm` [K] is given, rounded to 8 bits by block, times each weight [N, K]
+    transposed, plus bias, plus residual [T, N]. `gated`: silu of the first product times the second. Sums in float64, of
+    exact products: a backend differs by its float32 sums over blocks alone, in the order of k."""
+    normed = x if norm is None else rms_norm(x, norm, epsilon).astype(np.float32)
+    codes, scales = quantize_activations(normed)
+    rounded = (codes * scales[..., None].astype(np.float64)).reshape(len(x), -1)
+    outs = []
+    for product in products:
+        out = rounded @ product.weight.dequantized().astype(np.float64).T
+        outs.append(out if product.bias is None else out + product.bias)
+    if gated:
+        gate, up = outs
+        return [gate / (1 + np.exp(-gate)) * up]
+    return outs if residual is None else [outs[0] + residual]

@@ -6,23 +6,39 @@
 namespace skerry {
 namespace {
 
-Isa detect() {
-  Isa best = Isa::kBase;
+constexpr Isa kAll[] = {Isa::kAvx512Vnni, Isa::kAvx512, Isa::kAvxVnni, Isa::kAvx2, Isa::kBase};  // best first
+
+bool has(Isa isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    best = Isa::kAvx2;
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl")) {
-      best = Isa::kAvx512;
-    }
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  switch (isa) {
+    case Isa::kAvx512Vnni:
+      return avx512 && __builtin_cpu_supports("avx512vnni");
+    case Isa::kAvx512:
+      return avx512;
+    case Isa::kAvxVnni:
+      return avx2 && __builtin_cpu_supports("avxvnni");
+    case Isa::kAvx2:
+      return avx2;
+    default:
+      break;
   }
 #endif
-  if (const char* wanted = std::getenv("SKERRY_ISA")) {
-    if (std::strcmp(wanted, "base") == 0) return Isa::kBase;
-    if (std::strcmp(wanted, "avx2") == 0 && best == Isa::kAvx512) return Isa::kAvx2;
+  return isa == Isa::kBase;
+}
+
+Isa detect() {
+  const char* wanted = std::getenv("SKERRY_ISA");
+  for (const Isa isa : kAll) {
+    if (wanted != nullptr && std::strcmp(wanted, isa_name(isa)) == 0 && has(isa)) return isa;
   }
-  return best;
+  for (const Isa isa : kAll) {
+    if (has(isa)) return isa;
+  }
+  return Isa::kBase;
 }
 
 }  // namespace
@@ -34,10 +50,14 @@ Isa isa() {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
-    case Isa::kAvx2:
-      return "avx2";
+    case Isa::kAvx512Vnni:
+      return "avx512vnni";
     case Isa::kAvx512:
       return "avx512";
+    case Isa::kAvxVnni:
+      return "avxvnni";
+    case Isa::kAvx2:
+      return "avx2";
     default:
       return "base";
   }

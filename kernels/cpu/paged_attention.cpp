@@ -5,14 +5,13 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <memory>
-#include <new>
 #include <tuple>
 #include <vector>
 
 #include "../plan.h"
 #include "attention_tile.h"
 #include "isa.h"
+#include "scratch.h"
 
 namespace skerry {
 namespace {
@@ -21,25 +20,6 @@ using std::to_string;
 
 // Waking a pool costs some 20 us; below this many multiply-adds one thread is done sooner.
 constexpr double kSerialWork = 1.0e6;
-
-// A growing block of floats, aligned to a cache line, kept by its thread.
-class Scratch {
- public:
-  float* get(int64_t floats) {
-    if (floats > size_) {
-      size_ = floats + floats / 4;
-      data_.reset(static_cast<float*>(::operator new[](sizeof(float) * size_, std::align_val_t{64})));
-    }
-    return data_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(float* p) const { ::operator delete[](p, std::align_val_t{64}); }
-  };
-  std::unique_ptr<float[], Free> data_;
-  int64_t size_ = 0;
-};
 
 struct Job {
   const PagedAttentionShape& shape;
@@ -200,8 +180,8 @@ std::string check_sequence(const PagedAttentionShape& shape, const PagedAttentio
 
 const AttentionIsa& attention_isa() {
 #if defined(__x86_64__)
-  if (isa() == Isa::kAvx512) return kAttentionAvx512;
-  if (isa() == Isa::kAvx2) return kAttentionAvx2;
+  if (isa() >= Isa::kAvx512) return kAttentionAvx512;
+  if (isa() >= Isa::kAvx2) return kAttentionAvx2;
 #endif
   return kAttentionBase;
 }

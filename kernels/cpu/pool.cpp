@@ -1,6 +1,26 @@
 #include "pool.h"
 
+#include <algorithm>
+#include <map>
+#include <memory>
+
 namespace skerry {
+namespace {
+
+constexpr int kMostClaims = 0xffff;
+constexpr int kPatience = 4096;  // pauses before a waiting thread gives its core away
+
+bool claimable(uint64_t ticket) { return (ticket & 0xffff) < (ticket >> 16 & 0xffff); }
+
+void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+}  // namespace
 
 Pool::Pool(int threads) {
   for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
@@ -10,9 +30,20 @@ Pool::~Pool() {
   {
     const std::lock_guard lock(mutex_);
     stopping_ = true;
+    spinning_ = false;
   }
   wake_.notify_all();
   for (std::thread& worker : workers_) worker.join();
+}
+
+Pool* Pool::of(int threads) {
+  static std::mutex mutex;
+  static std::map<int, std::unique_ptr<Pool>> pools;
+  if (threads <= 1) return nullptr;
+  const std::lock_guard lock(mutex);
+  std::unique_ptr<Pool>& pool = pools[threads];
+  if (!pool) pool = std::make_unique<Pool>(threads);
+  return pool.get();
 }
 
 Parallel Pool::parallel() {
@@ -22,38 +53,68 @@ Parallel Pool::parallel() {
   return {call, this, threads()};
 }
 
-void Pool::drain() {
-  for (int i = next_++; i < count_; i = next_++) task_(argument_, i);
+void Pool::begin() {
+  {
+    const std::lock_guard lock(mutex_);
+    spinning_ = true;
+  }
+  wake_.notify_all();
+}
+
+void Pool::end() { spinning_ = false; }
+
+// Runs what can be claimed of the current region; false if that was nothing.
+bool Pool::drain() {
+  bool any = false;
+  uint64_t ticket = ticket_.load(std::memory_order_acquire);
+  while (claimable(ticket)) {
+    // These belong to the ticket's region: they change only after its last claim, and then the exchange fails.
+    const Parallel::Task task = task_.load(std::memory_order_relaxed);
+    void* argument = argument_.load(std::memory_order_relaxed);
+    const int count = count_.load(std::memory_order_relaxed), run = run_.load(std::memory_order_relaxed);
+    if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
+    const int first = static_cast<int>(ticket & 0xffff) * run;
+    for (int i = first; i < std::min(count, first + run); ++i) task(argument, i);
+    finished_.fetch_add(1, std::memory_order_release);
+    any = true;
+    ticket = ticket_.load(std::memory_order_acquire);
+  }
+  return any;
 }
 
 void Pool::run(int count, Parallel::Task task, void* argument) {
   const std::lock_guard call(calls_);
-  {
-    const std::lock_guard lock(mutex_);
-    task_ = task;
-    argument_ = argument;
-    count_ = count;
-    next_ = 0;
-    busy_ = static_cast<int>(workers_.size());
-    ++region_;
+  const int run = (count + kMostClaims - 1) / kMostClaims, claims = (count + run - 1) / run;
+  task_.store(task, std::memory_order_relaxed);
+  argument_.store(argument, std::memory_order_relaxed);
+  count_.store(count, std::memory_order_relaxed);
+  run_.store(run, std::memory_order_relaxed);
+  finished_.store(0, std::memory_order_relaxed);
+  ticket_.store(uint64_t{++region_} << 32 | uint64_t(claims) << 16, std::memory_order_release);
+  if (!spinning_.load(std::memory_order_relaxed)) {
+    { const std::lock_guard lock(mutex_); }  // a worker is either past its look at the ticket, and waits, or sees it
+    wake_.notify_all();
   }
-  wake_.notify_all();
   drain();
-  std::unique_lock lock(mutex_);
-  done_.wait(lock, [this] { return busy_ == 0; });
+  for (int i = 0; finished_.load(std::memory_order_acquire) < claims; ++i) {
+    if (i < kPatience) {
+      pause();
+    } else {
+      std::this_thread::yield();
+    }
+  }
 }
 
 void Pool::work() {
-  uint64_t seen = 0;
   std::unique_lock lock(mutex_);
   while (true) {
-    wake_.wait(lock, [&] { return stopping_ || region_ != seen; });
+    wake_.wait(lock, [&] { return stopping_ || spinning_ || claimable(ticket_); });
     if (stopping_) return;
-    seen = region_;
     lock.unlock();
-    drain();
+    do {
+      if (!drain()) pause();
+    } while (spinning_.load(std::memory_order_relaxed));
     lock.lock();
-    if (--busy_ == 0) done_.notify_one();
   }
 }
 

@@ -1,8 +1,10 @@
-// A pool of parked threads for calls that come from Python instead of ONNX Runtime (sampling, tests).
+// The threads of this process that kernels share. Within a step (begin .. end) they spin between regions, because a
+// step has a hundred regions of a few microseconds each; between steps they are parked and cost nothing.
 #pragma once
 
 #include <atomic>
 #include <condition_variable>
+#include <cstdint>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -20,23 +22,31 @@ class Pool {
 
   int threads() const { return static_cast<int>(workers_.size()) + 1; }
   Parallel parallel();
+  void begin();
+  void end();
+
+  // The pool of so many threads, made on first use and kept as long as the process. Null: one thread needs none.
+  static Pool* of(int threads);
 
  private:
   void run(int count, Parallel::Task task, void* argument);
   void work();
-  void drain();
+  bool drain();
 
   std::mutex calls_;  // one parallel region at a time
   std::mutex mutex_;
-  std::condition_variable wake_, done_;
+  std::condition_variable wake_;
   std::vector<std::thread> workers_;
-  uint64_t region_ = 0;
-  int busy_ = 0;
   bool stopping_ = false;
-  Parallel::Task task_ = nullptr;
-  void* argument_ = nullptr;
-  int count_ = 0;
-  std::atomic<int> next_{0};
+  uint32_t region_ = 0;
+  std::atomic<Parallel::Task> task_{nullptr};
+  std::atomic<void*> argument_{nullptr};
+  std::atomic<int> count_{0}, run_{1};  // tasks, and how many of them are claimed at once
+  std::atomic<bool> spinning_{false};
+  // What is left to claim: region << 32 | claims << 16 | next claim. A claim succeeds only while its region lives, and a
+  // region lives until all of its claims are finished: a thread that comes late finds nothing, and nobody waits for it.
+  alignas(64) std::atomic<uint64_t> ticket_{0};
+  alignas(64) std::atomic<int> finished_{0};
 };
 
 }  // namespace skerry

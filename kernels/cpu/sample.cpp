@@ -341,8 +341,8 @@ std::string check_row(const SampleArgs& a, int64_t r) {
 
 const SampleMath& sample_math() {
 #if defined(__x86_64__)
-  if (isa() == Isa::kAvx512) return kSampleAvx512;
-  if (isa() == Isa::kAvx2) return kSampleAvx2;
+  if (isa() >= Isa::kAvx512) return kSampleAvx512;
+  if (isa() >= Isa::kAvx2) return kSampleAvx2;
 #endif
   return kSampleBase;
 }

@@ -1,5 +1,7 @@
 // The entry point ONNX Runtime looks for. Op objects and the domain live as long as the process: sessions refer to
 // them.
+#include "gather_block.h"
+#include "matmul_block.h"
 #include "paged_attention.h"
 #include "sample.h"
 
@@ -11,10 +13,14 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* ORT_API_CALL Regist
   try {
     static const skerry::ort::PagedAttentionOp paged_attention;
     static const skerry::ort::SampleOp sample;
+    static const skerry::ort::MatMulBlockOp matmul_block;
+    static const skerry::ort::GatherBlockOp gather_block;
     static Ort::CustomOpDomain domain = [] {
       Ort::CustomOpDomain made("skerry");
       made.Add(&paged_attention);
       made.Add(&sample);
+      made.Add(&matmul_block);
+      made.Add(&gather_block);
       return made;
     }();
     Ort::UnownedSessionOptions(options).Add(domain);
@@ -22,4 +28,16 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* ORT_API_CALL Regist
   } catch (const std::exception& error) {
     return api->CreateStatus(ORT_FAIL, error.what());
   }
+}
+
+// A step: between these two, ops that the calling thread runs spread over `threads` threads that spin from one op to the
+// next. Without them ops use ONNX Runtime's own pool.
+extern "C" __attribute__((visibility("default"))) void skerry_step_begin(int threads) {
+  skerry::ort::step_pool = skerry::Pool::of(threads);
+  if (skerry::ort::step_pool != nullptr) skerry::ort::step_pool->begin();
+}
+
+extern "C" __attribute__((visibility("default"))) void skerry_step_end() {
+  if (skerry::ort::step_pool != nullptr) skerry::ort::step_pool->end();
+  skerry::ort::step_pool = nullptr;
 }

@@ -1,0 +1,239 @@
+// MatMulBlock on the CPU: quantizes the activations, then deals out panels of rows.
+#include "../include/matmul_block.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "isa.h"
+#include "matmul_block_tile.h"
+#include "scratch.h"
+
+namespace skerry {
+namespace {
+
+using std::to_string;
+
+constexpr int64_t kTaskBytes = 16 << 10;   // weights of a task at one row: a microsecond of memory bandwidth
+constexpr int64_t kTaskTokens = 128;       // tokens of a task, so that few panels still keep many threads busy
+constexpr int64_t kSerialBytes = 64 << 10;  // below, handing work over costs more than it saves
+
+const MatMulBlockIsa& matmul_isa() {
+#if defined(__x86_64__)
+  switch (isa()) {
+    case Isa::kAvx512Vnni:
+      return kMatMulBlockAvx512Vnni;
+    case Isa::kAvx512:
+      return kMatMulBlockAvx512;
+    case Isa::kAvxVnni:
+      return kMatMulBlockAvxVnni;
+    case Isa::kAvx2:
+      return kMatMulBlockAvx2;
+    default:
+      break;
+  }
+#endif
+  return kMatMulBlockBase;
+}
+
+// The activations of all tokens as tiles, one after another in one buffer.
+class Activations {
+ public:
+  Activations(const MatMulBlockIsa& isa, int64_t tokens, int64_t blocks) : isa_(isa), tokens_(tokens), blocks_(blocks) {
+    thread_local Scratch scratch;
+    base_ = reinterpret_cast<uint8_t*>(scratch.get(tiles() * tile_bytes() / 4));
+  }
+
+  int64_t tiles() const { return (tokens_ + isa_.tokens - 1) / isa_.tokens; }
+
+  ActivationTile tile(int64_t index) const {
+    const int count = static_cast<int>(std::min<int64_t>(isa_.tokens, tokens_ - index * isa_.tokens));
+    uint8_t* at = base_ + index * tile_bytes();
+    auto* floats = reinterpret_cast<float*>(at + isa_.tokens * blocks_ * kBlock);
+    const int64_t step = isa_.tokens * blocks_;
+    return {reinterpret_cast<int8_t*>(at), floats, reinterpret_cast<int32_t*>(floats + step), floats + 2 * step, count};
+  }
+
+ private:
+  int64_t tile_bytes() const { return isa_.tokens * blocks_ * (kBlock + 12); }
+
+  const MatMulBlockIsa& isa_;
+  int64_t tokens_, blocks_;
+  uint8_t* base_;
+};
+
+struct Job {
+  const MatMulBlockArgs& args;
+  const MatMulBlockIsa& isa;
+  Activations activations;
+  int64_t panels = 0;        // of all segments, or of each of two with kSilu
+  int64_t panels_a_task = 1;
+  int64_t tiles_a_task = 1;
+  int64_t panel_tasks = 1;
+
+  int64_t blocks() const { return args.width / kBlock; }
+};
+
+void quantize_tile(void* argument, int index) {
+  const Job& job = *static_cast<const Job*>(argument);
+  const ActivationTile tile = job.activations.tile(index);
+  const float* x = job.args.x + int64_t{index} * job.isa.tokens * job.args.width;
+  for (int t = 0; t < tile.count; ++t) {
+    job.isa.quantize(x + t * job.args.width, job.args.norm, job.args.epsilon, job.blocks(), tile, t);
+  }
+}
+
+const uint8_t* panel_at(const BlockSegment& segment, int64_t panel, int64_t blocks) {
+  return segment.weight + panel * panel_bytes(segment.format, blocks);
+}
+
+void add_bias(const BlockSegment& segment, int64_t first, int rows, int count, float* out) {
+  if (segment.bias == nullptr) return;
+  for (int t = 0; t < count; ++t) {
+    for (int r = 0; r < rows; ++r) out[t * kPanelRows + r] += segment.bias[first + r];
+  }
+}
+
+void run_panel(const Job& job, const BlockSegment& segment, int64_t panel, int64_t tile_index) {
+  alignas(64) float buffer[2][16 * kPanelRows];
+  const MatMulBlockArgs& args = job.args;
+  const ActivationTile tile = job.activations.tile(tile_index);
+  const int64_t first = panel * kPanelRows;
+  const int rows = static_cast<int>(std::min<int64_t>(kPanelRows, segment.rows - first));
+  float* out = buffer[0];
+  job.isa.panel(panel_at(segment, panel, job.blocks()), static_cast<int>(segment.format), job.blocks(), tile, out);
+  add_bias(segment, first, rows, tile.count, out);
+  if (args.activation == Activation::kSilu) {
+    const BlockSegment& up = args.segment[1];
+    job.isa.panel(panel_at(up, panel, job.blocks()), static_cast<int>(up.format), job.blocks(), tile, buffer[1]);
+    add_bias(up, first, rows, tile.count, buffer[1]);
+    job.isa.silu(out, buffer[1], tile.count * kPanelRows);
+  }
+  for (int t = 0; t < tile.count; ++t, out += kPanelRows) {
+    const int64_t at = (tile_index * job.isa.tokens + t) * segment.rows + first;
+    if (args.residual != nullptr) {
+      for (int r = 0; r < rows; ++r) out[r] += args.residual[at + r];
+    }
+    std::memcpy(segment.out + at, out, sizeof(float) * rows);
+  }
+}
+
+void run_task(void* argument, int index) {
+  const Job& job = *static_cast<const Job*>(argument);
+  const int64_t first_tile = index / job.panel_tasks * job.tiles_a_task;
+  const int64_t last_tile = std::min(first_tile + job.tiles_a_task, job.activations.tiles());
+  const int64_t first = index % job.panel_tasks * job.panels_a_task;
+  const int64_t last = std::min(first + job.panels_a_task, job.panels);
+  int64_t before = 0;  // panels of the segments before this one
+  for (int s = 0; s < job.args.segments; ++s) {
+    const BlockSegment& segment = job.args.segment[s];
+    const int64_t count = panels_of(segment.rows);
+    for (int64_t p = std::max(first, before); p < std::min(last, before + count); ++p) {
+      for (int64_t tile = first_tile; tile < last_tile; ++tile) run_panel(job, segment, p - before, tile);
+    }
+    before += count;
+    if (job.args.activation == Activation::kSilu) break;
+  }
+}
+
+std::string check_segment(const MatMulBlockArgs& args, int index) {
+  const BlockSegment& segment = args.segment[index];
+  if (segment.rows < 1 || segment.rows > std::numeric_limits<int32_t>::max()) {
+    return "segment " + to_string(index) + " has " + to_string(segment.rows) + " rows";
+  }
+  if (static_cast<int32_t>(segment.format) < 0 || static_cast<int32_t>(segment.format) > 2) {
+    return "segment " + to_string(index) + " has unknown format " + to_string(static_cast<int32_t>(segment.format));
+  }
+  return "";
+}
+
+}  // namespace
+
+std::string check_matmul_block(const MatMulBlockArgs& args) {
+  if (args.width < kBlock || args.width % kBlock != 0) {
+    return "rows of " + to_string(args.width) + " elements, not a multiple of " + to_string(kBlock);
+  }
+  if (args.segments < 1 || args.segments > kMaxSegments) {
+    return to_string(args.segments) + " segments, 1 to " + to_string(kMaxSegments) + " are possible";
+  }
+  for (int s = 0; s < args.segments; ++s) {
+    if (std::string problem = check_segment(args, s); !problem.empty()) return problem;
+  }
+  if (args.residual != nullptr && args.segments != 1) return "a residual goes with one segment";
+  if (args.activation == Activation::kSilu &&
+      (args.segments != 2 || args.segment[0].rows != args.segment[1].rows || args.residual != nullptr)) {
+    return "a gated product takes two segments of equal rows and no residual";
+  }
+  return "";
+}
+
+std::string matmul_block(const MatMulBlockArgs& args, const Parallel& parallel) {
+  if (std::string problem = check_matmul_block(args); !problem.empty()) return problem;
+  if (args.tokens == 0) return "";
+  const MatMulBlockIsa& isa = matmul_isa();
+  const bool gated = args.activation == Activation::kSilu;
+  Job job{args, isa, Activations(isa, args.tokens, args.width / kBlock)};
+  int64_t bytes = 0;
+  for (int s = 0; s < args.segments; ++s) {
+    const int64_t panels = panels_of(args.segment[s].rows);
+    if (s == 0 || !gated) job.panels += panels;
+    bytes += panels * panel_bytes(args.segment[s].format, job.blocks());
+  }
+  const int64_t tiles = job.activations.tiles();
+  job.tiles_a_task = std::min(tiles, kTaskTokens / isa.tokens);
+  job.panels_a_task = std::max<int64_t>(1, kTaskBytes * job.panels / bytes / std::min<int64_t>(4, args.tokens));
+  job.panel_tasks = (job.panels + job.panels_a_task - 1) / job.panels_a_task;
+  const Parallel serial;
+  (tiles > 1 ? parallel : serial)(static_cast<int>(tiles), quantize_tile, &job);
+  const int64_t tasks = job.panel_tasks * ((tiles + job.tiles_a_task - 1) / job.tiles_a_task);
+  if (tasks > std::numeric_limits<int>::max()) return to_string(args.tokens) + " tokens are too many for one step";
+  (bytes * args.tokens < kSerialBytes ? serial : parallel)(static_cast<int>(tasks), run_task, &job);
+  return "";
+}
+
+namespace {
+
+float from_half(uint16_t half) {
+  const uint32_t exponent = half >> 10 & 31, fraction = half & 1023;
+  const float magnitude = exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
+                                        : std::ldexp(static_cast<float>(fraction + 1024), static_cast<int>(exponent) - 25);
+  return half & 0x8000 ? -magnitude : magnitude;
+}
+
+}  // namespace
+
+std::string gather_block(const BlockSegment& table, int64_t width, const int32_t* ids, int64_t count, float* out) {
+  const int64_t blocks = width / kBlock;
+  for (int64_t i = 0; i < count; ++i) {
+    if (ids[i] < 0 || ids[i] >= table.rows) {
+      return "id " + to_string(ids[i]) + " at " + to_string(i) + " is outside the table of " + to_string(table.rows) +
+             " rows";
+    }
+  }
+  for (int64_t i = 0; i < count; ++i, out += width) {
+    const uint8_t* panel = panel_at(table, ids[i] / kPanelRows, blocks);
+    const int row = ids[i] % kPanelRows;
+    const auto* halves = reinterpret_cast<const uint16_t*>(panel);
+    const uint8_t* codes = panel + scale_bytes(table.format, blocks);
+    for (int64_t b = 0; b < blocks; ++b, codes += code_bytes(table.format)) {
+      const float scale = from_half(halves[b * kPanelRows + row]);
+      const float minimum = table.format == BlockFormat::kQ4_1 ? from_half(halves[(blocks + b) * kPanelRows + row]) : 0;
+      for (int k = 0; k < kBlock; ++k) {
+        float* into = out + b * kBlock + k;
+        const int place = row * 4 + k % 4, group = k / 4;
+        if (table.format == BlockFormat::kQ8_0) {
+          *into = scale * static_cast<float>(codes[group * 64 + place] - 128);
+          continue;
+        }
+        const int both = codes[group % 4 * 64 + place], code = group < 4 ? both & 15 : both >> 4;
+        *into = table.format == BlockFormat::kQ4_0 ? scale * static_cast<float>(code - 8)
+                                                   : scale * static_cast<float>(code) + minimum;
+      }
+    }
+  }
+  return "";
+}
+
+}  // namespace skerry

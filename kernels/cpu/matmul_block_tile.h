@@ -1,0 +1,39 @@
+// The inner part of MatMulBlock, compiled once per instruction set and picked at run time (isa.h).
+#pragma once
+
+#include <cstdint>
+
+namespace skerry {
+
+// A tile of up to `tokens` quantized activation rows. Within a block the tokens lie side by side:
+// codes [blocks][count][32] int8; scale, sum and weighted [blocks][count], where sum is minus the sum of the codes
+// (it takes the offset of unsigned weights back) and weighted is scale times that sum's opposite (for minima).
+struct ActivationTile {
+  int8_t* codes;
+  float* scale;
+  int32_t* sum;
+  float* weighted;
+  int count;
+};
+
+struct MatMulBlockIsa {
+  const char* name;
+  int tokens;  // of a tile at most
+  // Row `at` of the tile from x [32 blocks]; norm null: as it is, else RMS-normalized first.
+  void (*quantize)(const float* x, const float* norm, float epsilon, int64_t blocks, const ActivationTile& tile,
+                   int at);
+  // out[count][16] = the panel's 16 rows against the tile. `format` as in BlockFormat.
+  void (*panel)(const uint8_t* panel, int format, int64_t blocks, const ActivationTile& tile, float* out);
+  // gate[n] = silu(gate[n]) * up[n]; n a multiple of 16.
+  void (*silu)(float* gate, const float* up, int n);
+};
+
+extern const MatMulBlockIsa kMatMulBlockBase;
+#if defined(__x86_64__)
+extern const MatMulBlockIsa kMatMulBlockAvx2;
+extern const MatMulBlockIsa kMatMulBlockAvxVnni;
+extern const MatMulBlockIsa kMatMulBlockAvx512;
+extern const MatMulBlockIsa kMatMulBlockAvx512Vnni;
+#endif
+
+}  // namespace skerry

@@ -1,0 +1,61 @@
+// MatMulBlock v1 on raw pointers: block-quantized products with int8 activations. The definition is reference.py; the
+// packing is blocks.py's. Results depend on no batch, chunk or thread count: a row's sum has one order, block by block.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "parallel.h"
+
+namespace skerry {
+
+inline constexpr int kBlock = 32;      // elements of k that share a scale
+inline constexpr int kPanelRows = 16;  // output rows interleaved in the packing
+inline constexpr int kMaxSegments = 4;
+
+// What GGUF calls the same things, with their scales and minima as halves.
+enum class BlockFormat : int32_t { kQ8_0 = 0, kQ4_0 = 1, kQ4_1 = 2 };
+
+// Bytes of 16 rows: scales [blocks][16] (and minima for Q4_1) as halves, padded to 64, then codes: [blocks][8][16][4]
+// bytes at 8 bits; [blocks][4][16][4] at 4, where a low nibble belongs to k group g and a high one to group g + 4.
+inline int64_t scale_bytes(BlockFormat format, int64_t blocks) {
+  const int64_t halves = blocks * kPanelRows * (format == BlockFormat::kQ4_1 ? 2 : 1);
+  return (2 * halves + 63) / 64 * 64;
+}
+inline int64_t code_bytes(BlockFormat format) { return kPanelRows * kBlock / (format == BlockFormat::kQ8_0 ? 1 : 2); }
+inline int64_t panel_bytes(BlockFormat format, int64_t blocks) {
+  return scale_bytes(format, blocks) + blocks * code_bytes(format);
+}
+inline int64_t panels_of(int64_t rows) { return (rows + kPanelRows - 1) / kPanelRows; }
+
+enum class Activation : int32_t { kNone = 0, kSilu = 1 };
+
+// A run of output columns with one weight matrix.
+struct BlockSegment {
+  const uint8_t* weight = nullptr;  // packed [panels]
+  const float* bias = nullptr;      // [rows] or null
+  float* out = nullptr;             // [tokens, rows]; with kSilu only the first segment's is written
+  int64_t rows = 0;
+  BlockFormat format = BlockFormat::kQ8_0;
+};
+
+// out_s = norm(x) W_s^T + bias_s (+ residual, with one segment); kSilu: out_0 = silu(.._0) * (.._1).
+struct MatMulBlockArgs {
+  const float* x = nullptr;         // [tokens, width]
+  const float* norm = nullptr;      // [width]: RMS normalization before the product, or null
+  const float* residual = nullptr;  // [tokens, rows] or null
+  float epsilon = 0.0f;
+  int64_t tokens = 0;
+  int64_t width = 0;  // a multiple of kBlock
+  Activation activation = Activation::kNone;
+  int segments = 0;
+  BlockSegment segment[kMaxSegments];
+};
+
+std::string check_matmul_block(const MatMulBlockArgs& args);
+std::string matmul_block(const MatMulBlockArgs& args, const Parallel& parallel);
+
+// Rows `ids` of one packed matrix, dequantized: out[n, width]. A negative id, or one past `rows`, is an error.
+std::string gather_block(const BlockSegment& table, int64_t width, const int32_t* ids, int64_t count, float* out);
+
+}  // namespace skerry

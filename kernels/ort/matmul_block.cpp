@@ -1,0 +1,96 @@
+#include "matmul_block.h"
+
+#include <exception>
+
+namespace skerry::ort {
+namespace {
+
+enum Input { kX, kNorm, kResidual, kFirst };
+
+template <class T>
+const T* optional_input(const Ort::KernelContext& context, size_t index, const char* name, int64_t count) {
+  if (index >= context.GetInputCount()) return nullptr;
+  const Ort::ConstValue value = context.GetInput(index);
+  if (!value) return nullptr;
+  expect(name, static_cast<int64_t>(value.GetTensorTypeAndShapeInfo().GetElementCount()), count);
+  return value.GetTensorData<T>();
+}
+
+}  // namespace
+
+MatMulBlockKernel::MatMulBlockKernel(const OrtKernelInfo* raw) {
+  const Ort::ConstKernelInfo info(raw);
+  const auto rows = info.GetAttributes<int64_t>("rows");
+  const auto formats = info.GetAttributes<int64_t>("formats");
+  shape_.width = info.GetAttribute<int64_t>("width");
+  shape_.epsilon = info.GetAttribute<float>("epsilon");
+  shape_.activation = info.GetAttribute<int64_t>("activation") == 0 ? Activation::kNone : Activation::kSilu;
+  expect("length of formats", static_cast<int64_t>(formats.size()), static_cast<int64_t>(rows.size()));
+  shape_.segments = static_cast<int>(std::min<size_t>(rows.size(), kMaxSegments + 1));
+  for (int s = 0; s < std::min(shape_.segments, kMaxSegments); ++s) {
+    shape_.segment[s].rows = rows[s];
+    shape_.segment[s].format = static_cast<BlockFormat>(formats[s]);
+  }
+  if (const std::string problem = check_matmul_block(shape_); !problem.empty()) throw std::invalid_argument(problem);
+  for (int s = 0; s < shape_.segments; ++s) {
+    weights_.push_back(panels_of(rows[s]) * panel_bytes(shape_.segment[s].format, shape_.width / kBlock));
+  }
+}
+
+void MatMulBlockKernel::run(OrtKernelContext* raw) const {
+  const Ort::KernelContext context(raw);
+  const auto x = input<float>(context, kX, "x", 2);
+  expect("columns of x", x.dim(1), shape_.width);
+  MatMulBlockArgs args = shape_;
+  args.x = x.data;
+  args.tokens = x.dim(0);
+  args.norm = optional_input<float>(context, kNorm, "length of norm", args.width);
+  args.residual = optional_input<float>(context, kResidual, "elements of residual", args.tokens * args.segment[0].rows);
+  const int outputs = args.activation == Activation::kNone ? args.segments : 1;
+  for (int s = 0; s < args.segments; ++s) {
+    BlockSegment& segment = args.segment[s];
+    segment.weight = optional_input<uint8_t>(context, kFirst + 2 * s, "bytes of weight", weights_[s]);
+    if (segment.weight == nullptr) throw std::invalid_argument("weight of segment " + std::to_string(s) + " is missing");
+    segment.bias = optional_input<float>(context, kFirst + 2 * s + 1, "length of bias", segment.rows);
+    if (s >= outputs) continue;
+    Ort::UnownedValue out = context.GetOutput(s, {args.tokens, segment.rows});
+    segment.out = out.GetTensorMutableData<float>();
+  }
+  const std::string problem = matmul_block(args, parallel_of(raw));
+  if (!problem.empty()) throw std::invalid_argument(problem);
+}
+
+OrtStatusPtr MatMulBlockKernel::ComputeV2(OrtKernelContext* context) {
+  try {
+    run(context);
+    return nullptr;
+  } catch (const std::invalid_argument& error) {
+    return failed(ORT_INVALID_ARGUMENT, "skerry.MatMulBlock", error.what());
+  } catch (const std::exception& error) {
+    return failed(ORT_FAIL, "skerry.MatMulBlock", error.what());
+  }
+}
+
+OrtStatusPtr MatMulBlockOp::CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const {
+  try {
+    *kernel = new MatMulBlockKernel(info);
+    return nullptr;
+  } catch (const std::exception& error) {
+    return failed(ORT_INVALID_ARGUMENT, "create skerry.MatMulBlock", error.what());
+  }
+}
+
+ONNXTensorElementDataType MatMulBlockOp::GetInputType(size_t index) const {
+  const bool weight = index >= kFirst && (index - kFirst) % 2 == 0;
+  return weight ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+}
+
+OrtCustomOpInputOutputCharacteristic MatMulBlockOp::GetInputCharacteristic(size_t index) const {
+  return index == kX || index == kFirst ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
+}
+
+OrtCustomOpInputOutputCharacteristic MatMulBlockOp::GetOutputCharacteristic(size_t index) const {
+  return index == 0 ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
+}
+
+}  // namespace skerry::ort

@@ -1,0 +1,36 @@
+#pragma once
+
+#include <vector>
+
+#include "../include/matmul_block.h"
+#include "common.h"
+
+namespace skerry::ort {
+
+class MatMulBlockKernel {
+ public:
+  explicit MatMulBlockKernel(const OrtKernelInfo* info);
+  OrtStatusPtr ComputeV2(OrtKernelContext* context);
+
+ private:
+  void run(OrtKernelContext* context) const;
+
+  MatMulBlockArgs shape_;  // what attributes say; pointers are filled in at each call
+  std::vector<int64_t> weights_;  // bytes of each segment's weight
+};
+
+// Inputs: x[T, K] norm[K]? residual[T, N]? then weight and bias[N]? of each segment. Outputs: one or, without
+// activation, one for each segment. Attributes: width; rows and formats by segment; epsilon; activation.
+struct MatMulBlockOp : Ort::CustomOpBase<MatMulBlockOp, MatMulBlockKernel, true> {
+  MatMulBlockOp() { end_ver_ = 1; }
+  OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const;
+  const char* GetName() const { return "MatMulBlock"; }
+  size_t GetInputTypeCount() const { return 3 + 2 * kMaxSegments; }
+  ONNXTensorElementDataType GetInputType(size_t index) const;
+  OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t index) const;
+  size_t GetOutputTypeCount() const { return kMaxSegments; }
+  ONNXTensorElementDataType GetOutputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }
+  OrtCustomOpInputOutputCharacteristic GetOutputCharacteristic(size_t index) const;
+};
+
+}  // namespace skerry::ort
