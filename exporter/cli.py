@@ -50,7 +50,13 @@ def _progress() -> Iterator[Progress]:
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--target", default="ort-cpu", show_default=True, help=f"One of {', '.join(BACKENDS)}.")
 @click.option("--sm", type=int, help="Compute capability of the GPU, 86 for 8.6, where the target is bound to one.")
-@click.option("--precision", type=click.Choice(["auto", "fp32", "int8", "int4"]), default="auto", show_default=True)
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "int8", "int4", "stored"]),
+    default="auto",
+    show_default=True,
+    help="stored: the blocks of a GGUF as they are.",
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the bundle.")
 @click.option("--name", default="", help="Name of the bundle; the checkpoint's by default.")
 @click.option("--version", default="", help="Version of the bundle; the checkpoint's by default.")

@@ -56,6 +56,7 @@ class Engine:
     groups: tuple[KvGroup, ...]
     ops: tuple[str, ...]
     rules: dict[str, int]
+    formats: dict[str, int]
     settings: dict[str, Any]
 
 
@@ -87,7 +88,7 @@ def build_engine(subject: Subject, target: Target, precision: str, out: Path, pr
         model = lower(emitted, target, lowering)
     (out / "graph.onnx").write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
     ops = tuple(sorted({*skerry_ops(model), SAMPLE_OP}))
-    return Engine(precision, emitted.groups, ops, lowering.counts, settings)
+    return Engine(precision, emitted.groups, ops, lowering.counts, lowering.formats(), settings)
 
 
 def measure_engine(
@@ -148,7 +149,7 @@ def describe(
 def seal_engine(
     subject: Subject, texts: Texts, engine: Engine, target: Target, out: Path, options: Options, qualified: bool
 ) -> Bundle:
-    made = provenance.recipe(subject, engine.precision, str(target), engine.rules)
+    made = provenance.recipe(subject, engine.precision, str(target), engine.rules, engine.formats)
     return seal(
         out, name=bundle_name(subject, options), version=bundle_version(subject, options), target=target,
         model=subject.spec, precision=engine.precision, kv=engine.groups, max_context=subject.spec.max_context,

@@ -14,6 +14,7 @@ import numpy as np
 
 from skerry.core.errors import InputError
 from skerry.exporter.weights import checked
+from skerry.kernels.blocks import BLOCK, BlockFormat, Blocks
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 _TOP = {
@@ -59,10 +60,39 @@ class GgufSource:
 
         stored = self._tensor(name)
         array = gguf.dequantize(stored.data, stored.tensor_type).astype(np.float32).reshape(self.shape(name))
-        if self._permuted and ("q_proj." in name or "k_proj." in name):
-            heads = self.config["num_attention_heads" if "q_proj." in name else "num_key_value_heads"]
-            array = array.reshape(heads, -1, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
-        return checked(name, array)
+        order = self._order(name)
+        return checked(name, array if order is None else array[order])
+
+    def blocks(self, name: str) -> Blocks | None:
+        """Bit for bit: GGUF's blocks lie within a row, so reordering rows changes none of them."""
+        import gguf
+
+        stored = self._tensor(name)
+        form = {
+            gguf.GGMLQuantizationType.Q8_0: BlockFormat.Q8_0, gguf.GGMLQuantizationType.Q4_0: BlockFormat.Q4_0,
+            gguf.GGMLQuantizationType.Q4_1: BlockFormat.Q4_1,
+        }.get(stored.tensor_type)  # fmt: skip
+        if form is None:
+            return None
+        rows, width = self.shape(name)
+        raw: Any = np.asarray(stored.data, np.uint8).reshape(rows, width // BLOCK, -1)
+        halves = 2 if form is BlockFormat.Q4_1 else 1
+        head = np.ascontiguousarray(raw[..., : 2 * halves]).view("<f2")
+        codes = raw[..., 2 * halves :]
+        if form is BlockFormat.Q8_0:
+            codes = codes ^ 128  # two's complement to an offset of 128
+        else:
+            codes = np.concatenate([codes & 15, codes >> 4], axis=-1)
+        matrix = Blocks(form, codes, head[..., 0], head[..., 1] if halves == 2 else None)
+        order = self._order(name)
+        return matrix if order is None else matrix.permuted(order)
+
+    def _order(self, name: str) -> np.ndarray | None:
+        """Rows of q and k of a permuted architecture, in rotate-half order."""
+        if not self._permuted or ("q_proj." not in name and "k_proj." not in name):
+            return None
+        heads = self.config["num_attention_heads" if "q_proj." in name else "num_key_value_heads"]
+        return np.arange(self.shape(name)[0]).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
     def _tensor(self, name: str) -> Any:
         if name not in self._tensors:

@@ -7,8 +7,9 @@ at once, so memory holds one matrix at a time; `place` writes what is left as fl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -18,17 +19,24 @@ from skerry.core.model import ModelSpec
 from skerry.core.target import Target
 from skerry.exporter.graph import COS, SIN, Emitted
 from skerry.exporter.placement import WeightFile
-from skerry.exporter.quantize import BLOCK, Quantized, check_width, quantize
+from skerry.exporter.quantize import check_width, quantize
 from skerry.exporter.rope import rope_tables
 from skerry.exporter.targets import MISSING
 from skerry.exporter.weights import Source
+from skerry.kernels.blocks import BlockFormat, pack
 
-MICROSOFT = "com.microsoft"
-# int8 activations against int8 or int4 weights: the fast kernels of ONNX Runtime on CPUs.
-ACCURACY_LEVEL = 4
-BODY_BITS = {"int8": 8, "int4": 4}
+MICROSOFT, SKERRY = "com.microsoft", "skerry"
+BODY = {"int8": BlockFormat.Q8_0, "int4": BlockFormat.Q4_1}
 # The head decides every token and the embedding is a lookup: they stay at 8 bits when the body goes to 4.
-HEAD_BITS = 8
+HEAD = BlockFormat.Q8_0
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A matrix in the weights file, in MatMulBlock's packing."""
+
+    tensor: ir.ExternalTensor
+    format: BlockFormat
 
 
 @dataclass
@@ -40,17 +48,25 @@ class Lowering:
     source: Source
     file: WeightFile
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None
-    packed: dict[str, dict[str, ir.ExternalTensor]] = field(default_factory=dict)
+    packed: dict[str, Packed] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
 
-    def pack(self, name: str, bits: int) -> dict[str, ir.ExternalTensor]:
-        """data, scales and perhaps zeros of a matrix, in the weights file."""
+    def pack(self, name: str, head: bool = False) -> Packed:
+        """`stored` takes what the source has in blocks as it is; whatever else is quantized here."""
         if name not in self.packed:
-            array = self.source.tensor(name)
-            check_width(name, array.shape[1])
-            self.packed[name] = _write(self.file, name, quantize(array, bits))
+            kept = self.source.blocks(name) if self.precision == "stored" else None
+            if kept is None:
+                array = self.source.tensor(name)
+                check_width(name, array.shape[1])
+                kept = quantize(array, HEAD if head else BODY.get(self.precision, BlockFormat.Q8_0))
+            self.packed[name] = Packed(self.file.add(f"{name}.blocks", pack(kept)), kept.format)
             self.progress("quantize", len(self.packed), 7 * self.spec.layers + (1 if self.spec.tied_embeddings else 2))
         return self.packed[name]
+
+    def formats(self) -> dict[str, int]:
+        """How many matrices are in which format."""
+        found = [packed.format.name for packed in self.packed.values()]
+        return {name: found.count(name) for name in sorted(set(found))}
 
 
 @dataclass(frozen=True)
@@ -77,59 +93,147 @@ def rules_for(target: Target, precision: str) -> list[Rule]:
     if target.backend != "ort-cpu":
         cause = f"not built yet: it needs {MISSING[target.backend]}"
         raise IncompatibleError("export for", target, cause, "--target ort-cpu")
-    if precision != "fp32" and precision not in BODY_BITS:
-        raise IncompatibleError("export for", target, f"no rules for precision {precision}", "fp32, int8 or int4")
-    fused = [
-        Rule("fuse-silu", lambda e: e.layers, _fuse_silu),
-        Rule("fuse-skip-norm", lambda e: 2 * e.layers - 1, _fuse_skip_norm),
-    ]
     if precision == "fp32":
-        return fused
+        return [
+            Rule("fuse-silu", lambda e: e.layers, _fuse_silu),
+            Rule("fuse-skip-norm", lambda e: 2 * e.layers - 1, _fuse_skip_norm),
+        ]
+    if precision not in (*BODY, "stored"):
+        raise IncompatibleError("export for", target, f"no rules for precision {precision}", "fp32, int8 or int4")
     return [
-        Rule("quantize-embedding", lambda e: 1, _quantize_embedding),
-        Rule("quantize-dense", lambda e: 7 * e.layers + 1, _quantize_dense),
-        *fused,
+        Rule("block-embedding", lambda e: 1, _block_embedding),
+        Rule("block-qkv", lambda e: e.layers, _block_qkv),
+        Rule("block-gated", lambda e: e.layers, _block_gated),
+        Rule("block-residual", lambda e: 2 * e.layers, _block_residual),
+        Rule("block-head", lambda e: 1, _block_head),
     ]
 
 
-def _quantize_dense(graph: ir.Graph, lowering: Lowering) -> int:
-    """Gemm(x, W^T, bias) -> MatMulNBits(x, data, scales, zeros, -, bias)."""
-    count = 0
-    for node in [n for n in graph if n.op_type == "Gemm"]:
-        weight = _parameter(node, 1)
-        if weight is None:
-            continue
-        bits = HEAD_BITS if node.outputs[0].name == "logits" else BODY_BITS[lowering.precision]
-        blocks = weight.columns // BLOCK
-        shapes = {"data": (weight.rows, blocks, BLOCK * bits // 8), "scales": (weight.rows, blocks)}
-        shapes["zeros"] = (weight.rows, (blocks + 1) // 2)
-        parts = lowering.pack(weight.name, bits)
-        packed = [
-            _initializer(graph, parts[part], f"{weight.name}.{part}", shapes[part]) if part in parts else None
-            for part in ("data", "scales", "zeros")
-        ]
-        bias = [None, node.inputs[2]] if len(node.inputs) > 2 else []
-        attributes = {"K": weight.columns, "N": weight.rows, "bits": bits, "block_size": BLOCK}
-        attributes["accuracy_level"] = ACCURACY_LEVEL
-        _replace(graph, [node], "MatMulNBits", [node.inputs[0], *packed, *bias], attributes)
-        count += 1
-    return count
-
-
-def _quantize_embedding(graph: ir.Graph, lowering: Lowering) -> int:
-    """Gather(table, ids) -> GatherBlockQuantized; a tied head reads the same bytes of the weights file."""
+def _block_embedding(graph: ir.Graph, lowering: Lowering) -> int:
+    """Gather(table, ids) -> GatherBlock; a tied head reads the same bytes of the weights file."""
     count = 0
     for node in [n for n in graph if n.op_type == "Gather"]:
         table = _parameter(node, 0)
         if table is None:
             continue
-        parts = lowering.pack(table.name, HEAD_BITS)
-        data = _initializer(graph, parts["data"], f"{table.name}.rows", (table.rows, table.columns))
-        scales = _initializer(graph, parts["scales"], f"{table.name}.scales", (table.rows, table.columns // BLOCK))
-        attributes = {"bits": HEAD_BITS, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
-        _replace(graph, [node], "GatherBlockQuantized", [data, node.inputs[1], scales], attributes)
+        packed = lowering.pack(table.name, head=True)
+        attributes = {"width": table.columns, "rows": table.rows, "format": int(packed.format)}
+        inputs = [node.inputs[1], _blocks(graph, packed, table.name)]
+        output = _like(node.outputs[0])
+        fused = ir.node("GatherBlock", inputs, attributes, domain=SKERRY, outputs=[output], name=node.name)
+        ir.convenience.replace_nodes_and_values(graph, node, [node], [fused], [node.outputs[0]], [output])
         count += 1
     return count
+
+
+def _block_qkv(graph: ir.Graph, lowering: Lowering) -> int:
+    """RMSNormalization and the three products that feed an attention -> one MatMulBlock with three outputs."""
+    count = 0
+    for node in [n for n in graph if n.op_type == "PagedAttention"]:
+        products = [_product(value) for value in node.inputs[:3]]
+        norm = _shared_norm(products)
+        if norm is not None:
+            _fuse(graph, lowering, [p for p in products if p is not None], norm)
+            count += 1
+    return count
+
+
+def _block_gated(graph: ir.Graph, lowering: Lowering) -> int:
+    """silu(gate(norm(x))) * up(norm(x)) -> one MatMulBlock."""
+    count = 0
+    for sigmoid in [n for n in graph if n.op_type == "Sigmoid"]:
+        silu, gate = _only_use(sigmoid.outputs[0]), _product(sigmoid.inputs[0])
+        product = _only_use(silu.outputs[0]) if silu is not None and silu.op_type == "Mul" else None
+        if silu is None or gate is None or product is None or product.op_type != "Mul":
+            continue
+        up = _product(next((v for v in product.inputs if v is not silu.outputs[0]), None))
+        norm = _shared_norm([gate, up], {gate: {sigmoid, silu}})
+        if norm is not None and up is not None and sigmoid.inputs[0] in silu.inputs:
+            _fuse(graph, lowering, [gate, up], norm, [sigmoid, silu, product])
+            count += 1
+    return count
+
+
+def _block_residual(graph: ir.Graph, lowering: Lowering) -> int:
+    """x + dense(y) -> one MatMulBlock."""
+    count = 0
+    for add in [n for n in graph if n.op_type == "Add"]:
+        x, product = add.inputs[0], _product(add.inputs[1])
+        if product is not None and _only_use(product.outputs[0]) is add:
+            _fuse(graph, lowering, [product], None, [add], residual=x)
+            count += 1
+    return count
+
+
+def _block_head(graph: ir.Graph, lowering: Lowering) -> int:
+    """The product that is left. The norm before it stays a node: its output is one of the graph's."""
+    count = 0
+    for node in [n for n in graph if n.op_type == "Gemm" and _parameter(n, 1) is not None]:
+        _fuse(graph, lowering, [node], None, head=node.outputs[0].name == "logits")
+        count += 1
+    return count
+
+
+def _fuse(
+    graph: ir.Graph, lowering: Lowering, products: list[ir.Node], norm: ir.Node | None,
+    rest: Sequence[ir.Node] = (), residual: ir.Value | None = None, head: bool = False,
+) -> None:  # fmt: skip
+    """One MatMulBlock in the place of `products`, of the `norm` before them and of the `rest` after them, the last of
+    which gives its output: the gated product or the sum with the residual."""
+    segments: list[ir.Value | None] = []
+    matrices = []
+    for product in products:
+        matrix = _parameter(product, 1)
+        assert matrix is not None
+        packed = lowering.pack(matrix.name, head)
+        matrices.append((matrix, packed))
+        segments += [_blocks(graph, packed, matrix.name), product.inputs[2] if len(product.inputs) > 2 else None]
+    x = norm.inputs[0] if norm is not None else products[0].inputs[0]
+    attributes: dict[str, Any] = {
+        "width": matrices[0][0].columns, "rows": [matrix.rows for matrix, _ in matrices],
+        "formats": [int(packed.format) for _, packed in matrices],
+        "epsilon": norm.attributes["epsilon"].as_float() if norm is not None else 0.0,
+        "activation": int(bool(rest) and residual is None),
+    }  # fmt: skip
+    old = [rest[-1].outputs[0]] if rest else [product.outputs[0] for product in products]
+    new = [_like(value) for value in old]
+    inputs = [x, norm.inputs[1] if norm is not None else None, residual, *segments]
+    fused = ir.node("MatMulBlock", inputs, attributes, domain=SKERRY, outputs=new, name=old[0].name)
+    gone = [*rest[::-1], *products[::-1], *([norm] if norm is not None else [])]
+    ir.convenience.replace_nodes_and_values(graph, rest[-1] if rest else products[-1], gone, [fused], old, new)
+
+
+def _product(value: ir.Value | None) -> ir.Node | None:
+    """The dense product that makes a value, or None."""
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type == "Gemm" and _parameter(node, 1) is not None else None
+
+
+def _only_use(value: ir.Value) -> ir.Node | None:
+    users = {use.node for use in value.uses()}
+    return users.pop() if len(users) == 1 and not value.is_graph_output() else None
+
+
+def _shared_norm(
+    products: Sequence[ir.Node | None], users: Mapping[ir.Node, set[ir.Node]] | None = None
+) -> ir.Node | None:
+    """The normalization that all of `products` read and nobody else does, if their own outputs are read by one node
+    each (or by those in `users`)."""
+    found = {product.inputs[0] for product in products if product is not None}
+    if len(found) != 1 or None in products:
+        return None
+    for product in products:
+        assert product is not None
+        wanted = (users or {}).get(product)
+        if wanted is None and _only_use(product.outputs[0]) is None:
+            return None
+        if wanted is not None and {use.node for use in product.outputs[0].uses()} != wanted:
+            return None
+    value = found.pop()
+    norm = value.producer() if value is not None else None
+    if value is None or norm is None or norm.op_type != "RMSNormalization" or value.is_graph_output():
+        return None
+    return norm if {use.node for use in value.uses()} == set(products) else None
 
 
 @dataclass(frozen=True)
@@ -206,11 +310,8 @@ def _initializer(graph: ir.Graph, tensor: ir.ExternalTensor, name: str, shape: t
     return graph.initializers[name]
 
 
-def _write(file: WeightFile, name: str, packed: Quantized) -> dict[str, ir.ExternalTensor]:
-    parts = {"data": file.add(f"{name}.data", packed.data), "scales": file.add(f"{name}.scales", packed.scales)}
-    if packed.zeros is not None:
-        parts["zeros"] = file.add(f"{name}.zeros", packed.zeros)
-    return parts
+def _blocks(graph: ir.Graph, packed: Packed, name: str) -> ir.Value:
+    return _initializer(graph, packed.tensor, f"{name}.blocks", (int(packed.tensor.length or 0),))
 
 
 def place(graph: ir.Graph, lowering: Lowering) -> None:

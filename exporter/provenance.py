@@ -8,22 +8,21 @@ from typing import Any
 
 from skerry.core.files import sha256_file
 from skerry.exporter.gate import LIMITS
-from skerry.exporter.lower import ACCURACY_LEVEL, HEAD_BITS
 from skerry.exporter.parity import Parity
-from skerry.exporter.quantize import BLOCK
 from skerry.exporter.subject import Subject
 from skerry.exporter.texts import Texts
+from skerry.kernels.blocks import BLOCK
 
 # What made the engine, and what runs it on a node; licences are those of the projects.
 BUILD = ("onnx", "onnx-ir", "numpy", "safetensors", "gguf", "torch", "transformers", "tokenizers")
 RUN = ("onnxruntime", "tokenizers", "numpy", "jinja2")
 
 
-def recipe(subject: Subject, precision: str, target: str, rules: dict[str, int]) -> dict[str, Any]:
+def recipe(
+    subject: Subject, precision: str, target: str, rules: dict[str, int], formats: dict[str, int]
+) -> dict[str, Any]:
     """How to make the same engine again; versions of tools, none of which may change an engine's bytes, included."""
-    quantization = {} if precision == "fp32" else {
-        "weights": precision, "block": BLOCK, "head_bits": HEAD_BITS, "accuracy_level": ACCURACY_LEVEL,
-    }  # fmt: skip
+    quantization = {"block": BLOCK, "matrices": formats} if formats else {}
     return {
         "target": target, "precision": precision, "max_context": subject.spec.max_context,
         "quantization": quantization, "rules": rules, "versions": versions(BUILD),

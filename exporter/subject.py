@@ -41,6 +41,9 @@ class Subject:
         return None if recorded is None else float(recorded)
 
     def precision(self, asked: str) -> str:
+        """Raises InputError for `stored` where nothing is stored in blocks."""
+        if asked == "stored" and not isinstance(self.source, GgufSource):
+            raise InputError("export as stored", self.source.path, "only a GGUF holds blocks", "--precision int8")
         return asked if asked != "auto" else "int8" if self.spec.parameters < INT4_FROM else "int4"
 
     @property

@@ -13,6 +13,7 @@ import numpy as np
 
 from skerry.core.errors import InputError
 from skerry.core.files import read_json
+from skerry.kernels.blocks import Blocks
 
 # Buffers that old checkpoints carry and no graph reads.
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
@@ -30,6 +31,10 @@ class Source(Protocol):
 
     def tensor(self, name: str) -> np.ndarray:
         """float32, C order. Raises InputError on a missing tensor or one that holds NaN or infinity."""
+        ...
+
+    def blocks(self, name: str) -> Blocks | None:
+        """The matrix as it is stored, where that is a block format which the kernels read; else None."""
         ...
 
 
@@ -74,6 +79,9 @@ class SafetensorsSource:
                 "read weights", name, f"dtype {loaded.dtype}, want a floating one", "use unquantized weights"
             )
         return checked(name, loaded.to(torch.float32).numpy())
+
+    def blocks(self, name: str) -> Blocks | None:
+        return None
 
     def _handle(self, name: str) -> Any:
         if name not in self._where:

@@ -5,15 +5,16 @@ A block is 32 elements of a row with one scale (and one minimum) as a half; an e
     Q8_0  scale * (code - 128)      Q4_0  scale * (code - 8)      Q4_1  scale * code + minimum
 
 with codes unsigned (GGUF stores Q8_0's as signed bytes; `code - 128` is that byte). A panel holds 16 rows, so that one
-vector of 64 bytes is 4 consecutive k of each: first the scales [blocks][16], then the minima, padded to 64 bytes; then the
-codes [blocks][8][16][4], or two to a byte [blocks][4][16][4] with k group g in the low nibble and g + 4 in the high one.
-The layout is also stated in include/matmul_block.h, and one summation order serves one row and many.
+vector of 64 bytes is 4 consecutive k of each: first the scales [blocks][16], then the minima, padded to 64 bytes; then
+the codes [blocks][8][16][4], or two to a byte [blocks][4][16][4] with k group g in the low nibble and g + 4 in the high
+one. The layout is also stated in include/matmul_block.h, and one summation order serves one row and many.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -108,7 +109,7 @@ def pack(matrix: Blocks) -> UInt8:
     return out.reshape(-1)
 
 
-def _by_panel(part: npt.NDArray[np.generic], panels: int) -> npt.NDArray[np.generic]:
+def _by_panel(part: npt.NDArray[Any], panels: int) -> npt.NDArray[Any]:
     padded = np.zeros((panels * PANEL_ROWS, *part.shape[1:]), part.dtype)
     padded[: len(part)] = part
     return padded.reshape(panels, PANEL_ROWS, *part.shape[1:])
@@ -117,8 +118,9 @@ def _by_panel(part: npt.NDArray[np.generic], panels: int) -> npt.NDArray[np.gene
 def unpack(packed: UInt8, form: BlockFormat, rows: int, width: int) -> Blocks:
     """The inverse of `pack`. Raises InputError on another number of bytes."""
     blocks = width // BLOCK
-    if packed.size != packed_bytes(form, rows, width):
-        raise InputError("unpack", form.name, f"{packed.size} bytes, {rows} x {width} take {packed_bytes(form, rows, width)}")
+    wanted = packed_bytes(form, rows, width)
+    if packed.size != wanted:
+        raise InputError("unpack", form.name, f"{packed.size} bytes, {rows} x {width} take {wanted}")
     panels = packed.reshape(-1, panel_bytes(form, blocks))
     parts = 2 if form is BlockFormat.Q4_1 else 1
     halves = np.ascontiguousarray(panels[:, : 2 * blocks * PANEL_ROWS * parts]).view("<f2")

@@ -21,6 +21,7 @@ class Graph:
     session: Any
     vocab_size: int
     has_plan: bool
+    own_products: bool  # dense products are ours: the op library's threads do the work, ONNX Runtime's have none
 
 
 def open_graph(bundle: Bundle, threads: int) -> Graph:
@@ -30,7 +31,8 @@ def open_graph(bundle: Bundle, threads: int) -> Graph:
         if group.layout != LAYOUT or group.dtype != "float32":
             cause = f"KV layout {group.layout} of {group.dtype}, this runner reads {LAYOUT} of float32"
             raise IncompatibleError("open engine", name, cause, "export the bundle again with this version")
-    session = _session(bundle.file("graph.onnx"), name, threads)
+    own = any(op.startswith("skerry.MatMulBlock:") for op in bundle.manifest.ops)
+    session = _session(bundle.file("graph.onnx"), name, 1 if own else threads)
     inputs = {item.name: item for item in session.get_inputs()}
     outputs = {item.name: item for item in session.get_outputs()}
     wanted = _inputs(bundle.manifest.kv)
@@ -51,7 +53,7 @@ def open_graph(bundle: Bundle, threads: int) -> Graph:
     if problems:
         hint = "export the bundle again with this version"
         raise IncompatibleError("open engine", name, "; ".join(problems[:4]), hint)
-    return Graph(session, bundle.manifest.model.vocab_size, "plan" in inputs)
+    return Graph(session, bundle.manifest.model.vocab_size, "plan" in inputs, own)
 
 
 def _session(graph: Path, name: str, threads: int) -> Any:

@@ -255,8 +255,8 @@ def matmul_block(
     epsilon: float = 0.0, gated: bool = False,
 ) -> list[npt.NDArray[np.float64]]:  # fmt: skip
     """MatMulBlock: x [T, K], normalized if `norm` [K] is given, rounded to 8 bits by block, times each weight [N, K]
-    transposed, plus bias, plus residual [T, N]. `gated`: silu of the first product times the second. Sums in float64, of
-    exact products: a backend differs by its float32 sums over blocks alone, in the order of k."""
+    transposed, plus bias, plus residual [T, N]. `gated`: silu of the first product times the second. Sums in float64,
+    of exact products: a backend differs by its float32 sums over blocks alone, in the order of k."""
     normed = x if norm is None else rms_norm(x, norm, epsilon).astype(np.float32)
     codes, scales = quantize_activations(normed)
     rounded = (codes * scales[..., None].astype(np.float64)).reshape(len(x), -1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from skerry.core.errors import InputError, SkerryError, UsageError
 from skerry.core.target import usable_cores
 from skerry.kernels.batch import Batch, Row, pack_rows
 from skerry.kernels.graph import open_graph
+from skerry.kernels.library import StepThreads
 from skerry.kernels.sampling import Sampled, SampleParams, SampleRows
 from skerry.kernels.score import Scored, logits_of, score_sequences
 
@@ -46,6 +48,7 @@ class Runner:
         self.pages = pages
         self._graph = open_graph(bundle, threads)
         self.vocab_size = self._graph.vocab_size
+        self._step = StepThreads(threads) if self._graph.own_products else nullcontext()
         # calloc: a page costs memory once it is written, not before.
         self._kv = {
             layer: np.zeros((pages, 2, group.kv_heads, group.page_size, group.head_size), np.float32)
@@ -103,7 +106,8 @@ class Runner:
             for name, value in self._inputs(batch, rows):
                 binding.bind_cpu_input(name, value)
             binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
-            self._graph.session.run_with_iobinding(binding)
+            with self._step:
+                self._graph.session.run_with_iobinding(binding)
         except Exception as error:  # the runtime raises its own classes, none of them public
             cause = " ".join(str(error).split())[:600]
             tokens = f"{len(batch.input_ids)} tokens of {len(batch.context_len)} sequences"

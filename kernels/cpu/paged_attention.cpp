@@ -18,9 +18,6 @@ namespace {
 
 using std::to_string;
 
-// Waking a pool costs some 20 us; below this many multiply-adds one thread is done sooner.
-constexpr double kSerialWork = 1.0e6;
-
 struct Job {
   const PagedAttentionShape& shape;
   const PagedAttentionArgs& args;
@@ -246,7 +243,7 @@ std::string paged_attention(const PagedAttentionShape& shape, const PagedAttenti
   const Parallel serial;
   const bool large_append = tokens * shape.num_kv_heads * shape.head_size > 65536;
   (large_append ? parallel : serial)(shape.num_kv_heads, append_head, &job);
-  const Parallel& workers = job.plan.work < kSerialWork ? serial : parallel;
+  const Parallel& workers = job.plan.work < parallel.serial_work ? serial : parallel;
   workers(static_cast<int>(job.plan.items.size()), run_item, &job);
   workers(static_cast<int>(job.plan.merges.size()), run_merge, &job);
   return "";

@@ -8,6 +8,7 @@ namespace skerry {
 namespace {
 
 constexpr int kMostClaims = 0xffff;
+constexpr double kSpinningSerialWork = 5.0e4;  // a microsecond or two
 constexpr int kPatience = 4096;  // pauses before a waiting thread gives its core away
 
 bool claimable(uint64_t ticket) { return (ticket & 0xffff) < (ticket >> 16 & 0xffff); }
@@ -50,7 +51,7 @@ Parallel Pool::parallel() {
   const auto call = [](void* self, int count, Parallel::Task task, void* argument) {
     static_cast<Pool*>(self)->run(count, task, argument);
   };
-  return {call, this, threads()};
+  return {call, this, threads(), spinning_ ? kSpinningSerialWork : Parallel{}.serial_work};
 }
 
 void Pool::begin() {

@@ -11,6 +11,8 @@ struct Parallel {
   void (*run)(void* context, int count, Task task, void* argument) = nullptr;
   void* context = nullptr;
   int threads = 1;  // a hint: how many tasks can be expected to run at once
+  // Multiply-adds below which handing work over costs more than it saves: waking a parked pool takes some 20 us.
+  double serial_work = 1.0e6;
 
   void operator()(int count, Task task, void* argument) const {
     if (run == nullptr || threads <= 1 || count <= 1) {
