@@ -21,7 +21,8 @@ from statistics import NormalDist
 
 from skerry.benchmarks.gates import AUTO, OFF, Gates
 
-PARITY = {"fp32": 0.999, "int8": 0.95, "int4": 0.90, "stored": 0.95}  # least top-1 agreement with the float32 checkpoint, by precision
+# Least top-1 agreement with the float32 checkpoint, by precision.
+PARITY = {"fp32": 0.999, "int8": 0.95, "int4": 0.90, "stored": 0.95}
 DEFAULT = 0.95
 FEWEST = 64  # tokens compared
 CONFIDENCE = 0.95

@@ -82,13 +82,18 @@ def build_engine(subject: Subject, target: Target, precision: str, out: Path, pr
 
     precision = subject.precision(precision)
     settings = write_text_files(subject, out)
-    emitted = emit(subject.spec, subject.decoder)
+    emitted = emit(subject.spec, subject.decoder, kv_layout_of(precision))
     with WeightFile(out / "weights.bin") as file:
         lowering = Lowering(subject.spec, precision, subject.source, file, progress=progress)
         model = lower(emitted, target, lowering)
     (out / "graph.onnx").write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
     ops = tuple(sorted({*skerry_ops(model), SAMPLE_OP}))
     return Engine(precision, emitted.groups, ops, lowering.counts, lowering.formats(), settings)
+
+
+def kv_layout_of(precision: str) -> str:
+    """Halves keep what 8-bit activations leave; an fp32 engine is held to float32."""
+    return "f32.k16t" if precision == "fp32" else "f16.k16t"
 
 
 def measure_engine(

@@ -6,7 +6,7 @@ without data (`Parameter` tells where each comes from); `lower` rewrites the gra
 
     inputs   input_ids[T] positions[T] query_start[B+1] context_len[B] plan[P]                       int32
              block_table.g[B, M] slot.g[T] per KV group g                                            int32
-             kv.i [pages, 2, kv_heads, page_size, head_size] per layer i                             float32
+             kv.i [pages, bytes of a page] per layer i (kernels.pages)                               uint8
              sample_rows[S]                                                                          int32
     outputs  logits[S, V] hidden[S, D] float32, kv_out.i (the same memory as kv.i)
 """
@@ -16,17 +16,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from skerry.core.bundle import KvGroup
 from skerry.core.model import ModelSpec
 from skerry.exporter.blocks import Decoder, Dense, Layer
+from skerry.kernels.pages import DTYPES, LAYOUTS, PAGE_TOKENS, page_bytes
 
 OPSET, IR_VERSION = 23, 11
-PAGE_SIZE = 16
-KV_DTYPE, KV_LAYOUT = "float32", "f32.n2hpd"
 COS, SIN = "rope.cos", "rope.sin"
-FLOAT, INT = ir.DataType.FLOAT, ir.DataType.INT32
+FLOAT, INT, BYTES = ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.UINT8
 
 
 @dataclass(frozen=True)
@@ -38,22 +38,22 @@ class Emitted:
     layers: int
 
 
-def kv_groups(spec: ModelSpec, decoder: Decoder) -> tuple[KvGroup, ...]:
+def kv_groups(spec: ModelSpec, decoder: Decoder, layout: str) -> tuple[KvGroup, ...]:
     """Layers with the same window share one block table."""
     windows = sorted({layer.window for layer in decoder.layers})
     return tuple(
         KvGroup(
             layers=tuple(i for i, layer in enumerate(decoder.layers) if layer.window == window),
-            kv_heads=spec.kv_heads, head_size=spec.head_size, page_size=PAGE_SIZE,
-            dtype=KV_DTYPE, layout=KV_LAYOUT, window=window,
+            kv_heads=spec.kv_heads, head_size=spec.head_size, page_size=PAGE_TOKENS,
+            dtype=np.dtype(DTYPES[layout]).name, layout=layout, window=window,
         )
         for window in windows
     )  # fmt: skip
 
 
-def emit(spec: ModelSpec, decoder: Decoder) -> Emitted:
-    groups = kv_groups(spec, decoder)
-    writer = _Writer(spec, groups)
+def emit(spec: ModelSpec, decoder: Decoder, kv_layout: str = "f32.k16t") -> Emitted:
+    groups = kv_groups(spec, decoder, kv_layout)
+    writer = _Writer(spec, groups, kv_layout)
     x = writer.gather(decoder.embedding, (spec.vocab_size, spec.hidden_size), writer.inputs["input_ids"], "embedding")
     for index, layer in enumerate(decoder.layers):
         x = _layer(writer, spec, index, layer, x)
@@ -86,7 +86,8 @@ def _layer(writer: _Writer, spec: ModelSpec, index: int, layer: Layer, x: ir.Val
 class _Writer:
     """Collects nodes and initializers; every value is named, so two runs give the same bytes."""
 
-    def __init__(self, spec: ModelSpec, groups: tuple[KvGroup, ...]) -> None:
+    def __init__(self, spec: ModelSpec, groups: tuple[KvGroup, ...], kv_layout: str) -> None:
+        self.kv_layout = kv_layout
         self.spec, self.nodes, self.initializers = spec, list[ir.Node](), dict[str, ir.Value]()
         self.kv_out: list[ir.Value] = []
         self.group_of = {layer: g for g, group in enumerate(groups) for layer in group.layers}
@@ -96,8 +97,8 @@ class _Writer:
         }  # fmt: skip
         for g in range(len(groups)):
             shapes[f"block_table.{g}"], shapes[f"slot.{g}"] = (INT, ["B", f"M.{g}"]), (INT, ["T"])
-        page: list[int | str] = ["pages", 2, spec.kv_heads, PAGE_SIZE, spec.head_size]
-        shapes.update({f"kv.{layer}": (FLOAT, page) for layer in range(spec.layers)})
+        page: list[int | str] = ["pages", page_bytes(kv_layout, spec.kv_heads, spec.head_size)]
+        shapes.update({f"kv.{layer}": (BYTES, page) for layer in range(spec.layers)})
         shapes["sample_rows"] = (INT, ["S"])
         self.inputs = {name: ir.val(name, dtype, shape) for name, (dtype, shape) in shapes.items()}
 
@@ -137,11 +138,12 @@ class _Writer:
             self.inputs[f"block_table.{group}"], self.inputs[f"slot.{group}"], self.inputs["plan"],
         ]  # fmt: skip
         output = ir.val(f"layer.{index}.attention", FLOAT, ("T", spec.heads * spec.head_size))
-        kv_out = ir.val(f"kv_out.{index}", FLOAT, self.inputs[f"kv.{index}"].shape)
+        kv_out = ir.val(f"kv_out.{index}", BYTES, self.inputs[f"kv.{index}"].shape)
         attributes = {
             "num_heads": spec.heads, "num_kv_heads": spec.kv_heads, "head_size": spec.head_size,
             "scale": 1 / math.sqrt(spec.head_size), "softcap": 0.0, "window": window,
             "rotary_dim": spec.head_size, "interleaved": 0,
+            "kv_layout": LAYOUTS.index(self.kv_layout),
         }  # fmt: skip
         self.nodes.append(
             ir.node("PagedAttention", inputs, attributes, domain="skerry", outputs=[output, kv_out], name=output.name)

@@ -39,7 +39,7 @@ def quantize(weights: np.ndarray, form: BlockFormat) -> Blocks:
     def work(start: int) -> None:
         part = slice(start, start + step)
         x = weights[part].reshape(-1, blocks, BLOCK)
-        with np.errstate(over="ignore"):  # told of by Blocks
+        with np.errstate(over="ignore", invalid="ignore"):  # Blocks tells of what is no finite half
             if minima is None:
                 codes[part], scales[part] = _q8_0(x)
             else:

@@ -1,5 +1,6 @@
 """Types of the compiled module (bind.cpp)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ def paged_attention(
     q: _F,
     k: _F,
     v: _F,
-    kv: _F,
+    kv: npt.NDArray[np.uint8],
     cos: _F,
     sin: _F,
     positions: _I,
@@ -35,8 +36,20 @@ def paged_attention(
     window: int = 0,
     rotary_dim: int = 0,
     interleaved: bool = False,
+    kv_layout: int = 0,
     threads: int = 1,
 ) -> _F: ...
 def sample(logits: _F, rows: Any, threads: int = 1) -> tuple[_I, _F, _F, _I, _F]: ...
+def matmul_block(
+    x: _F,
+    segments: Sequence[tuple[npt.NDArray[np.uint8], int, int, _F | None]],
+    *,
+    norm: _F | None = None,
+    residual: _F | None = None,
+    epsilon: float = 0.0,
+    activation: int = 0,
+    threads: int = 1,
+) -> list[_F]: ...
+def gather_block(ids: _I, table: tuple[npt.NDArray[np.uint8], int, int, _F | None], width: int) -> _F: ...
 def kept(logits: _F, rows: Any, row: int) -> _I: ...
 def philox4x32(c0: int, c1: int, c2: int, c3: int, key0: int, key1: int) -> tuple[int, int, int, int]: ...

@@ -58,24 +58,24 @@ Out<T> make(std::initializer_list<size_t> shape) {
   return Out<T>(data, shape, nb::capsule(data, [](void* p) noexcept { delete[] static_cast<T*>(p); }));
 }
 
-Out<float> paged_attention(const In<float>& q, const In<float>& k, const In<float>& v, const InOut<float>& kv,
+Out<float> paged_attention(const In<float>& q, const In<float>& k, const In<float>& v, const InOut<uint8_t>& kv,
                            const In<float>& cos, const In<float>& sin, const In<int32_t>& positions,
                            const In<int32_t>& query_start, const In<int32_t>& context_len,
                            const In<int32_t>& block_table, const In<int32_t>& slot, int num_heads, int num_kv_heads,
                            int head_size, float scale, float softcap, int window, int rotary_dim, bool interleaved,
-                           int threads) {
+                           int kv_layout, int threads) {
   const skerry::PagedAttentionShape shape{num_heads,   num_kv_heads, head_size, rotary_dim,
-                                          interleaved, scale,        softcap,   window};
+                                          interleaved, scale,        softcap,   window,
+                                          static_cast<skerry::KvLayout>(kv_layout)};
   expect("dimensions of q", q.ndim(), 2);
-  expect("dimensions of kv", kv.ndim(), 5);
+  expect("dimensions of kv", kv.ndim(), 2);
   expect("dimensions of cos", cos.ndim(), 2);
   expect("dimensions of context_len", context_len.ndim(), 1);
   expect("dimensions of block_table", block_table.ndim(), 2);
   const size_t tokens = q.shape(0), sequences = context_len.shape(0);
   const size_t heads = num_heads, kv_heads = num_kv_heads, size = head_size, half = rotary_dim / 2;
-  expect("dimension 1 of kv", kv.shape(1), 2);
-  expect("KV heads of kv", kv.shape(2), kv_heads);
-  expect("head size of kv", kv.shape(4), size);
+  if (const std::string problem = skerry::check_shape(shape); !problem.empty()) throw std::invalid_argument(problem);
+  expect("bytes of a page of kv", kv.shape(1), static_cast<size_t>(shape.page_bytes()));
   skerry::PagedAttentionArgs args;
   args.q = checked("q", q, {tokens, heads * size});
   args.k = checked("k", k, {tokens, kv_heads * size});
@@ -92,7 +92,6 @@ Out<float> paged_attention(const In<float>& q, const In<float>& k, const In<floa
   args.sequences = static_cast<int64_t>(sequences);
   args.table_width = static_cast<int64_t>(block_table.shape(1));
   args.pages = static_cast<int64_t>(kv.shape(0));
-  args.page_size = static_cast<int64_t>(kv.shape(3));
   args.table_rows = static_cast<int64_t>(cos.shape(0));
   Out<float> out = make<float>({tokens, heads * size});
   args.out = out.data();
@@ -259,7 +258,7 @@ NB_MODULE(_native, m) {
   m.def("paged_attention", &paged_attention, "q"_a, "k"_a, "v"_a, "kv"_a, "cos"_a, "sin"_a, "positions"_a,
         "query_start"_a, "context_len"_a, "block_table"_a, "slot"_a, nb::kw_only(), "num_heads"_a, "num_kv_heads"_a,
         "head_size"_a, "scale"_a, "softcap"_a = 0.0f, "window"_a = 0, "rotary_dim"_a = 0, "interleaved"_a = false,
-        "threads"_a = 1);
+        "kv_layout"_a = 0, "threads"_a = 1);
   m.def("matmul_block", &matmul_block, "x"_a, "segments"_a, nb::kw_only(), "norm"_a = nb::none(),
         "residual"_a = nb::none(), "epsilon"_a = 0.0f, "activation"_a = 0, "threads"_a = 1);
   m.def("gather_block", &gather_block, "ids"_a, "table"_a, "width"_a);

@@ -9,9 +9,9 @@ from typing import Any
 from skerry.core.bundle import Bundle, KvGroup
 from skerry.core.errors import IncompatibleError
 from skerry.kernels.library import library_path
+from skerry.kernels.pages import LAYOUTS, PAGE_TOKENS, page_bytes
 
-LAYOUT = "f32.n2hpd"
-_INT32, _FLOAT = "tensor(int32)", "tensor(float)"
+_INT32, _BYTES = "tensor(int32)", "tensor(uint8)"
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,11 @@ def open_graph(bundle: Bundle, threads: int) -> Graph:
     """Raises IncompatibleError: unknown ops, missing or unknown inputs, wrong types, other KV shapes than stated."""
     name = bundle.short
     for group in bundle.manifest.kv:
-        if group.layout != LAYOUT or group.dtype != "float32":
-            cause = f"KV layout {group.layout} of {group.dtype}, this runner reads {LAYOUT} of float32"
+        if group.layout not in LAYOUTS or group.page_size != PAGE_TOKENS:
+            cause = (
+                f"KV layout {group.layout} in pages of {group.page_size}, this runner reads {' and '.join(LAYOUTS)} in "
+                f"pages of {PAGE_TOKENS}"
+            )
             raise IncompatibleError("open engine", name, cause, "export the bundle again with this version")
     own = any(op.startswith("skerry.MatMulBlock:") for op in bundle.manifest.ops)
     session = _session(bundle.file("graph.onnx"), name, 1 if own else threads)
@@ -86,14 +89,14 @@ def _inputs(groups: tuple[KvGroup, ...]) -> dict[str, tuple[str, int]]:
     for index in range(len(groups)):
         found[f"block_table.{index}"] = (_INT32, 2)
         found[f"slot.{index}"] = (_INT32, 1)
-    return found | {f"kv.{layer}": (_FLOAT, 5) for layer, _ in _layers(groups)}
+    return found | {f"kv.{layer}": (_BYTES, 2) for layer, _ in _layers(groups)}
 
 
 def _kv_problems(inputs: dict[str, Any], groups: tuple[KvGroup, ...]) -> list[str]:
     problems = []
     for layer, group in _layers(groups):
-        shape = inputs[f"kv.{layer}"].shape[1:]
-        wanted = [2, group.kv_heads, group.page_size, group.head_size]
-        if any(isinstance(found, int) and found != size for found, size in zip(shape, wanted)):
-            problems.append(f"kv.{layer} is [pages, {', '.join(map(str, shape))}], the manifest says {wanted}")
+        found = inputs[f"kv.{layer}"].shape[1]
+        wanted = page_bytes(group.layout, group.kv_heads, group.head_size)
+        if found != wanted:
+            problems.append(f"kv.{layer} has pages of {found} bytes, {wanted} by the manifest's {group.layout}")
     return problems

@@ -31,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from skerry.kernels.blocks import BLOCK, Blocks
+from skerry.kernels.pages import Logical
 from skerry.kernels.sampling import Sampled, SampleRows
 
 Array = npt.NDArray[np.floating]
@@ -69,10 +70,11 @@ def rotate(x: Array, cos: Array, sin: Array, rotary_dim: int, interleaved: bool)
 
 
 def paged_attention(
-    q: Float32, k: Float32, v: Float32, kv: Float32, cos: Float32, sin: Float32, positions: Int32, query_start: Int32,
+    q: Float32, k: Float32, v: Float32, kv: Logical, cos: Float32, sin: Float32, positions: Int32, query_start: Int32,
     context_len: Int32, block_table: Int32, slot: Int32, shape: AttentionShape,
-) -> tuple[npt.NDArray[np.float64], Float32]:  # fmt: skip
-    """Rotate, append at `slot`, attend to what is stored. Returns o [T, H * D] and the new kv [pages, 2, Hkv, page, D].
+) -> tuple[npt.NDArray[np.float64], Logical]:  # fmt: skip
+    """Rotate, append at `slot`, attend to what is stored. Returns o [T, H * D] and the new kv [pages, 2, Hkv, page, D],
+    float32 or float16: what is stored is rounded to that (pages.py has the bytes).
 
     Sequence b's last query token is its token context_len[b] - 1; token i sees keys j <= i, with a window
     only j > i - window. Tokens past query_start[-1] are padding and give zeros; so does a query without keys.
@@ -85,7 +87,8 @@ def paged_attention(
             continue
         page, row = divmod(int(slot[t]), page_size)
         at = int(positions[t])
-        kv[page, 0, :, row] = rotate(k[t].reshape(groups, size), cos[at], sin[at], shape.rotary_dim, shape.interleaved)
+        key = rotate(k[t].reshape(groups, size), cos[at], sin[at], shape.rotary_dim, shape.interleaved)
+        kv[page, 0, :, row] = key.astype(np.float32)
         kv[page, 1, :, row] = v[t].reshape(groups, size)
     out = np.zeros((len(q), heads, size))
     for b, context in enumerate(context_len.tolist()):

@@ -21,6 +21,7 @@ from skerry.core.target import usable_cores
 from skerry.kernels.batch import Batch, Row, pack_rows
 from skerry.kernels.graph import open_graph
 from skerry.kernels.library import StepThreads
+from skerry.kernels.pages import page_bytes
 from skerry.kernels.sampling import Sampled, SampleParams, SampleRows
 from skerry.kernels.score import Scored, logits_of, score_sequences
 
@@ -51,7 +52,7 @@ class Runner:
         self._step = StepThreads(threads) if self._graph.own_products else nullcontext()
         # calloc: a page costs memory once it is written, not before.
         self._kv = {
-            layer: np.zeros((pages, 2, group.kv_heads, group.page_size, group.head_size), np.float32)
+            layer: np.zeros((pages, page_bytes(group.layout, group.kv_heads, group.head_size)), np.uint8)
             for group in bundle.manifest.kv
             for layer in group.layers
         }
@@ -165,7 +166,7 @@ class Runner:
     def _bind_pages(self) -> None:
         """The same memory as input and as output: the op appends to it and nothing is copied."""
         for layer, array in self._kv.items():
-            place = ("cpu", 0, np.float32, array.shape, array.ctypes.data)
+            place = ("cpu", 0, np.uint8, array.shape, array.ctypes.data)
             self._binding.bind_input(f"kv.{layer}", *place)
             self._binding.bind_output(f"kv_out.{layer}", *place)
 
@@ -173,9 +174,9 @@ class Runner:
 _NO_PLAN = np.zeros(0, np.int32)
 
 
-def page_bytes(manifest: Manifest) -> int:
-    """Bytes of one page in every layer of every KV group (float32)."""
-    return sum(4 * 2 * g.kv_heads * g.page_size * g.head_size * len(g.layers) for g in manifest.kv)
+def bytes_of_pages(manifest: Manifest) -> int:
+    """Bytes of one page in every layer of every KV group."""
+    return sum(page_bytes(g.layout, g.kv_heads, g.head_size) * len(g.layers) for g in manifest.kv)
 
 
 def _page_count(manifest: Manifest, pages: int | None, memory_bytes: int | None) -> int:
@@ -187,6 +188,6 @@ def _page_count(manifest: Manifest, pages: int | None, memory_bytes: int | None)
         return pages
     if memory_bytes is None:
         machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        full = -(-manifest.max_context // manifest.kv[0].page_size) * page_bytes(manifest)
+        full = -(-manifest.max_context // manifest.kv[0].page_size) * bytes_of_pages(manifest)
         memory_bytes = min(DEFAULT_SEQUENCES * full, int(machine * DEFAULT_MEMORY_SHARE))
-    return memory_bytes // page_bytes(manifest)
+    return memory_bytes // bytes_of_pages(manifest)

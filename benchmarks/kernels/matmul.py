@@ -1,12 +1,13 @@
-"""The dense product x [M, K] by w [N, K]: ONNX Runtime's MatMulNBits, which is what our engines run today, beside torch
-in float32. Blocks of 32, float32 scales, zero point in the middle, int8 activations (accuracy level 4), as the exporter
-writes them. Bytes are those of the packed weights and their scales.
+"""The dense product x [M, K] by w [N, K]: our MatMulBlock (int8 activations; Q8_0 and Q4_0) beside ONNX Runtime's
+MatMulNBits on the same codes (blocks of 32, float32 scales, accuracy level 4) and torch in float32. Bytes are those of
+our packed weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,11 @@ from skerry.benchmarks.kernels.ort_peer import Bound, session
 from skerry.benchmarks.kernels.read_sum import data, reader
 from skerry.benchmarks.kernels.setting import Setting
 from skerry.core.errors import GateFailed, SkerryError
+from skerry.kernels import _native
+from skerry.kernels.blocks import BLOCK, BlockFormat, Blocks, pack
 
 Float32 = npt.NDArray[np.float32]
-BLOCK, ACCURACY_LEVEL = 32, 4
+ACCURACY_LEVEL = 4
 TOLERANCE = 0.02  # relative, in the Frobenius norm: rounding activations to 8 bits costs 0.5% to 1%
 PEER_TOLERANCE = 1e-4
 SQUARE = 1024  # of the product that stands for what the machine can multiply
@@ -36,20 +39,21 @@ class Shape:
 
 
 SHAPES = (Shape("head of SmolLM2-135M", 49_152, 576, (1, 8)), Shape("MLP of a 1B Llama", 8192, 2048, (1, 8, 512)))
-BITS = (8, 4)
+FORMATS = {8: BlockFormat.Q8_0, 4: BlockFormat.Q4_0}
 
 
 def cases(setting: Setting) -> Iterator[Case]:
-    """Checked against the product of the dequantized weights. Raises GateFailed where ONNX Runtime's is wrong."""
+    """Checked against the product of the dequantized weights. Raises GateFailed where ours is wrong."""
     rng = np.random.default_rng(setting.seed)
     yield square(setting)
     for shape in setting.dense_shapes or SHAPES:
         weights = rng.standard_normal((shape.n, shape.k), np.float32) * np.float32(shape.k**-0.5)
-        for bits in BITS:
-            packed, scales, exact = pack(weights, bits)
+        for bits in FORMATS:
+            matrix = quantized(weights, bits)
+            packed, exact = pack(matrix), matrix.dequantized()
             for rows in shape.rows:
                 x = rng.standard_normal((rows, shape.k), np.float32)
-                yield _case(setting, shape, bits, x, packed, scales, exact)
+                yield _case(setting, shape, bits, x, matrix, packed, exact)
 
 
 def square(setting: Setting) -> Case:
@@ -63,49 +67,59 @@ def square(setting: Setting) -> Case:
     return Case("matmul_f32_1024", f"float32 product, {SQUARE} cubed", calls_of(lambda _: bound.run()), work=SQUARE**3)
 
 
-def pack(weights: Float32, bits: int) -> tuple[npt.NDArray[np.uint8], Float32, Float32]:
-    """(packed [N, blocks, BLOCK * bits / 8], scales [N, blocks], what they stand for [N, K])."""
+def quantized(weights: Float32, bits: int) -> Blocks:
+    """Symmetric, so that every contestant can hold the same codes."""
     n, k = weights.shape
     middle = 1 << (bits - 1)
     blocks = weights.reshape(n, k // BLOCK, BLOCK)
-    scales = (np.abs(blocks).max(-1) / np.float32(middle - 1)).astype(np.float32)
-    codes = (np.rint(blocks / scales[..., None]) + middle).astype(np.uint8)
-    exact = ((codes.astype(np.float32) - middle) * scales[..., None]).reshape(n, k)
-    packed = codes if bits == 8 else codes[..., 0::2] | (codes[..., 1::2] << 4)
-    return np.ascontiguousarray(packed), scales, exact
+    scales = (np.abs(blocks).max(-1) / np.float32(middle - 1)).astype(np.float16)
+    codes = np.clip(np.rint(blocks / scales[..., None].astype(np.float32)) + middle, 0, 2 * middle - 1)
+    return Blocks(FORMATS[bits], codes.astype(np.uint8), scales)
 
 
 def _case(
-    setting: Setting,
-    shape: Shape,
-    bits: int,
-    x: Float32,
-    packed: npt.NDArray[np.uint8],
-    scales: Float32,
+    setting: Setting, shape: Shape, bits: int, x: Float32, matrix: Blocks, packed: npt.NDArray[np.uint8],
     exact: Float32,
-) -> Case:
+) -> Case:  # fmt: skip
     rows = len(x)
     name = f"matmul_int{bits}_n{shape.n}_k{shape.k}_m{rows}"
     setting.report(f"{name}: checking")
-    weights: dict[str, npt.NDArray[Any]] = {"data": packed, "scales": scales.reshape(-1)}
-    inputs: dict[str, npt.NDArray[Any]] = {"x": x, **weights}
-    opened = session(
-        "MatMulNBits", "com.microsoft", inputs, ("y",), setting.threads, constants=weights, spin=False, N=shape.n,
-        K=shape.k, bits=bits, block_size=BLOCK, accuracy_level=ACCURACY_LEVEL,
-    )  # fmt: skip
-    bound = Bound(opened, {"x": x}, {"y": np.zeros((rows, shape.n), np.float32)})
-    bound.run()
+    segments = [(packed, shape.n, int(matrix.format), None)]
+
+    def call(_: int) -> Float32:
+        return _native.matmul_block(x, segments, threads=setting.threads)[0]
+
     expected = x.astype(np.float64) @ exact.astype(np.float64).T
-    _check(name, bound.output("y"), expected, TOLERANCE)
+    _check(name, call(0), expected, TOLERANCE)
     label = f"dense product, int{bits}, {shape.label} ({shape.n} x {shape.k}), M={rows}"
-    case = Case(name, label, calls_of(lambda _: bound.run()), work=packed.nbytes + scales.nbytes)
+    case = Case(name, label, calls_of(call), work=packed.nbytes)
     if rows == 1:
         array = data(int(case.work))
         case.ceiling, close = reader(array, setting.threads)
         case.ceiling_work = array.nbytes
         setting.on_close(close)
-    case.peers = tuple(setting.peer("torch", name, lambda: _torch(setting, x, exact, expected)))
+    case.peers = (
+        *setting.peer("onnxruntime", name, lambda: _nbits(setting, bits, x, matrix, expected)),
+        *setting.peer("torch", name, lambda: _torch(setting, x, exact, expected)),
+    )
     return case
+
+
+def _nbits(setting: Setting, bits: int, x: Float32, matrix: Blocks, expected: npt.NDArray[np.float64]) -> Peer:
+    """Two codes to a byte at 4 bits, the even k low; the zero point is the operator's default, the middle."""
+    codes = matrix.codes if bits == 8 else matrix.codes[..., 0::2] | (matrix.codes[..., 1::2] << 4)
+    scales = matrix.scales.astype(np.float32).reshape(-1)
+    weights: dict[str, npt.NDArray[Any]] = {"data": np.ascontiguousarray(codes), "scales": scales}
+    opened = session(
+        "MatMulNBits", "com.microsoft", {"x": x, **weights}, ("y",), setting.threads, constants=weights,
+        N=matrix.rows, K=matrix.width, bits=bits, block_size=BLOCK, accuracy_level=ACCURACY_LEVEL,
+    )  # fmt: skip
+    bound = Bound(opened, {"x": x}, {"y": np.zeros((len(x), matrix.rows), np.float32)})
+    bound.run()
+    error = _error(bound.output("y"), expected)
+    if not error <= TOLERANCE:
+        raise SkerryError("check peer", "MatMulNBits", f"relative error {error:.3g}, at most {TOLERANCE:g}")
+    return Peer("onnxruntime", metadata.version("onnxruntime"), calls_of(lambda _: bound.run()))
 
 
 def _torch(setting: Setting, x: Float32, exact: Float32, expected: npt.NDArray[np.float64]) -> Peer:

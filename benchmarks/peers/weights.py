@@ -70,6 +70,8 @@ def weights_for(peer: Peer, source: Path, precision: str, report: Report) -> Wei
     """Raises NotFound, UsageError where a peer is missing that is needed to make them, SkerryError."""
     if not source.is_file():
         raise NotFound("open weights", source, "no such file", "--weights FILE.gguf")
+    if precision == "stored" and peer.weights == "gguf":
+        return Weights(source, f"the same GGUF, {source.name}", source.stat().st_size)
     if precision not in GGUF_TYPES:
         raise UsageError("make weights", precision, "no such precision", f"one of {', '.join(GGUF_TYPES)}")
     if peer.weights == "source":

@@ -1,69 +1,27 @@
-// Compiled once per instruction set: SKERRY_ISA names the table, SKERRY_LANES is the vector width in floats.
+// Compiled once per instruction set: SKERRY_ISA_NAME names the table, SKERRY_LANES is the vector width in floats.
 //
 // This file includes no C++ library header with inline functions: the linker keeps one copy of such a function, and
 // it might keep the one built for AVX-512 and call it on a machine without.
 //
-// Order of arithmetic, the same for every tile shape: a score is a sum over the head's dimensions in order; the weights
-// of a split are summed in 16 lanes by absolute key, then the lanes in order; values are added key by key.
+// Order of arithmetic, the same for every tile shape: a score is a sum over the head's dimensions in order, one key to a
+// lane (pages hold their keys transposed); the weights of a split are summed in 16 lanes by absolute key, then the lanes
+// in order; values are added key by key.
 #include "attention_tile.h"
 
 #include <math.h>
-#include <string.h>
+
+#include "vector.h"
 
 namespace skerry {
 namespace {
 
-constexpr int kLanes = SKERRY_LANES;
 constexpr int kSplit = 256;
-constexpr int kBlock = 64;  // keys transposed together: [head_size][64]
-
-typedef float Vec __attribute__((vector_size(SKERRY_LANES * 4), may_alias));
-typedef int32_t VecI __attribute__((vector_size(SKERRY_LANES * 4), may_alias));
-typedef float Vec4 __attribute__((vector_size(16), may_alias));
-
-#if defined(__clang__) || __GNUC__ >= 12
-#  define SKERRY_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
-#else
-typedef int32_t VecI4 __attribute__((vector_size(16)));
-#  define SKERRY_SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, VecI4{i, j, k, l})
-#endif
-
-#define SKERRY_INLINE static inline __attribute__((always_inline))
-
-SKERRY_INLINE Vec load(const float* p) {
-  Vec v;
-  memcpy(&v, p, sizeof v);
-  return v;
-}
-SKERRY_INLINE void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
-SKERRY_INLINE Vec splat(float x) { return Vec{} + x; }
-SKERRY_INLINE Vec4 load4(const float* p) {
-  Vec4 v;
-  memcpy(&v, p, sizeof v);
-  return v;
-}
-SKERRY_INLINE void store4(float* p, Vec4 v) { memcpy(p, &v, sizeof v); }
-
-// e^x for x <= 0 within 2 ulp (Cephes' expf), 0 below -87; a NaN stays one.
-SKERRY_INLINE Vec exp_negative(Vec x) {
-  const Vec magic = splat(12582912.0f);
-  const Vec clamped = x > -87.0f ? x : splat(-87.0f);
-  const Vec n = (clamped * 1.44269504088896341f + magic) - magic;
-  const Vec r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
-  Vec p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const VecI bits = (__builtin_convertvector(n, VecI) + 127) << 23;
-  Vec power;
-  memcpy(&power, &bits, sizeof power);
-  p = p * power;
-  p = x > -87.0f ? p : splat(0.0f);
-  return x == x ? p : x;
-}
+constexpr int kPage = 16;                // tokens of a page
+constexpr int kParts = kPage / kLanes;   // registers that hold a page's keys of one dimension
+constexpr int kPages = kSplit / kPage;   // of a split
+constexpr int kRows = 4;                 // query rows that share a load
+constexpr int kVectors = SKERRY_REGISTERS >= 32 ? 4 : 2;
+constexpr int kWorthUnpacking = 3 * kRows;  // rows from which halves are widened once for all of them
 
 SKERRY_INLINE Vec tanh_capped(Vec x, float cap) {
   const Vec t = x / cap;
@@ -73,59 +31,54 @@ SKERRY_INLINE Vec tanh_capped(Vec x, float cap) {
   return cap * (t < 0.0f ? -y : y);
 }
 
-// Where each key of a split lies. The pointers past `count` are unset.
-struct Keys {
-  const float* key[kSplit];
-  const float* value[kSplit];
+// Where the keys of a split lie, page by page ([head_size][16]), and its values, key by key. Only [low, high) is set.
+template <class E>
+struct Places {
+  const E* page[kPages];
+  const E* value[kSplit];
 };
 
-SKERRY_INLINE void locate(const AttentionTile& t, int first, int from, int to, Keys* keys) {
-  for (int j = from; j < to; ++j) {
-    const int position = first + j;
-    const int page = position / t.page_size;
-    const float* base = t.kv + t.table[page] * t.page_stride;
-    const int64_t row = static_cast<int64_t>(position - page * t.page_size) * t.head_size;
-    keys->key[j] = base + t.key_offset + row;
-    keys->value[j] = base + t.value_offset + row;
+template <class E>
+SKERRY_INLINE void locate(const AttentionTile& t, int first, int low, int high, Places<E>* places) {
+  for (int p = low / kPage; p < (high + kPage - 1) / kPage; ++p) {
+    const uint8_t* base = t.kv + t.table[first / kPage + p] * t.page_bytes;
+    places->page[p] = (const E*)(base + t.key_offset);
+    for (int j = 0; j < kPage; ++j) places->value[p * kPage + j] = (const E*)(base + t.value_offset) + j * t.head_size;
   }
 }
 
-// Keys [from, to) of the split as blocks of [head_size][64]; places without a key are zero.
-SKERRY_INLINE void transpose(const AttentionTile& t, const Keys& keys, int from, int to, const float* zeros,
-                             float* out) {
-  const int d_whole = t.head_size / 4 * 4;
-  for (int j = from / kBlock * kBlock; j < (to + kBlock - 1) / kBlock * kBlock; j += 4) {
-    const float* row[4];
-    for (int i = 0; i < 4; ++i) row[i] = j + i >= from && j + i < to ? keys.key[j + i] : zeros;
-    float* block = out + static_cast<int64_t>(j / kBlock) * kBlock * t.head_size + j % kBlock;
-    for (int d = 0; d < d_whole; d += 4) {
-      const Vec4 a = load4(row[0] + d), b = load4(row[1] + d), c = load4(row[2] + d), e = load4(row[3] + d);
-      const Vec4 ab_low = SKERRY_SHUFFLE(a, b, 0, 4, 1, 5), ab_high = SKERRY_SHUFFLE(a, b, 2, 6, 3, 7);
-      const Vec4 ce_low = SKERRY_SHUFFLE(c, e, 0, 4, 1, 5), ce_high = SKERRY_SHUFFLE(c, e, 2, 6, 3, 7);
-      store4(block + (d + 0) * kBlock, SKERRY_SHUFFLE(ab_low, ce_low, 0, 1, 4, 5));
-      store4(block + (d + 1) * kBlock, SKERRY_SHUFFLE(ab_low, ce_low, 2, 3, 6, 7));
-      store4(block + (d + 2) * kBlock, SKERRY_SHUFFLE(ab_high, ce_high, 0, 1, 4, 5));
-      store4(block + (d + 3) * kBlock, SKERRY_SHUFFLE(ab_high, ce_high, 2, 3, 6, 7));
-    }
-    for (int d = d_whole; d < t.head_size; ++d) {
-      for (int i = 0; i < 4; ++i) block[d * kBlock + i] = row[i][d];
+// The same places as floats: many rows then share one conversion.
+SKERRY_INLINE void widen(const AttentionTile& t, int low, int high, const Places<uint16_t>& from, float* into,
+                         Places<float>* places) {
+  const int size = t.head_size, whole = size / kLanes * kLanes;
+  for (int p = low / kPage; p < (high + kPage - 1) / kPage; ++p) {
+    places->page[p] = into;
+    for (int d = 0; d < size * kPage; d += kLanes) store(into + d, load(from.page[p] + d));
+    into += size * kPage;
+    for (int j = p * kPage; j < (p + 1) * kPage; ++j, into += padded(size)) {
+      places->value[j] = into;
+      for (int d = 0; d < whole; d += kLanes) store(into + d, load(from.value[j] + d));
+      if (whole == size) continue;
+      uint16_t rest[kLanes] = {};
+      memcpy(rest, from.value[j] + whole, sizeof(uint16_t) * (size - whole));
+      store(into + whole, load(rest));
     }
   }
 }
 
-// R rows against C vectors of keys.
-template <int R, int C>
-SKERRY_INLINE void score(const float* q, int head_size, const float* keys, float* out) {
+// R rows against C registers of keys: register c is part c % kParts of page c / kParts.
+template <int R, int C, class E>
+SKERRY_INLINE void score(const float* q, int head_size, const E* const* page, int part, float* out) {
   Vec acc[R][C];
   for (int r = 0; r < R; ++r) {
     for (int c = 0; c < C; ++c) acc[r][c] = Vec{};
   }
   for (int d = 0; d < head_size; ++d) {
     Vec k[C];
-    for (int c = 0; c < C; ++c) k[c] = load(keys + d * kBlock + c * kLanes);
+    for (int c = 0; c < C; ++c) k[c] = load(page[(part + c) / kParts] + d * kPage + (part + c) % kParts * kLanes);
     for (int r = 0; r < R; ++r) {
       const Vec x = splat(q[r * head_size + d]);
-      for (int c = 0; c < C; ++c) acc[r][c] += x * k[c];
+      for (int c = 0; c < C; ++c) acc[r][c] = fma(x, k[c], acc[r][c]);
     }
   }
   for (int r = 0; r < R; ++r) {
@@ -133,17 +86,17 @@ SKERRY_INLINE void score(const float* q, int head_size, const float* keys, float
   }
 }
 
-constexpr int kScoreVectors = SKERRY_REGISTERS >= 32 ? 4 : 2;
-constexpr int kValueVectors = SKERRY_REGISTERS >= 32 ? 4 : 2;
-
-template <int R>
-SKERRY_INLINE void score_rows(const AttentionTile& t, int row, const float* keys, int from, int to, float* scores) {
-  constexpr int step = kScoreVectors * kLanes;
-  for (int j = from / step * step; j < to; j += step) {
-    const float* block = keys + static_cast<int64_t>(j / kBlock) * kBlock * t.head_size + j % kBlock;
-    score<R, kScoreVectors>(t.q + static_cast<int64_t>(row) * t.head_size, t.head_size, block,
-                            scores + row * kSplit + j);
+template <int R, class E>
+SKERRY_INLINE void score_rows(const AttentionTile& t, int row, const Places<E>& places, int low, int high,
+                              float* scores) {
+  const float* q = t.q + static_cast<int64_t>(row) * t.head_size;
+  float* out = scores + row * kSplit;
+  const int end = (high + kPage - 1) / kPage * kParts;
+  int at = low / kPage * kParts;  // register of keys within the split
+  for (; at + kVectors <= end; at += kVectors) {
+    score<R, kVectors>(q, t.head_size, places.page + at / kParts, at % kParts, out + at * kLanes);
   }
+  for (; at < end; ++at) score<R, 1>(q, t.head_size, places.page + at / kParts, at % kParts, out + at * kLanes);
 }
 
 // Scores of a row become weights. Only [from, to) counts. Returns false where no key has a finite score.
@@ -182,9 +135,9 @@ SKERRY_INLINE bool softmax(float* s, int from, int to, float softcap, float* max
 }
 
 // value[r] += sum over keys [from, to) of weight[r][j] * v[j], key by key, for R rows and C vectors from dimension d.
-template <int R, int C>
-SKERRY_INLINE void add_values(const float* const* v, const float* weight, int from, int to, int d, float* value,
-                              int stride) {
+template <int R, int C, class E>
+SKERRY_INLINE void add_columns(const E* const* v, const float* weight, int from, int to, int d, float* value,
+                               int stride) {
   Vec acc[R][C];
   for (int r = 0; r < R; ++r) {
     for (int c = 0; c < C; ++c) acc[r][c] = load(value + r * stride + d + c * kLanes);
@@ -194,7 +147,7 @@ SKERRY_INLINE void add_values(const float* const* v, const float* weight, int fr
     for (int c = 0; c < C; ++c) x[c] = load(v[j] + d + c * kLanes);
     for (int r = 0; r < R; ++r) {
       const Vec w = splat(weight[r * kSplit + j]);
-      for (int c = 0; c < C; ++c) acc[r][c] += w * x[c];
+      for (int c = 0; c < C; ++c) acc[r][c] = fma(w, x[c], acc[r][c]);
     }
   }
   for (int r = 0; r < R; ++r) {
@@ -202,24 +155,24 @@ SKERRY_INLINE void add_values(const float* const* v, const float* weight, int fr
   }
 }
 
-template <int R>
-SKERRY_INLINE void add_values(const AttentionTile& t, const Keys& keys, const float* weight, int from, int to,
+template <int R, class E>
+SKERRY_INLINE void add_values(const AttentionTile& t, const Places<E>& places, const float* weight, int from, int to,
                               float* value) {
   if (from >= to) return;
   const int stride = padded(t.head_size);
   int d = 0;
-  for (; d + kValueVectors * kLanes <= t.head_size; d += kValueVectors * kLanes) {
-    add_values<R, kValueVectors>(keys.value, weight, from, to, d, value, stride);
+  for (; d + kVectors * kLanes <= t.head_size; d += kVectors * kLanes) {
+    add_columns<R, kVectors>(places.value, weight, from, to, d, value, stride);
   }
-  for (; d + kLanes <= t.head_size; d += kLanes) add_values<R, 1>(keys.value, weight, from, to, d, value, stride);
+  for (; d + kLanes <= t.head_size; d += kLanes) add_columns<R, 1>(places.value, weight, from, to, d, value, stride);
   if (d == t.head_size) return;
   for (int j = from; j < to; ++j) {  // a head size that is no multiple of the vector: the tail by memcpy
-    Vec x = {};
-    memcpy(&x, keys.value[j] + d, sizeof(float) * (t.head_size - d));
+    E rest[kLanes] = {};
+    memcpy(rest, places.value[j] + d, sizeof(E) * (t.head_size - d));
+    const Vec x = load(rest);
     for (int r = 0; r < R; ++r) {
-      Vec acc = load(value + r * stride + d);
-      acc += splat(weight[r * kSplit + j]) * x;
-      store(value + r * stride + d, acc);
+      float* into = value + r * stride + d;
+      store(into, fma(splat(weight[r * kSplit + j]), x, load(into)));
     }
   }
 }
@@ -244,9 +197,61 @@ void merge(int rows, int head_size, const AttentionState& partial, const Attenti
   }
 }
 
+// A split's scratch: scores [rows][256], its own state, then room to widen.
+struct Room {
+  float *scores, *value, *max, *sum, *wide;
+
+  Room(const AttentionTile& t) {
+    scores = t.scratch;
+    value = scores + static_cast<int64_t>(kSplit) * t.rows;
+    max = value + static_cast<int64_t>(t.rows) * padded(t.head_size);
+    sum = max + t.rows;
+    wide = sum + t.rows;
+  }
+};
+
+// R rows from `row`: scores, weights, weighted values.
+template <int R, class E>
+SKERRY_INLINE void attend_rows(const AttentionTile& t, int row, int first, const Places<E>& places, int low, int high,
+                               const Room& room) {
+  score_rows<R>(t, row, places, low, high, room.scores);
+  const int stride = padded(t.head_size);
+  int from[R], to[R], common_from = 0, common_to = kSplit;
+  for (int i = 0; i < R; ++i) {
+    const int r = row + i;
+    from[i] = t.start[r] > first ? t.start[r] - first : 0;
+    to[i] = t.end[r] - first < kSplit ? t.end[r] - first : kSplit;
+    if (from[i] >= to[i] ||
+        !softmax(room.scores + r * kSplit, from[i], to[i], t.softcap, room.max + r, room.sum + r)) {
+      room.max[r] = -INFINITY;
+      room.sum[r] = 0.0f;
+      to[i] = from[i] = 0;
+    }
+    common_from = from[i] > common_from ? from[i] : common_from;
+    common_to = to[i] < common_to ? to[i] : common_to;
+  }
+  float* into = room.value + static_cast<int64_t>(row) * stride;
+  const float* weight = room.scores + row * kSplit;
+  if (common_from >= common_to) {
+    for (int i = 0; i < R; ++i) add_values<1>(t, places, weight + i * kSplit, from[i], to[i], into + i * stride);
+    return;
+  }
+  for (int i = 0; i < R; ++i) add_values<1>(t, places, weight + i * kSplit, from[i], common_from, into + i * stride);
+  add_values<R>(t, places, weight, common_from, common_to, into);
+  for (int i = 0; i < R; ++i) add_values<1>(t, places, weight + i * kSplit, common_to, to[i], into + i * stride);
+}
+
+template <class E>
+void attend_all(const AttentionTile& t, int first, const Places<E>& places, int low, int high, const Room& room) {
+  int row = 0;
+  for (; row + kRows <= t.rows; row += kRows) attend_rows<kRows>(t, row, first, places, low, high, room);
+  if (t.rows - row == 3) attend_rows<3>(t, row, first, places, low, high, room);
+  if (t.rows - row == 2) attend_rows<2>(t, row, first, places, low, high, room);
+  if (t.rows - row == 1) attend_rows<1>(t, row, first, places, low, high, room);
+}
+
 void attend(const AttentionTile& t, int split, const AttentionState& state) {
   const int first = split * kSplit;
-  const int stride = padded(t.head_size);
   int low = kSplit, high = 0;
   for (int r = 0; r < t.rows; ++r) {
     const int a = t.start[r] > first ? t.start[r] - first : 0;
@@ -256,50 +261,23 @@ void attend(const AttentionTile& t, int split, const AttentionState& state) {
     high = b > high ? b : high;
   }
   if (low >= high) return;
-
-  float* keys_t = t.scratch;
-  float* scores = keys_t + static_cast<int64_t>(kSplit) * t.head_size;
-  float* value = scores + static_cast<int64_t>(kSplit) * t.rows;
-  float* max = value + static_cast<int64_t>(t.rows) * stride;
-  float* sum = max + t.rows;
-  float* zeros = sum + t.rows;
-  memset(value, 0, sizeof(float) * t.rows * stride);
-  memset(zeros, 0, sizeof(float) * stride);
-
-  Keys keys;
-  locate(t, first, low, high, &keys);
-  transpose(t, keys, low, high, zeros, keys_t);
-  int row = 0;
-  for (; row + 4 <= t.rows; row += 4) score_rows<4>(t, row, keys_t, low, high, scores);
-  for (; row < t.rows; ++row) score_rows<1>(t, row, keys_t, low, high, scores);
-
-  for (row = 0; row < t.rows;) {
-    const int count = row + 4 <= t.rows ? 4 : 1;
-    int from[4], to[4], common_from = 0, common_to = kSplit;
-    for (int i = 0; i < count; ++i) {
-      const int r = row + i;
-      from[i] = t.start[r] > first ? t.start[r] - first : 0;
-      to[i] = t.end[r] - first < kSplit ? t.end[r] - first : kSplit;
-      if (from[i] >= to[i] || !softmax(scores + r * kSplit, from[i], to[i], t.softcap, max + r, sum + r)) {
-        max[r] = -INFINITY;
-        sum[r] = 0.0f;
-        to[i] = from[i] = 0;
-      }
-      common_from = from[i] > common_from ? from[i] : common_from;
-      common_to = to[i] < common_to ? to[i] : common_to;
-    }
-    float* into = value + static_cast<int64_t>(row) * stride;
-    const float* weight = scores + row * kSplit;
-    if (count == 1 || common_from >= common_to) {
-      for (int i = 0; i < count; ++i) add_values<1>(t, keys, weight + i * kSplit, from[i], to[i], into + i * stride);
+  const Room room(t);
+  memset(room.value, 0, sizeof(float) * t.rows * padded(t.head_size));
+  Places<float> places;
+  if (t.layout == 0) {
+    locate(t, first, low, high, &places);
+    attend_all(t, first, places, low, high, room);
+  } else {
+    Places<uint16_t> halves;
+    locate(t, first, low, high, &halves);
+    if (t.rows < kWorthUnpacking) {
+      attend_all(t, first, halves, low, high, room);
     } else {
-      for (int i = 0; i < 4; ++i) add_values<1>(t, keys, weight + i * kSplit, from[i], common_from, into + i * stride);
-      add_values<4>(t, keys, weight, common_from, common_to, into);
-      for (int i = 0; i < 4; ++i) add_values<1>(t, keys, weight + i * kSplit, common_to, to[i], into + i * stride);
+      widen(t, low, high, halves, room.wide, &places);
+      attend_all(t, first, places, low, high, room);
     }
-    row += count;
   }
-  merge(t.rows, t.head_size, {max, sum, value}, state);
+  merge(t.rows, t.head_size, {room.max, room.sum, room.value}, state);
 }
 
 void rotate(const float* x, const float* cos, const float* sin, int head_size, int rotary, bool interleaved,
@@ -321,10 +299,35 @@ void rotate(const float* x, const float* cos, const float* sin, int head_size, i
   for (int i = rotary; i < head_size; ++i) out[i] = x[i] * scale;
 }
 
+// Halves of x [head_size], a register at a time.
+SKERRY_INLINE void to_halves(const float* x, int head_size, uint16_t* out) {
+  for (int d = 0; d < head_size; d += kLanes) {
+    const int count = head_size - d < kLanes ? head_size - d : kLanes;
+    Vec v = {};
+    memcpy(&v, x + d, sizeof(float) * count);
+    uint16_t part[kLanes];
+    store_halves(part, v);
+    memcpy(out + d, part, sizeof(uint16_t) * count);
+  }
+}
+
+void append(const float* key, const float* value, int head_size, int layout, int at, uint8_t* keys, uint8_t* values) {
+  if (layout == 0) {
+    for (int d = 0; d < head_size; ++d) ((float*)keys)[d * kPage + at] = key[d];
+    memcpy((float*)values + at * head_size, value, sizeof(float) * head_size);
+    return;
+  }
+  uint16_t halves[1024];  // of the longest head that check_shape admits
+  to_halves(key, head_size, halves);
+  for (int d = 0; d < head_size; ++d) ((uint16_t*)keys)[d * kPage + at] = halves[d];
+  to_halves(value, head_size, halves);
+  memcpy((uint16_t*)values + at * head_size, halves, sizeof(uint16_t) * head_size);
+}
+
 }  // namespace
 
 #define SKERRY_STRING_(x) #x
 #define SKERRY_STRING(x) SKERRY_STRING_(x)
-extern const AttentionIsa SKERRY_ATTENTION_TABLE = {SKERRY_STRING(SKERRY_ISA_NAME), attend, merge, rotate};
+extern const AttentionIsa SKERRY_ATTENTION_TABLE = {SKERRY_STRING(SKERRY_ISA_NAME), attend, merge, rotate, append};
 
 }  // namespace skerry

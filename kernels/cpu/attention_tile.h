@@ -7,12 +7,12 @@ namespace skerry {
 
 // One tile of query rows against one KV head. Rows hold rotated, scaled queries; row r sees keys [start[r], end[r]).
 struct AttentionTile {
-  const float* kv;       // the whole cache
+  const uint8_t* kv;     // the whole cache
   const int32_t* table;  // this sequence's pages
-  int64_t page_stride;   // floats from one page to the next
-  int64_t key_offset;    // floats from a page's start to this head's keys
+  int64_t page_bytes;    // from one page to the next
+  int64_t key_offset;    // bytes from a page's start to this head's keys
   int64_t value_offset;  // and to its values
-  int page_size;
+  int layout;            // as in KvLayout
   int head_size;
   float softcap;
   int rows;
@@ -31,9 +31,9 @@ struct AttentionState {
 
 inline int padded(int n) { return (n + 15) / 16 * 16; }
 
+// Scores of a split, its state, and its keys and values as floats where many rows share them.
 inline int64_t attention_scratch(int rows, int head_size) {
-  return int64_t{256} * head_size + int64_t{256} * rows + int64_t{rows} * (padded(head_size) + 2) + 64 +
-         padded(head_size);
+  return int64_t{256} * rows + int64_t{rows} * (padded(head_size) + 2) + int64_t{2 * 256} * padded(head_size) + 64;
 }
 
 struct AttentionIsa {
@@ -45,6 +45,9 @@ struct AttentionIsa {
   // Rotates one head: out[i] from x by the cos and sin rows, multiplied by scale; dimensions past rotary are copied.
   void (*rotate)(const float* x, const float* cos, const float* sin, int head_size, int rotary, bool interleaved,
                  float scale, float* out);
+  // Token `at` of a page's keys and values of one head, from floats.
+  void (*append)(const float* key, const float* value, int head_size, int layout, int at, uint8_t* keys,
+                 uint8_t* values);
 };
 
 extern const AttentionIsa kAttentionBase;
@@ -53,6 +56,6 @@ extern const AttentionIsa kAttentionAvx2;
 extern const AttentionIsa kAttentionAvx512;
 #endif
 
-const AttentionIsa& attention_isa();  // the best this machine has; SKERRY_ISA=base|avx2|avx512 lowers it
+const AttentionIsa& attention_isa();  // the best this machine has; SKERRY_ISA lowers it
 
 }  // namespace skerry

@@ -6,69 +6,18 @@
 #include "matmul_block_tile.h"
 
 #include <math.h>
-#include <string.h>
 
-#if defined(__x86_64__)
-#  include <immintrin.h>
-#endif
+#include "vector.h"
 
 namespace skerry {
 namespace {
 
-constexpr int kLanes = SKERRY_LANES;
 constexpr int kRows = 16, kBlockSize = 32, kGroups = 8;  // of a panel, of a block, of 4 codes in a block
 constexpr int kParts = kRows / kLanes;
 constexpr int kTokens = SKERRY_LANES == 16 ? 16 : 4;
 constexpr int kAhead = 3072;  // bytes fetched ahead of the one-row product, which memory bounds
 
 enum Format { kQ8_0, kQ4_0, kQ4_1 };
-
-typedef float Vec __attribute__((vector_size(SKERRY_LANES * 4), may_alias));
-typedef int32_t VecI __attribute__((vector_size(SKERRY_LANES * 4), may_alias));
-typedef uint8_t Bytes __attribute__((vector_size(SKERRY_LANES * 4), may_alias));
-typedef uint16_t Halves __attribute__((vector_size(SKERRY_LANES * 2), may_alias));
-
-#define SKERRY_INLINE static inline __attribute__((always_inline))
-
-template <class V>
-SKERRY_INLINE V load_as(const void* p) {
-  V v;
-  memcpy(&v, p, sizeof v);
-  return v;
-}
-SKERRY_INLINE Vec splat(float x) { return Vec{} + x; }
-SKERRY_INLINE VecI splat(int32_t x) { return VecI{} + x; }
-
-SKERRY_INLINE Vec fma(Vec a, Vec b, Vec c) {
-#if defined(__AVX512F__)
-  return _mm512_fmadd_ps(a, b, c);
-#elif defined(__FMA__)
-  return _mm256_fmadd_ps(a, b, c);
-#else
-  return a * b + c;
-#endif
-}
-
-SKERRY_INLINE Vec halves_to_floats(const uint16_t* p) {
-#if defined(__AVX512F__)
-  return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-#elif defined(__F16C__)
-  return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
-#else
-  // Shift the half's 15 bits into a float's place and rescale by 2^112, which is exact and right for subnormals too;
-  // infinities and NaNs do not occur (blocks.py refuses them).
-  const VecI h = __builtin_convertvector(load_as<Halves>(p), VecI);
-  const VecI magnitude = (h & 0x7fff) << 13, sign = (h & 0x8000) << 16;
-  Vec x;
-  memcpy(&x, &magnitude, sizeof x);
-  x = x * 5.192296858534828e33f;
-  VecI bits;
-  memcpy(&bits, &x, sizeof bits);
-  bits |= sign;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-#endif
-}
 
 // acc + sum over 4 of w[4 i + j] * a[j] in every lane i, exactly; w unsigned, a four signed bytes.
 SKERRY_INLINE VecI dot4(VecI acc, Bytes w, int32_t a) {
@@ -137,13 +86,13 @@ SKERRY_INLINE void strip(const uint8_t* scales, const uint8_t* codes, int64_t bl
     for (int p = 0; p < P; ++p) {
       Bytes w[kGroups];
       unpack<F>(codes + (part + p) * kLanes * 4, w);
-      const Vec d = halves_to_floats(scale + b * kRows + p * kLanes);
+      const Vec d = load(scale + b * kRows + p * kLanes);
       for (int t = 0; t < T; ++t) {
         VecI acc = F == kQ4_1 ? VecI{} : splat(tile.sum[b * T + t]) << shift;
         for (int g = 0; g < kGroups; ++g) acc = dot4(acc, w[g], load_as<int32_t>(a + t * kBlockSize + 4 * g));
         sum[p][t] = fma(__builtin_convertvector(acc, Vec), d * tile.scale[b * T + t], sum[p][t]);
         if constexpr (F == kQ4_1) {
-          const Vec m = halves_to_floats(minimum + b * kRows + p * kLanes);
+          const Vec m = load(minimum + b * kRows + p * kLanes);
           sum[p][t] = fma(m, splat(tile.weighted[b * T + t]), sum[p][t]);
         }
       }
@@ -239,25 +188,6 @@ void quantize(const float* x, const float* norm, float epsilon, int64_t blocks, 
     tile.sum[b * tile.count + at] = -sum;
     tile.weighted[b * tile.count + at] = scale * static_cast<float>(sum);
   }
-}
-
-// e^x for x <= 0 within 2 ulp (Cephes' expf), 0 below -87; a NaN stays one.
-SKERRY_INLINE Vec exp_negative(Vec x) {
-  const Vec magic = splat(12582912.0f);
-  const Vec clamped = x > -87.0f ? x : splat(-87.0f);
-  const Vec n = fma(clamped, splat(1.44269504088896341f), magic) - magic;
-  const Vec r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), clamped));
-  Vec p = splat(1.9875691500e-4f);
-  p = fma(p, r, splat(1.3981999507e-3f));
-  p = fma(p, r, splat(8.3334519073e-3f));
-  p = fma(p, r, splat(4.1665795894e-2f));
-  p = fma(p, r, splat(1.6666665459e-1f));
-  p = fma(p, r, splat(5.0000001201e-1f));
-  p = fma(p, r * r, r + 1.0f);
-  const VecI bits = (__builtin_convertvector(n, VecI) + 127) << 23;
-  p = p * load_as<Vec>(&bits);
-  p = x > -87.0f ? p : splat(0.0f);
-  return x == x ? p : x;
 }
 
 void silu(float* gate, const float* up, int n) {

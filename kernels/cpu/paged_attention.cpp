@@ -26,8 +26,6 @@ struct Job {
   float* partials = nullptr;
 
   int group() const { return shape.num_heads / shape.num_kv_heads; }
-  int64_t head_stride() const { return args.page_size * shape.head_size; }
-  int64_t page_stride() const { return 2 * shape.num_kv_heads * head_stride(); }
   int64_t partial_stride() const { return plan.partial_rows * (padded(shape.head_size) + 2); }
 
   AttentionState partial(int64_t index, int rows) const {
@@ -45,15 +43,16 @@ void clear(const AttentionState& state, int rows, int head_size) {
 void append_token(const Job& job, int64_t t, int head) {
   const auto& [shape, args] = std::tie(job.shape, job.args);
   if (args.slot[t] < 0) return;
+  thread_local Scratch scratch;
   const int size = shape.head_size;
   const int half = shape.rotary_dim / 2;
-  const int64_t page = args.slot[t] / args.page_size;
-  const int64_t row = args.slot[t] % args.page_size;
   const int64_t from = (t * shape.num_kv_heads + head) * size;
-  float* key = args.kv + page * job.page_stride() + head * job.head_stride() + row * size;
+  float* key = scratch.get(size);
   job.isa.rotate(args.k + from, args.cos + int64_t{args.positions[t]} * half,
                  args.sin + int64_t{args.positions[t]} * half, size, shape.rotary_dim, shape.interleaved, 1.0f, key);
-  std::memcpy(key + shape.num_kv_heads * job.head_stride(), args.v + from, sizeof(float) * size);
+  uint8_t* keys = args.kv + args.slot[t] / kPageTokens * shape.page_bytes() + head * shape.region_bytes();
+  job.isa.append(key, args.v + from, size, static_cast<int>(shape.layout), args.slot[t] % kPageTokens, keys,
+                 keys + shape.num_kv_heads * shape.region_bytes());
 }
 
 void append_head(void* argument, int head) {
@@ -114,10 +113,10 @@ void run_item(void* argument, int index) {
   gather_queries(job, item, q);
   const AttentionTile tile{args.kv,
                            args.block_table + item.sequence * args.table_width,
-                           job.page_stride(),
-                           item.kv_head * job.head_stride(),
-                           (shape.num_kv_heads + item.kv_head) * job.head_stride(),
-                           static_cast<int>(args.page_size),
+                           shape.page_bytes(),
+                           item.kv_head * shape.region_bytes(),
+                           (shape.num_kv_heads + item.kv_head) * shape.region_bytes(),
+                           static_cast<int>(shape.layout),
                            shape.head_size,
                            shape.softcap,
                            rows,
@@ -157,13 +156,13 @@ std::string check_sequence(const PagedAttentionShape& shape, const PagedAttentio
   if (context < tokens) {
     return name + " has context_len " + to_string(context) + " but " + to_string(tokens) + " tokens in this step";
   }
-  const int64_t pages = (context + args.page_size - 1) / args.page_size;
+  const int64_t pages = (context + kPageTokens - 1) / kPageTokens;
   if (pages > args.table_width) {
     return name + " needs " + to_string(pages) + " pages for context_len " + to_string(context) +
            " but its block table has " + to_string(args.table_width) + " entries";
   }
   if (tokens == 0) return "";
-  for (int64_t i = first_key(context, tokens, 0, shape.window) / args.page_size; i < pages; ++i) {
+  for (int64_t i = first_key(context, tokens, 0, shape.window) / kPageTokens; i < pages; ++i) {
     const int32_t page = args.block_table[b * args.table_width + i];
     if (page < 0 || page >= args.pages) {
       return "block table entry " + to_string(i) + " of " + name + " is page " + to_string(page) + ", the cache has " +
@@ -199,14 +198,16 @@ std::string check_shape(const PagedAttentionShape& shape) {
   if (!(shape.softcap >= 0.0f) || !std::isfinite(shape.softcap) || !std::isfinite(shape.scale)) {
     return "softcap " + to_string(shape.softcap) + " or scale " + to_string(shape.scale) + " is out of range";
   }
+  if (shape.layout != KvLayout::kFloat && shape.layout != KvLayout::kHalf) {
+    return "kv_layout " + to_string(static_cast<int32_t>(shape.layout)) + " is unknown";
+  }
   return "";
 }
 
 std::string check_paged_attention(const PagedAttentionShape& shape, const PagedAttentionArgs& args) {
-  if (args.page_size < 1) return "page size " + to_string(args.page_size) + " is not positive";
   if (args.sequences == 0 && args.tokens == 0) return "";
   if (args.query_start[0] != 0) return "query_start begins with " + to_string(args.query_start[0]) + ", not 0";
-  const int64_t limit = std::min<int64_t>(args.pages * args.page_size, std::numeric_limits<int32_t>::max());
+  const int64_t limit = std::min<int64_t>(args.pages * kPageTokens, std::numeric_limits<int32_t>::max());
   for (int64_t b = 0; b < args.sequences; ++b) {
     if (std::string problem = check_sequence(shape, args, b); !problem.empty()) return problem;
   }

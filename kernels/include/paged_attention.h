@@ -1,6 +1,5 @@
 // PagedAttention v1 on raw pointers: rotate, append at `slot`, then attend to what is stored.
-// The definition is kernels/reference.py; layout of the cache "f32.n2hpd": [pages, 2 (K, V), kv_heads, page_size,
-// head_size].
+// The definition is kernels/reference.py, the layouts of a page are kernels/pages.py's.
 #pragma once
 
 #include <cstdint>
@@ -14,6 +13,11 @@ namespace skerry {
 // merged in order. The cuts never depend on the batch, the chunk or the threads, so neither do the bits of the result.
 inline constexpr int kSplitTokens = 256;
 
+// A page holds kPageTokens tokens: [2][kv_heads] regions, keys before values. A region of keys is [head_size][16], so that
+// a register holds one dimension of many keys; a region of values is [16][head_size].
+inline constexpr int kPageTokens = 16;
+enum class KvLayout : int32_t { kFloat = 0, kHalf = 1 };  // "f32.k16t", "f16.k16t"
+
 struct PagedAttentionShape {
   int num_heads = 0;
   int num_kv_heads = 0;
@@ -23,26 +27,31 @@ struct PagedAttentionShape {
   float scale = 0.0f;        // of q.k
   float softcap = 0.0f;      // cap * tanh(score / cap); 0: none
   int window = 0;            // a token sees itself and window-1 tokens before; 0: all
+  KvLayout layout = KvLayout::kFloat;
+
+  int64_t region_bytes() const {
+    return int64_t{kPageTokens} * head_size * (layout == KvLayout::kFloat ? sizeof(float) : sizeof(uint16_t));
+  }
+  int64_t page_bytes() const { return 2 * num_kv_heads * region_bytes(); }
 };
 
 struct PagedAttentionArgs {
   const float* q = nullptr;  // [tokens, num_heads * head_size]
   const float* k = nullptr;  // [tokens, num_kv_heads * head_size]
   const float* v = nullptr;
-  float* kv = nullptr;                   // [pages, 2, num_kv_heads, page_size, head_size], written at the slots
+  uint8_t* kv = nullptr;                 // [pages, page_bytes], written at the slots
   const float* cos = nullptr;            // [table_rows, rotary_dim / 2]
   const float* sin = nullptr;            //
   const int32_t* positions = nullptr;    // [tokens]: row of the cos and sin tables
   const int32_t* query_start = nullptr;  // [sequences + 1], first 0; tokens past the last entry are padding
   const int32_t* context_len = nullptr;  // [sequences]: tokens in the cache once this step is appended
   const int32_t* block_table = nullptr;  // [sequences, table_width]: pages of each sequence
-  const int32_t* slot = nullptr;         // [tokens]: page * page_size + offset, -1: no write
+  const int32_t* slot = nullptr;         // [tokens]: page * kPageTokens + offset, -1: no write
   float* out = nullptr;                  // [tokens, num_heads * head_size]; padding tokens get zeros
   int64_t tokens = 0;
   int64_t sequences = 0;
   int64_t table_width = 0;
   int64_t pages = 0;
-  int64_t page_size = 0;
   int64_t table_rows = 0;
 };
 

@@ -32,6 +32,7 @@ PagedAttentionKernel::PagedAttentionKernel(const OrtKernelInfo* raw) {
   shape_.interleaved = optional<int64_t>(info, "interleaved", 0) != 0;
   shape_.softcap = optional<float>(info, "softcap", 0.0f);
   shape_.window = static_cast<int>(optional<int64_t>(info, "window", 0));
+  shape_.layout = static_cast<KvLayout>(optional<int64_t>(info, "kv_layout", 0));
   if (const std::string problem = check_shape(shape_); !problem.empty()) throw std::invalid_argument(problem);
 }
 
@@ -40,7 +41,7 @@ void PagedAttentionKernel::run(OrtKernelContext* raw) const {
   const auto q = input<float>(context, kQ, "q", 2);
   const auto k = input<float>(context, kK, "k", 2);
   const auto v = input<float>(context, kV, "v", 2);
-  const auto kv = input<float>(context, kKv, "kv", 5);
+  const auto kv = input<uint8_t>(context, kKv, "kv", 2);
   const auto cos = input<float>(context, kCos, "cos", 2);
   const auto sin = input<float>(context, kSin, "sin", 2);
   const auto positions = input<int32_t>(context, kPositions, "positions", 1);
@@ -57,9 +58,7 @@ void PagedAttentionKernel::run(OrtKernelContext* raw) const {
   expect("columns of k", k.dim(1), int64_t{shape_.num_kv_heads} * shape_.head_size);
   expect("rows of v", v.dim(0), tokens);
   expect("columns of v", v.dim(1), k.dim(1));
-  expect("dimension 1 of kv", kv.dim(1), 2);
-  expect("KV heads of kv", kv.dim(2), shape_.num_kv_heads);
-  expect("head size of kv", kv.dim(4), shape_.head_size);
+  expect("bytes of a page of kv", kv.dim(1), shape_.page_bytes());
   if (shape_.rotary_dim > 0) {
     expect("columns of cos", cos.dim(1), shape_.rotary_dim / 2);
     expect("columns of sin", sin.dim(1), shape_.rotary_dim / 2);
@@ -77,7 +76,7 @@ void PagedAttentionKernel::run(OrtKernelContext* raw) const {
   args.q = q.data;
   args.k = k.data;
   args.v = v.data;
-  args.kv = kv_out.GetTensorMutableData<float>();
+  args.kv = kv_out.GetTensorMutableData<uint8_t>();
   args.cos = cos.data;
   args.sin = sin.data;
   args.positions = positions.data;
@@ -90,9 +89,8 @@ void PagedAttentionKernel::run(OrtKernelContext* raw) const {
   args.sequences = sequences;
   args.table_width = block_table.dim(1);
   args.pages = kv.dim(0);
-  args.page_size = kv.dim(3);
   args.table_rows = cos.dim(0);
-  if (args.kv != kv.data) std::memcpy(args.kv, kv.data, sizeof(float) * kv.count());
+  if (args.kv != kv.data) std::memcpy(args.kv, kv.data, kv.count());
   const std::string problem = paged_attention(shape_, args, parallel_of(raw));
   if (!problem.empty()) throw std::invalid_argument(problem);
 }
@@ -131,6 +129,7 @@ OrtStatusPtr PagedAttentionOp::CreateKernelV2(const OrtApi&, const OrtKernelInfo
 }
 
 ONNXTensorElementDataType PagedAttentionOp::GetInputType(size_t index) const {
+  if (index == kKv) return ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
   return index < kPositions ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
 }
 

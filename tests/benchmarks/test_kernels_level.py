@@ -15,6 +15,7 @@ from skerry.benchmarks.kernels.setting import Setting
 from skerry.core.cli import run
 from skerry.core.errors import GateFailed, SkerryError
 from skerry.kernels import _native
+from skerry.kernels.pages import from_pages, to_pages
 
 TORCH = importlib.util.find_spec("torch") is not None
 QUICK = ["bench", "kernels", "--op", "sample", "--vocabulary", "512", "--repeats", "1", "--threads", "1"]
@@ -161,7 +162,9 @@ def test_wrong_attention_is_refused(small_attention, monkeypatch, what):
         if what == "output":
             found[0, 0] += 1e-4
         else:
-            arrays[3][arrays[10][0] // 16, 1, 0, arrays[10][0] % 16, 0] += 1e-4
+            cache = from_pages(arrays[3], "f16.k16t", 2, 16)
+            cache[arrays[10][0] // 16, 1, 0, arrays[10][0] % 16, 0] += 0.1
+            arrays[3][:] = to_pages(cache)
         return found
 
     monkeypatch.setattr(paged_attention, "_native", SimpleNamespace(paged_attention=wrong))
@@ -188,11 +191,10 @@ def test_wrong_kept_sets_are_refused(monkeypatch):
         list(sample.cases(setting(vocabularies=(64,))))
 
 
-def test_packed_weights_are_what_they_stand_for():
+def test_quantized_weights_are_what_they_stand_for():
     weights = np.random.default_rng(0).standard_normal((64, 96), np.float32)
     for bits, share in ((8, 0.01), (4, 0.15)):
-        packed, scales, exact = matmul.pack(weights, bits)
-        assert packed.nbytes == weights.size * bits // 8 and scales.shape == (64, 3)
+        exact = matmul.quantized(weights, bits).dequantized()
         assert np.linalg.norm(exact - weights) / np.linalg.norm(weights) < share
 
 

@@ -85,7 +85,7 @@ def make_bundle(
     write_json(path / "parity.json", {"gate": {"passed": passed, "reasons": [] if passed else ["ppl_ratio 4.2"]}})
     if baseline:
         write_json(path / "baseline.json", baseline_document())
-    kv = (KvGroup((0,), 1, 64, 16, "float32", "f32.n2hpd", 0),)
+    kv = (KvGroup((0,), 1, 64, 16, "float32", "f32.k16t", 0),)
     fields = {"qualified": True, **fields}
     return seal(path, name="tiny", version="v1", target=Target.parse(target), model=SPEC, precision="fp32", kv=kv,
                 max_context=128, lineage={}, **fields)  # fmt: skip

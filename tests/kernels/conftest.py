@@ -13,6 +13,7 @@ import pytest
 from skerry.core.bundle import Bundle, KvGroup, seal
 from skerry.core.model import ModelSpec
 from skerry.core.target import Target
+from skerry.kernels.pages import LAYOUTS, from_pages, layout_of, to_pages
 from skerry.kernels.reference import AttentionShape, paged_attention
 
 PAGE = 16
@@ -48,9 +49,10 @@ class AttentionCase:
         """The native op on a copy of the cache."""
         from skerry.kernels import _native
 
-        arrays = self.arrays()
-        arrays[3] = self.kv.copy()
-        return _native.paged_attention(*arrays, threads=threads, **vars(self.shape)), arrays[3]
+        arrays, layout = self.arrays(), layout_of(self.kv.dtype)
+        arrays[3] = to_pages(self.kv)
+        out = _native.paged_attention(*arrays, kv_layout=LAYOUTS.index(layout), threads=threads, **vars(self.shape))
+        return out, from_pages(arrays[3], layout, self.shape.num_kv_heads, self.shape.head_size)
 
     def changed(self, **fields: Any) -> AttentionCase:
         return replace(self, **fields)
@@ -62,23 +64,23 @@ def rotary_tables(rows: int, half: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def build_case(
-    rng: np.random.Generator, shape: AttentionShape, sequences: Sequence[tuple[int, int]], page_size: int = PAGE,
-    spare_pages: int = 2, padding: int = 0,
+    rng: np.random.Generator, shape: AttentionShape, sequences: Sequence[tuple[int, int]],
+    spare_pages: int = 2, padding: int = 0, dtype: type[np.floating[Any]] = np.float32,
 ) -> AttentionCase:  # fmt: skip
     """`sequences`: (context including this step, new tokens). Pages are shuffled; `padding` tokens belong to nobody."""
-    needed = [-(-context // page_size) for context, _ in sequences]
+    needed = [-(-context // PAGE) for context, _ in sequences]
     pages = rng.permutation(sum(needed) + spare_pages).astype(np.int32)
-    kv = np.full((len(pages), 2, shape.num_kv_heads, page_size, shape.head_size), np.nan, np.float32)
+    kv = np.full((len(pages), 2, shape.num_kv_heads, PAGE, shape.head_size), np.nan, dtype)
     table = np.full((len(sequences), max([1, *needed]) + 1), -1, np.int32)
     positions, slots, used = [], [], 0
     for row, (context, new) in enumerate(sequences):
         table[row, : needed[row]] = pages[used : used + needed[row]]
         used += needed[row]
         at = np.arange(context)
-        slot = table[row, at // page_size] * page_size + at % page_size
+        slot = table[row, at // PAGE] * PAGE + at % PAGE
         old = slot[: context - new]
         stored = rng.normal(size=(len(old), 2, shape.num_kv_heads, shape.head_size))
-        kv[old // page_size, :, :, old % page_size] = stored
+        kv[old // PAGE, :, :, old % PAGE] = stored
         positions.append(at[context - new :])
         slots.append(slot[context - new :])
     counts = [new for _, new in sequences]
@@ -127,7 +129,7 @@ def tiny_graph(seed: int = 0, *, op: str = "PagedAttention", drop: str = "", pag
         helper.make_tensor_value_info("sample_rows", i32, ["S"]),
     ]
     outputs = [helper.make_tensor_value_info("logits", f32, ["S", c["vocab"]])]
-    kv_shape = ["pages", 2, c["kv_heads"], page, c["size"]]
+    kv_shape = ["pages", 2 * 4 * c["kv_heads"] * page * c["size"]]
     for layer in range(c["layers"]):
         names = {}
         for name, heads in (("q", c["heads"]), ("k", c["kv_heads"]), ("v", c["kv_heads"])):
@@ -135,8 +137,8 @@ def tiny_graph(seed: int = 0, *, op: str = "PagedAttention", drop: str = "", pag
             names[name] = f"{name}.{layer}"
             nodes.append(helper.make_node("MatMul", [f"x.{layer}", f"{name}.w.{layer}"], [names[name]]))
         weights[f"o.w.{layer}"] = rng.normal(size=(c["heads"] * c["size"], c["hidden"])) / c["hidden"] ** 0.5
-        inputs.append(helper.make_tensor_value_info(f"kv.{layer}", f32, kv_shape))
-        outputs.append(helper.make_tensor_value_info(f"kv_out.{layer}", f32, kv_shape))
+        inputs.append(helper.make_tensor_value_info(f"kv.{layer}", TensorProto.UINT8, kv_shape))
+        outputs.append(helper.make_tensor_value_info(f"kv_out.{layer}", TensorProto.UINT8, kv_shape))
         nodes += [
             helper.make_node(
                 op, [*names.values(), f"kv.{layer}", "cos", "sin", *shared], [f"a.{layer}", f"kv_out.{layer}"],
@@ -170,7 +172,7 @@ def tiny_bundle(path: Path, model: Any = None, **manifest: Any) -> Bundle:
         max_context=TINY["max_context"], norm_eps=1e-5, rope_theta=10000.0, rope_scaling=None, tied_embeddings=False,
         qkv_bias=False, window=0, bos_token_id=None, eos_token_ids=(0,),
     )  # fmt: skip
-    group = KvGroup(tuple(range(TINY["layers"])), TINY["kv_heads"], TINY["size"], PAGE, "float32", "f32.n2hpd", 0)
+    group = KvGroup(tuple(range(TINY["layers"])), TINY["kv_heads"], TINY["size"], PAGE, "float32", "f32.k16t", 0)
     fields = {
         "name": "tiny", "version": "1", "target": Target("ort-cpu"), "model": spec, "precision": "fp32",
         "kv": (group,), "max_context": TINY["max_context"], "lineage": {},

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from skerry.kernels import _native
-from skerry.kernels.library import library_path
+from skerry.kernels.blocks import BlockFormat, Blocks, pack
+from skerry.kernels.library import StepThreads, library_path
+from skerry.kernels.pages import to_pages
 from skerry.kernels.reference import AttentionShape
 from skerry.kernels.sampling import SampleParams, SampleRows
 
@@ -46,10 +48,17 @@ def session_of(model: bytes, threads: int = 2) -> Any:
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
+def op_inputs(case) -> list[np.ndarray]:
+    """The cache as pages."""
+    arrays = case.arrays()
+    arrays[3] = to_pages(arrays[3])
+    return arrays
+
+
 def attention_session(case, threads: int = 2, **changed: Any) -> tuple[Any, dict[str, np.ndarray]]:
-    inputs = dict(zip(ATTENTION, case.arrays())) | {"plan": np.zeros(0, np.int32)}
+    inputs = dict(zip(ATTENTION, op_inputs(case))) | {"plan": np.zeros(0, np.int32)}
     attributes = {key: int(value) if isinstance(value, bool) else value for key, value in vars(case.shape).items()}
-    model = one_node("PagedAttention", inputs, {"o": 1, "kv_out": 1}, **(attributes | changed))
+    model = one_node("PagedAttention", inputs, {"o": 1, "kv_out": 2}, **(attributes | changed))
     return session_of(model, threads), inputs
 
 
@@ -61,15 +70,15 @@ def test_attention_equals_the_direct_call(attention_case, threads):
     out, kv = session.run(None, inputs)
     expected, expected_kv = case.run()
     np.testing.assert_array_equal(out, expected)
-    np.testing.assert_array_equal(kv, expected_kv)
+    np.testing.assert_array_equal(kv, to_pages(expected_kv))
 
 
 def test_attributes_have_defaults(attention_case):
     shape = AttentionShape(2, 1, 64, 0.125, rotary_dim=64)
     case = attention_case(np.random.default_rng(1), shape, [(30, 30)])
-    inputs = dict(zip(ATTENTION, case.arrays())) | {"plan": np.zeros(0, np.int32)}
+    inputs = dict(zip(ATTENTION, op_inputs(case))) | {"plan": np.zeros(0, np.int32)}
     sizes = {"num_heads": 2, "num_kv_heads": 1, "head_size": 64, "scale": 0.125}
-    out, _ = session_of(one_node("PagedAttention", inputs, {"o": 1, "kv_out": 1}, **sizes)).run(None, inputs)
+    out, _ = session_of(one_node("PagedAttention", inputs, {"o": 1, "kv_out": 2}, **sizes)).run(None, inputs)
     np.testing.assert_array_equal(out, case.run()[0])
 
 
@@ -81,13 +90,13 @@ def test_bound_cache_is_one_buffer(attention_case):
     binding = session.io_binding()
     for name, value in inputs.items():
         binding.bind_cpu_input(name, value)
-    place = ("cpu", 0, np.float32, kv.shape, kv.ctypes.data)
+    place = ("cpu", 0, np.uint8, kv.shape, kv.ctypes.data)
     binding.bind_input("kv", *place)
     binding.bind_output("kv_out", *place)
     binding.bind_output("o", "cpu")
     session.run_with_iobinding(binding)
     out, expected_kv = case.run()
-    np.testing.assert_array_equal(kv, expected_kv)
+    np.testing.assert_array_equal(kv, to_pages(expected_kv))
     np.testing.assert_array_equal(binding.get_outputs()[1].numpy(), out)
     assert binding.get_outputs()[0].data_ptr() == kv.ctypes.data
 
@@ -96,7 +105,7 @@ def test_plain_run_leaves_the_input_alone(attention_case):
     case = attention_case(np.random.default_rng(3), AttentionShape(2, 2, 64, 0.125, rotary_dim=64), [(40, 40)])
     session, inputs = attention_session(case)
     session.run(None, inputs)
-    np.testing.assert_array_equal(inputs["kv"], case.kv)
+    np.testing.assert_array_equal(inputs["kv"], to_pages(case.kv))
 
 
 @pytest.mark.parametrize(
@@ -106,8 +115,7 @@ def test_plain_run_leaves_the_input_alone(attention_case):
         ("positions", np.full(20, 40, np.int32), "position 40 of token 0 is outside the rotary tables of 40 rows"),
         ("slot", np.zeros(19, np.int32), "length of slot is 19, expected 20"),
         ("q", np.zeros((20, 64), np.float32), "columns of q is 64, expected 128"),
-        ("kv", np.zeros((2, 2, 2, 16, 32), np.float32), "head size of kv is 32, expected 64"),
-        ("kv", np.zeros((2, 3, 2, 16, 64), np.float32), "dimension 1 of kv is 3"),
+        ("kv", np.zeros((2, 8192), np.uint8), "bytes of a page of kv is 8192, expected 16384"),
         ("cos", np.zeros((40, 16), np.float32), "columns of cos is 16, expected 32"),
         ("sin", np.zeros((39, 32), np.float32), "rows of sin is 39, expected 40"),
         ("block_table", np.zeros((2, 3), np.int32), "rows of block_table is 2, expected 1"),
@@ -176,3 +184,99 @@ def test_rows_of_no_batch():
     inputs = sample_inputs(np.zeros((0, 10), np.float32), SampleRows.build([]))
     found = session_of(one_node("Sample", inputs, SAMPLE_OUTPUTS)).run(None, inputs)
     assert [value.shape for value in found] == [(0,), (0,), (0,), (0, 0), (0, 0)]
+
+
+# MatMulBlock and GatherBlock
+
+
+def block_inputs(tokens: int = 5, width: int = 96) -> tuple[dict[str, np.ndarray], list[Blocks], dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    weights = [
+        quantize_for_test(rng, form, rows, width) for form, rows in ((BlockFormat.Q8_0, 33), (BlockFormat.Q4_1, 16))
+    ]
+    inputs = {
+        "x": rng.normal(size=(tokens, width)).astype(np.float32),
+        "norm": rng.uniform(0.5, 1.5, width).astype(np.float32),
+        "w0": pack(weights[0]), "b0": rng.normal(size=33).astype(np.float32), "w1": pack(weights[1]),
+    }  # fmt: skip
+    formats = [int(weight.format) for weight in weights]
+    return inputs, weights, {"width": width, "rows": [33, 16], "formats": formats, "epsilon": 1e-5, "activation": 0}
+
+
+def quantize_for_test(rng: np.random.Generator, form: BlockFormat, rows: int, width: int) -> Blocks:
+    shape = (rows, width // 32)
+    minima = rng.normal(size=shape).astype(np.float16) if form is BlockFormat.Q4_1 else None
+    scales = rng.uniform(0.5, 1, shape).astype(np.float16)
+    return Blocks(form, rng.integers(0, 1 << form.bits, (*shape, 32), np.uint8), scales, minima)
+
+
+def block_model(inputs: dict[str, np.ndarray], order: list[str], outputs: int, attributes: dict[str, Any]) -> bytes:
+    from onnx import helper
+
+    node = helper.make_node("MatMulBlock", order, [f"y{i}" for i in range(outputs)], domain="skerry", **attributes)
+    values = [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), [None] * array.ndim)
+        for name, array in inputs.items()
+        if name in order
+    ]
+    results = [helper.make_tensor_value_info(f"y{i}", 1, None) for i in range(outputs)]
+    graph = helper.make_graph([node], "g", values, results)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("skerry", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+def test_block_product_equals_the_direct_call(threads: int, tokens: int) -> None:
+    inputs, _, attributes = block_inputs(tokens)
+    session = session_of(block_model(inputs, ["x", "norm", "", "w0", "b0", "w1"], 2, attributes), 1)
+    segments = [(inputs["w0"], 33, 0, inputs["b0"]), (inputs["w1"], 16, 2, None)]
+    expected = _native.matmul_block(inputs["x"], segments, norm=inputs["norm"], epsilon=1e-5)
+    with StepThreads(threads):
+        inside = session.run(None, inputs)
+    for found, other, wanted in zip(inside, session.run(None, inputs), expected, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+        np.testing.assert_array_equal(other, wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("x", np.zeros((5, 64), np.float32), "columns of x is 64, expected 96"),
+        ("norm", np.zeros(95, np.float32), "length of norm is 95, expected 96"),
+        ("w0", np.zeros(100, np.uint8), "bytes of weight is 100"),
+        ("b0", np.zeros(32, np.float32), "length of bias is 32, expected 33"),
+    ],
+)
+def test_block_product_refuses(name: str, value: np.ndarray, message: str) -> None:
+    inputs, _, attributes = block_inputs()
+    session = session_of(block_model(inputs, ["x", "norm", "", "w0", "b0", "w1"], 2, attributes))
+    with pytest.raises(Exception, match=f"skerry.MatMulBlock: {message}"):
+        session.run(None, inputs | {name: value})
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"width": 95}, "rows of 95 elements"), ({"formats": [0, 7]}, "segment 1 has unknown format 7"),
+        ({"formats": [0]}, "length of formats is 1, expected 2"), ({"rows": [33, 0]}, "segment 1 has 0 rows"),
+        ({"activation": 1}, "a gated product takes two segments of equal rows"),
+        ({"rows": [1] * 9, "formats": [0] * 9}, "segments, 1 to 4 are possible"),
+    ],
+)  # fmt: skip
+def test_bad_block_attributes_fail_at_load(changed: dict[str, Any], message: str) -> None:
+    inputs, _, attributes = block_inputs()
+    with pytest.raises(Exception, match=f"create skerry.MatMulBlock: .*{message}"):
+        session_of(block_model(inputs, ["x", "norm", "", "w0", "b0", "w1"], 2, attributes | changed))
+
+
+def test_gathered_rows_are_those_of_the_matrix() -> None:
+    matrix = quantize_for_test(np.random.default_rng(1), BlockFormat.Q8_0, 50, 64)
+    inputs = {"ids": np.array([49, 0, 17], np.int32), "w": pack(matrix)}
+    model = one_node("GatherBlock", inputs, {"y": 1}, width=64, rows=50, format=0)
+    session = session_of(model)
+    np.testing.assert_array_equal(session.run(None, inputs)[0], matrix.dequantized()[inputs["ids"]])
+    with pytest.raises(Exception, match="id 50 at 1 is outside the table of 50 rows"):
+        session.run(None, inputs | {"ids": np.array([1, 50], np.int32)})
+    with pytest.raises(Exception, match="bytes of weight"):
+        session.run(None, inputs | {"w": inputs["w"][1:]})

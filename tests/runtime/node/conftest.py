@@ -72,7 +72,7 @@ def make_bundle(tmp_path: Path) -> Callable[..., Path]:
             "chat_template.jinja": b"x", "generation.json": b"{}",
         }.items():  # fmt: skip
             (path / name).write_bytes(raw)
-        kv = (KvGroup((0,), 1, 64, 16, "float32", "f32.n2hpd", 0),)
+        kv = (KvGroup((0,), 1, 64, 16, "float32", "f32.k16t", 0),)
         seal(path, name="tiny", version=version, target=Target(backend), model=SPEC, precision="fp32", kv=kv,
              max_context=128, lineage={})  # fmt: skip
         return path
