@@ -116,10 +116,11 @@ def rows(found: Sweep, versions: dict[str, str], confidence: float = 0.95) -> li
 
 
 def curve(found: Sweep) -> list[dict[str, Any]]:
-    """Throughput against what one user gets (1 / TPOT), a point each; for the plot."""
+    """Throughput against what one user gets (1 / TPOT), a point each; for the plot. A point whose chunks all came at once
+    has no TPOT above zero, and is left out."""
     points = []
     for (side, point, metric), values in found.values.items():
         tpot = found.values.get((side, point, "tpot"))
-        if metric == "throughput" and tpot:
+        if metric == "throughput" and tpot and median(tpot) > 0:
             points.append({"side": side, "point": point, "throughput": median(values), "per_user": 1 / median(tpot)})
     return points
