@@ -116,8 +116,8 @@ def rows(found: Sweep, versions: dict[str, str], confidence: float = 0.95) -> li
 
 
 def curve(found: Sweep) -> list[dict[str, Any]]:
-    """Throughput against what one user gets (1 / TPOT), a point each; for the plot. A point whose chunks all came at once
-    has no TPOT above zero, and is left out."""
+    """Throughput against what one user gets (1 / TPOT), a point each; for the plot. Where all chunks came at once there
+    is no TPOT above zero, and no point."""
     points = []
     for (side, point, metric), values in found.values.items():
         tpot = found.values.get((side, point, "tpot"))

@@ -59,23 +59,24 @@ class GgufSource:
         import gguf
 
         stored = self._tensor(name)
-        array = gguf.dequantize(stored.data, stored.tensor_type).astype(np.float32).reshape(self.shape(name))
+        try:
+            array = gguf.dequantize(stored.data, stored.tensor_type).astype(np.float32).reshape(self.shape(name))
+        except (NotImplementedError, ValueError) as error:
+            cause = f"stored as {stored.tensor_type.name}, which cannot be read here: {error}"
+            raise InputError("read weights", name, cause, "llama-quantize it to Q8_0 or Q4_0") from error
         order = self._order(name)
         return checked(name, array if order is None else array[order])
 
+    def in_blocks(self, name: str) -> bool:
+        return self._tensor(name).tensor_type.name in BlockFormat.__members__
+
     def blocks(self, name: str) -> Blocks | None:
         """Bit for bit: GGUF's blocks lie within a row, so reordering rows changes none of them."""
-        import gguf
-
-        stored = self._tensor(name)
-        form = {
-            gguf.GGMLQuantizationType.Q8_0: BlockFormat.Q8_0, gguf.GGMLQuantizationType.Q4_0: BlockFormat.Q4_0,
-            gguf.GGMLQuantizationType.Q4_1: BlockFormat.Q4_1,
-        }.get(stored.tensor_type)  # fmt: skip
-        if form is None:
+        if not self.in_blocks(name):
             return None
+        form = BlockFormat[self._tensor(name).tensor_type.name]
         rows, width = self.shape(name)
-        raw: Any = np.asarray(stored.data, np.uint8).reshape(rows, width // BLOCK, -1)
+        raw: Any = np.asarray(self._tensor(name).data, np.uint8).reshape(rows, width // BLOCK, -1)
         halves = 2 if form is BlockFormat.Q4_1 else 1
         head = np.ascontiguousarray(raw[..., : 2 * halves]).view("<f2")
         codes = raw[..., 2 * halves :]

@@ -41,10 +41,15 @@ class Subject:
         return None if recorded is None else float(recorded)
 
     def precision(self, asked: str) -> str:
-        """Raises InputError for `stored` where nothing is stored in blocks."""
+        """`auto`: a GGUF's blocks as they are, else 8 bits for a small model and 4 for others. Raises InputError for
+        `stored` where nothing is stored in blocks."""
         if asked == "stored" and not isinstance(self.source, GgufSource):
             raise InputError("export as stored", self.source.path, "only a GGUF holds blocks", "--precision int8")
-        return asked if asked != "auto" else "int8" if self.spec.parameters < INT4_FROM else "int4"
+        if asked != "auto":
+            return asked
+        if all(self.source.in_blocks(dense.weight) for dense in self.decoder.denses()):
+            return "stored"
+        return "int8" if self.spec.parameters < INT4_FROM else "int4"
 
     @property
     def name(self) -> str:

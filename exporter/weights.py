@@ -33,8 +33,12 @@ class Source(Protocol):
         """float32, C order. Raises InputError on a missing tensor or one that holds NaN or infinity."""
         ...
 
+    def in_blocks(self, name: str) -> bool:
+        """Whether the matrix is stored in a block format that the kernels read."""
+        ...
+
     def blocks(self, name: str) -> Blocks | None:
-        """The matrix as it is stored, where that is a block format which the kernels read; else None."""
+        """The matrix as it is stored, if it is `in_blocks`; else None."""
         ...
 
 
@@ -79,6 +83,9 @@ class SafetensorsSource:
                 "read weights", name, f"dtype {loaded.dtype}, want a floating one", "use unquantized weights"
             )
         return checked(name, loaded.to(torch.float32).numpy())
+
+    def in_blocks(self, name: str) -> bool:
+        return False
 
     def blocks(self, name: str) -> Blocks | None:
         return None

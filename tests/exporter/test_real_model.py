@@ -32,8 +32,8 @@ def engine(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """int8, sealed without having been measured."""
     out = tmp_path_factory.mktemp("smollm2")
     subject, options = open_subject(gguf), Options()
-    built = build_engine(subject, CPU, "auto", out, options.progress)
-    assert built.precision == "int8"
+    built = build_engine(subject, CPU, "int8", out, options.progress)
+    assert built.formats == {"Q8_0": 211}
     return seal_engine(subject, open_texts(None, None), built, CPU, out, options, qualified=False)
 
 
@@ -50,6 +50,25 @@ def test_paris(engine: Bundle) -> None:
     assert tokenizer.decode(answer.ids) == "The capital of France is Paris."
     assert answer.ids[-1] in settings["eos_token_ids"]
     assert tokenizer.decode(completion.ids).startswith(" Paris")
+
+
+def test_the_files_own_blocks_lose_nothing_but_what_activations_cost(gguf: Path, tmp_path: Path) -> None:
+    """`auto` takes a GGUF as it is: Q4_1 and a Q8_0 head. Teacher-forced against the dequantized weights."""
+    from skerry.core.files import read_json
+    from skerry.exporter.engine import open_runner
+    from skerry.exporter.parity import measure
+    from skerry.exporter.reference import load_reference
+
+    subject, options = open_subject(gguf), Options()
+    built = build_engine(subject, CPU, "auto", tmp_path, options.progress)
+    assert built.precision == "stored" and built.formats == {"Q4_1": 210, "Q8_0": 1}
+    texts = open_texts(None, None)
+    bundle = seal_engine(subject, texts, built, CPU, tmp_path, options, qualified=False)
+    tokenizer, template = open_texts_files(tmp_path, read_json(tmp_path / "generation.json"))
+    rows = encode_rows(texts.parity[:8], tokenizer, template, 2048)
+    with open_runner(bundle, None, 512) as runner:
+        parity = measure(load_reference(subject.source), runner, rows, lambda stage, done, total: None)
+    assert parity.ppl_ratio < 1.015 and parity.kl < 0.006 and parity.top1 > 0.955
 
 
 def test_int8_passes_its_gate_on_a_sample(engine: Bundle, gguf: Path) -> None:

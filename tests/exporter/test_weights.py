@@ -122,8 +122,9 @@ def test_nothing_there(tmp_path: Path) -> None:
         open_source(tmp_path)
 
 
-def _write_gguf(source: SafetensorsSource, out: Path, architecture: str = "llama") -> None:
-    """As llama.cpp's converter writes it: q and k rows interleaved, names shortened, shapes reversed."""
+def _write_gguf(source: SafetensorsSource, out: Path, architecture: str = "llama", kind: str = "F32") -> None:
+    """As llama.cpp's converter writes it: q and k rows interleaved, names shortened, shapes reversed. `kind`: how
+    matrices are stored."""
     import gguf
 
     spec, writer = ModelSpec.from_hf_config(source.config), gguf.GGUFWriter(str(out), architecture)
@@ -146,7 +147,11 @@ def _write_gguf(source: SafetensorsSource, out: Path, architecture: str = "llama
         for part, heads in (("attn_q.weight", spec.heads), ("attn_k.weight", spec.kv_heads)):
             if short.endswith(part) and architecture == "llama":
                 array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
-        writer.add_tensor(short, np.ascontiguousarray(array))
+        array, stored = np.ascontiguousarray(array), gguf.GGMLQuantizationType[kind if array.ndim == 2 else "F32"]
+        if stored != gguf.GGMLQuantizationType.F32:
+            writer.add_tensor(short, gguf.quants.quantize(array, stored), raw_dtype=stored)
+        else:
+            writer.add_tensor(short, array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -165,6 +170,38 @@ def test_gguf_gives_the_same_tensors_and_shape(make_model: Make, tmp_path: Path,
     assert (found.layers, found.kv_heads, found.head_size, found.tied_embeddings, found.rope_theta) == (
         wanted.layers, wanted.kv_heads, wanted.head_size, tied, wanted.rope_theta,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1"])
+def test_gguf_blocks_are_kept_bit_for_bit(make_model: Make, tmp_path: Path, kind: str) -> None:
+    """What the file's own library makes of the blocks is what ours stand for, with the rows of q and k in order."""
+    source = SafetensorsSource(make_model())
+    _write_gguf(source, tmp_path / "m.gguf", kind=kind)
+    imported = open_source(tmp_path / "m.gguf")
+    for name in source.names():
+        blocks = imported.blocks(name)
+        assert (
+            imported.in_blocks(name)
+            == (blocks is not None)
+            == name.endswith(("proj.weight", "tokens.weight", "head.weight"))
+        )
+        if blocks is not None:
+            assert blocks.format.name == kind
+            np.testing.assert_array_equal(blocks.dequantized(), imported.tensor(name), err_msg=name)
+
+
+def test_a_type_that_nobody_can_read_is_named(
+    make_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write_gguf(SafetensorsSource(make_model()), tmp_path / "m.gguf", kind="Q4_0")
+    imported = open_source(tmp_path / "m.gguf")
+
+    def refuse(*_: object) -> None:
+        raise NotImplementedError("no such type")
+
+    monkeypatch.setattr("gguf.dequantize", refuse)
+    with pytest.raises(InputError, match="stored as Q4_0, which cannot be read here"):
+        imported.tensor("model.layers.0.self_attn.q_proj.weight")
 
 
 def test_gguf_of_an_unknown_architecture(make_model: Make, tmp_path: Path) -> None:
