@@ -92,14 +92,21 @@ def test_golden_repeats(make_model: Make, tmp_path: Path) -> None:
             np.testing.assert_allclose(scored.logprob, row["logprobs"], atol=1e-3)
 
 
-def test_auto_precision_follows_the_size() -> None:
+@pytest.mark.parametrize(
+    ("parameters", "wanted"),
+    [(135_000_000, "int8"), (299_999_999, "int8"), (300_000_000, "int4"), (8 << 30, "int4")],
+)
+def test_auto_precision_follows_the_size(make_model: Make, parameters: int, wanted: str) -> None:
+    from dataclasses import replace
     from types import SimpleNamespace
 
-    from skerry.exporter.subject import Subject
+    subject = replace(open_subject(make_model()), spec=SimpleNamespace(parameters=parameters))  # type: ignore[arg-type]
+    assert subject.precision("auto") == wanted and subject.precision("fp32") == "fp32"
 
-    for parameters, wanted in ((135_000_000, "int8"), (299_999_999, "int8"), (300_000_000, "int4"), (8 << 30, "int4")):
-        subject = Subject(None, SimpleNamespace(parameters=parameters), None, {}, "")  # type: ignore[arg-type]
-        assert subject.precision("auto") == wanted and subject.precision("fp32") == "fp32"
+
+def test_only_a_gguf_is_stored_in_blocks(make_model: Make) -> None:
+    with pytest.raises(InputError, match="only a GGUF holds blocks"):
+        open_subject(make_model()).precision("stored")
 
 
 def test_gate_refuses_weights_that_are_not_those_that_were_evaluated(
