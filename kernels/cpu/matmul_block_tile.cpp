@@ -15,7 +15,7 @@ namespace {
 constexpr int kRows = 16, kBlockSize = 32, kGroups = 8;  // of a panel, of a block, of 4 codes in a block
 constexpr int kParts = kRows / kLanes;
 constexpr int kTokens = SKERRY_LANES == 16 ? 16 : 4;
-constexpr int kAhead = 3072;  // bytes fetched ahead of the one-row product, which memory bounds
+constexpr int kAhead = 3072;  // bytes fetched ahead: few rows wait for memory, and many hardly notice
 
 enum Format { kQ8_0, kQ4_0, kQ4_1 };
 
@@ -80,9 +80,7 @@ SKERRY_INLINE void strip(const uint8_t* scales, const uint8_t* codes, int64_t bl
   Vec sum[P][T] = {};
   for (int64_t b = 0; b < blocks; ++b) {
     const int8_t* a = tile.codes + b * T * kBlockSize;
-    if constexpr (T == 1) {
-      for (int64_t line = 0; line < code_stride; line += 64) __builtin_prefetch(codes + kAhead + line);
-    }
+    for (int64_t line = 0; line < code_stride; line += 64) __builtin_prefetch(codes + kAhead + line);
     for (int p = 0; p < P; ++p) {
       Bytes w[kGroups];
       unpack<F>(codes + (part + p) * kLanes * 4, w);
