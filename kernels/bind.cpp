@@ -64,9 +64,9 @@ Out<float> paged_attention(const In<float>& q, const In<float>& k, const In<floa
                            const In<int32_t>& block_table, const In<int32_t>& slot, int num_heads, int num_kv_heads,
                            int head_size, float scale, float softcap, int window, int rotary_dim, bool interleaved,
                            int kv_layout, int threads) {
-  const skerry::PagedAttentionShape shape{num_heads,   num_kv_heads, head_size, rotary_dim,
-                                          interleaved, scale,        softcap,   window,
-                                          static_cast<skerry::KvLayout>(kv_layout)};
+  const skerry::PagedAttentionShape shape{num_heads,  num_kv_heads, head_size,
+                                          rotary_dim, interleaved,  scale,
+                                          softcap,    window,       static_cast<skerry::KvLayout>(kv_layout)};
   expect("dimensions of q", q.ndim(), 2);
   expect("dimensions of kv", kv.ndim(), 2);
   expect("dimensions of cos", cos.ndim(), 2);
@@ -215,7 +215,8 @@ nb::list matmul_block(const In<float>& x, const std::vector<Segment>& segments, 
   for (size_t s = 0; s < segments.size() && s < skerry::kMaxSegments; ++s) {
     args.segment[s] = block_segment(segments[s], width);
     const size_t rows = args.segment[s].rows;
-    if (s == 0 && !residual.is_none()) args.residual = checked("residual", nb::cast<In<float>>(residual), {tokens, rows});
+    if (s == 0 && !residual.is_none())
+      args.residual = checked("residual", nb::cast<In<float>>(residual), {tokens, rows});
     if (s > 0 && activation != 0) continue;
     Out<float> out = make<float>({tokens, rows});
     args.segment[s].out = out.data();
@@ -251,7 +252,7 @@ NB_MODULE(_native, m) {
   using namespace nb::literals;
   m.attr("ABI") = 1;
   m.attr("VERSION") = SKERRY_VERSION;
-  m.attr("OPS") = 
+  m.attr("OPS") =
       nb::make_tuple("skerry.GatherBlock:1", "skerry.MatMulBlock:1", "skerry.PagedAttention:1", "skerry.Sample:1");
   m.attr("SPLIT_TOKENS") = skerry::kSplitTokens;
   m.def("isa", [] { return std::string(skerry::isa_name(skerry::isa())); });

@@ -3,9 +3,9 @@
 // This file includes no C++ library header with inline functions: the linker keeps one copy of such a function, and
 // it might keep the one built for AVX-512 and call it on a machine without.
 //
-// Order of arithmetic, the same for every tile shape: a score is a sum over the head's dimensions in order, one key to a
-// lane (pages hold their keys transposed); the weights of a split are summed in 16 lanes by absolute key, then the lanes
-// in order; values are added key by key.
+// Order of arithmetic, the same for every tile shape: a score is a sum over the head's dimensions in order, one key to
+// a lane (pages hold their keys transposed); the weights of a split are summed in 16 lanes by absolute key, then the
+// lanes in order; values are added key by key.
 #include "attention_tile.h"
 
 #include <math.h>
@@ -16,11 +16,12 @@ namespace skerry {
 namespace {
 
 constexpr int kSplit = 256;
-constexpr int kPage = 16;                // tokens of a page
-constexpr int kParts = kPage / kLanes;   // registers that hold a page's keys of one dimension
-constexpr int kPages = kSplit / kPage;   // of a split
-constexpr int kRows = 4;                 // query rows that share a load
+constexpr int kPage = 16;               // tokens of a page
+constexpr int kParts = kPage / kLanes;  // registers that hold a page's keys of one dimension
+constexpr int kPages = kSplit / kPage;  // of a split
+constexpr int kRows = 4;                // query rows that share a load
 constexpr int kVectors = SKERRY_REGISTERS >= 32 ? 4 : 2;
+constexpr int kKeysAhead = 12;              // values fetched ahead
 constexpr int kWorthUnpacking = 3 * kRows;  // rows from which halves are widened once for all of them
 
 SKERRY_INLINE Vec tanh_capped(Vec x, float cap) {
@@ -36,6 +37,7 @@ template <class E>
 struct Places {
   const E* page[kPages];
   const E* value[kSplit];
+  const E* first_values[kVectors];  // regions to fetch ahead
 };
 
 template <class E>
@@ -44,6 +46,11 @@ SKERRY_INLINE void locate(const AttentionTile& t, int first, int low, int high, 
     const uint8_t* base = t.kv + t.table[first / kPage + p] * t.page_bytes;
     places->page[p] = (const E*)(base + t.key_offset);
     for (int j = 0; j < kPage; ++j) places->value[p * kPage + j] = (const E*)(base + t.value_offset) + j * t.head_size;
+  }
+  const int last = (high + kPage - 1) / kPage - 1;
+  for (int i = 0; i < kVectors; ++i) {
+    const int p = low / kPage + i < last ? low / kPage + i : last;
+    places->first_values[i] = places->value[p * kPage];
   }
 }
 
@@ -64,16 +71,22 @@ SKERRY_INLINE void widen(const AttentionTile& t, int low, int high, const Places
       store(into + whole, load(rest));
     }
   }
+  for (int i = 0; i < kVectors; ++i) places->first_values[i] = places->value[low];
 }
 
 // R rows against C registers of keys: register c is part c % kParts of page c / kParts.
+// `ahead`: pages of keys that come next, or null.
 template <int R, int C, class E>
-SKERRY_INLINE void score(const float* q, int head_size, const E* const* page, int part, float* out) {
+SKERRY_INLINE void score(const float* q, int head_size, const E* const* page, int part, const E* const* ahead,
+                         float* out) {
   Vec acc[R][C];
   for (int r = 0; r < R; ++r) {
     for (int c = 0; c < C; ++c) acc[r][c] = Vec{};
   }
   for (int d = 0; d < head_size; ++d) {
+    if (ahead != nullptr) {
+      for (int c = 0; c < (C + kParts - 1) / kParts; ++c) __builtin_prefetch(ahead[c] + d * kPage);
+    }
     Vec k[C];
     for (int c = 0; c < C; ++c) k[c] = load(page[(part + c) / kParts] + d * kPage + (part + c) % kParts * kLanes);
     for (int r = 0; r < R; ++r) {
@@ -94,9 +107,15 @@ SKERRY_INLINE void score_rows(const AttentionTile& t, int row, const Places<E>& 
   const int end = (high + kPage - 1) / kPage * kParts;
   int at = low / kPage * kParts;  // register of keys within the split
   for (; at + kVectors <= end; at += kVectors) {
-    score<R, kVectors>(q, t.head_size, places.page + at / kParts, at % kParts, out + at * kLanes);
+    const E* const* page = places.page + at / kParts;
+    // After the last keys come the first values, regions of the same size.
+    const E* const* ahead = at + 2 * kVectors <= end ? page + kVectors / kParts : places.first_values;
+    if (t.rows >= kWorthUnpacking) ahead = nullptr;  // many rows read the same keys: they are at hand
+    score<R, kVectors>(q, t.head_size, page, at % kParts, ahead, out + at * kLanes);
   }
-  for (; at < end; ++at) score<R, 1>(q, t.head_size, places.page + at / kParts, at % kParts, out + at * kLanes);
+  for (; at < end; ++at) {
+    score<R, 1>(q, t.head_size, places.page + at / kParts, at % kParts, (const E* const*)nullptr, out + at * kLanes);
+  }
 }
 
 // Scores of a row become weights. Only [from, to) counts. Returns false where no key has a finite score.
@@ -143,6 +162,8 @@ SKERRY_INLINE void add_columns(const E* const* v, const float* weight, int from,
     for (int c = 0; c < C; ++c) acc[r][c] = load(value + r * stride + d + c * kLanes);
   }
   for (int j = from; j < to; ++j) {
+    const E* next = v[j + kKeysAhead < to ? j + kKeysAhead : j] + d;
+    for (int c = 0; c < C; ++c) __builtin_prefetch(next + c * kLanes);
     Vec x[C];
     for (int c = 0; c < C; ++c) x[c] = load(v[j] + d + c * kLanes);
     for (int r = 0; r < R; ++r) {
@@ -221,8 +242,7 @@ SKERRY_INLINE void attend_rows(const AttentionTile& t, int row, int first, const
     const int r = row + i;
     from[i] = t.start[r] > first ? t.start[r] - first : 0;
     to[i] = t.end[r] - first < kSplit ? t.end[r] - first : kSplit;
-    if (from[i] >= to[i] ||
-        !softmax(room.scores + r * kSplit, from[i], to[i], t.softcap, room.max + r, room.sum + r)) {
+    if (from[i] >= to[i] || !softmax(room.scores + r * kSplit, from[i], to[i], t.softcap, room.max + r, room.sum + r)) {
       room.max[r] = -INFINITY;
       room.sum[r] = 0.0f;
       to[i] = from[i] = 0;

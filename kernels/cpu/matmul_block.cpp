@@ -16,8 +16,8 @@ namespace {
 
 using std::to_string;
 
-constexpr int64_t kTaskBytes = 16 << 10;   // weights of a task at one row: a microsecond of memory bandwidth
-constexpr int64_t kTaskTokens = 128;       // tokens of a task, so that few panels still keep many threads busy
+constexpr int64_t kTaskBytes = 16 << 10;    // weights of a task at one row: a microsecond of memory bandwidth
+constexpr int64_t kTaskTokens = 128;        // tokens of a task, so that few panels still keep many threads busy
 constexpr int64_t kSerialBytes = 64 << 10;  // below, handing work over costs more than it saves
 
 const MatMulBlockIsa& matmul_isa() {
@@ -68,7 +68,7 @@ struct Job {
   const MatMulBlockArgs& args;
   const MatMulBlockIsa& isa;
   Activations activations;
-  int64_t panels = 0;        // of all segments, or of each of two with kSilu
+  int64_t panels = 0;  // of all segments, or of each of two with kSilu
   int64_t panels_a_task = 1;
   int64_t tiles_a_task = 1;
   int64_t panel_tasks = 1;
@@ -197,8 +197,9 @@ namespace {
 
 float from_half(uint16_t half) {
   const uint32_t exponent = half >> 10 & 31, fraction = half & 1023;
-  const float magnitude = exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
-                                        : std::ldexp(static_cast<float>(fraction + 1024), static_cast<int>(exponent) - 25);
+  const float magnitude = exponent == 0
+                              ? std::ldexp(static_cast<float>(fraction), -24)
+                              : std::ldexp(static_cast<float>(fraction + 1024), static_cast<int>(exponent) - 25);
   return half & 0x8000 ? -magnitude : magnitude;
 }
 

@@ -15,7 +15,7 @@ namespace {
 constexpr int kRows = 16, kBlockSize = 32, kGroups = 8;  // of a panel, of a block, of 4 codes in a block
 constexpr int kParts = kRows / kLanes;
 constexpr int kTokens = SKERRY_LANES == 16 ? 16 : 4;
-constexpr int kAhead = 3072;  // bytes fetched ahead: few rows wait for memory, and many hardly notice
+constexpr int kAhead = 5120;  // bytes fetched ahead: few rows wait for memory, and many hardly notice
 
 enum Format { kQ8_0, kQ4_0, kQ4_1 };
 

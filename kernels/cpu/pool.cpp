@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kMostClaims = 0xffff;
 constexpr double kSpinningSerialWork = 5.0e4;  // a microsecond or two
-constexpr int kPatience = 4096;  // pauses before a waiting thread gives its core away
+constexpr int kPatience = 4096;                // pauses before a waiting thread gives its core away
 
 bool claimable(uint64_t ticket) { return (ticket & 0xffff) < (ticket >> 16 & 0xffff); }
 
@@ -93,7 +93,9 @@ void Pool::run(int count, Parallel::Task task, void* argument) {
   finished_.store(0, std::memory_order_relaxed);
   ticket_.store(uint64_t{++region_} << 32 | uint64_t(claims) << 16, std::memory_order_release);
   if (!spinning_.load(std::memory_order_relaxed)) {
-    { const std::lock_guard lock(mutex_); }  // a worker is either past its look at the ticket, and waits, or sees it
+    {
+      const std::lock_guard lock(mutex_);
+    }  // a worker is either past its look at the ticket, and waits, or sees it
     wake_.notify_all();
   }
   drain();

@@ -43,8 +43,9 @@ class Pool {
   std::atomic<void*> argument_{nullptr};
   std::atomic<int> count_{0}, run_{1};  // tasks, and how many of them are claimed at once
   std::atomic<bool> spinning_{false};
-  // What is left to claim: region << 32 | claims << 16 | next claim. A claim succeeds only while its region lives, and a
-  // region lives until all of its claims are finished: a thread that comes late finds nothing, and nobody waits for it.
+  // What is left to claim: region << 32 | claims << 16 | next claim. A claim succeeds only while its region lives, and
+  // a region lives until all of its claims are finished: a thread that comes late finds nothing, and nobody waits for
+  // it.
   alignas(64) std::atomic<uint64_t> ticket_{0};
   alignas(64) std::atomic<int> finished_{0};
 };

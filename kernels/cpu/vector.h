@@ -55,7 +55,8 @@ SKERRY_INLINE Vec load(const uint16_t* p) {
 #elif defined(__F16C__)
   return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #else
-  // A half's 15 bits in a float's place are 2^-112 of its value, subnormals too; infinities and NaNs get the top exponent.
+  // A half's 15 bits in a float's place are 2^-112 of its value, subnormals too; infinities and NaNs get the top
+  // exponent.
   const VecU h = __builtin_convertvector(load_as<Halves>(p), VecU);
   const VecU magnitude = (h & 0x7fff) << 13, sign = (h & 0x8000) << 16;
   const Vec scaled = load_as<Vec>(&magnitude) * 5.192296858534828e33f;
@@ -75,7 +76,7 @@ SKERRY_INLINE void store_halves(uint16_t* p, Vec x) {
   const VecU bits = load_as<VecU>(&x), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
   const VecU rounded = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;  // normal halves
   const VecU half_ulp = VecU{} + 0x3f000000u;                                             // 0.5: its ulp is 2^-24
-  const Vec small = load_as<Vec>(&magnitude) + load_as<Vec>(&half_ulp);                  // subnormal halves
+  const Vec small = load_as<Vec>(&magnitude) + load_as<Vec>(&half_ulp);                   // subnormal halves
   VecU found = magnitude < 0x38800000 ? load_as<VecU>(&small) - half_ulp : rounded;
   found = found > 0x7c00 ? VecU{} + 0x7c00u : found;
   found = magnitude > 0x7f800000 ? VecU{} + 0x7e00u : found;

@@ -13,8 +13,8 @@ namespace skerry {
 // merged in order. The cuts never depend on the batch, the chunk or the threads, so neither do the bits of the result.
 inline constexpr int kSplitTokens = 256;
 
-// A page holds kPageTokens tokens: [2][kv_heads] regions, keys before values. A region of keys is [head_size][16], so that
-// a register holds one dimension of many keys; a region of values is [16][head_size].
+// A page holds kPageTokens tokens: [2][kv_heads] regions, keys before values. A region of keys is [head_size][16], so
+// that a register holds one dimension of many keys; a region of values is [16][head_size].
 inline constexpr int kPageTokens = 16;
 enum class KvLayout : int32_t { kFloat = 0, kHalf = 1 };  // "f32.k16t", "f16.k16t"
 

@@ -30,8 +30,8 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* ORT_API_CALL Regist
   }
 }
 
-// A step: between these two, ops that the calling thread runs spread over `threads` threads that spin from one op to the
-// next. Without them ops use ONNX Runtime's own pool.
+// A step: between these two, ops that the calling thread runs spread over `threads` threads that spin from one op to
+// the next. Without them ops use ONNX Runtime's own pool.
 extern "C" __attribute__((visibility("default"))) void skerry_step_begin(int threads) {
   skerry::ort::step_pool = skerry::Pool::of(threads);
   if (skerry::ort::step_pool != nullptr) skerry::ort::step_pool->begin();

@@ -50,7 +50,8 @@ void MatMulBlockKernel::run(OrtKernelContext* raw) const {
   for (int s = 0; s < args.segments; ++s) {
     BlockSegment& segment = args.segment[s];
     segment.weight = optional_input<uint8_t>(context, kFirst + 2 * s, "bytes of weight", weights_[s]);
-    if (segment.weight == nullptr) throw std::invalid_argument("weight of segment " + std::to_string(s) + " is missing");
+    if (segment.weight == nullptr)
+      throw std::invalid_argument("weight of segment " + std::to_string(s) + " is missing");
     segment.bias = optional_input<float>(context, kFirst + 2 * s + 1, "length of bias", segment.rows);
     if (s >= outputs) continue;
     Ort::UnownedValue out = context.GetOutput(s, {args.tokens, segment.rows});
