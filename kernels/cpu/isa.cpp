@@ -3,10 +3,15 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__aarch64__) && defined(__linux__)
+#  include <asm/hwcap.h>
+#  include <sys/auxv.h>
+#endif
+
 namespace skerry {
 namespace {
 
-constexpr Isa kAll[] = {Isa::kAvx512Vnni, Isa::kAvx512, Isa::kAvxVnni, Isa::kAvx2, Isa::kBase};  // best first
+constexpr Isa kAll[] = {Isa::kNeonDot, Isa::kAvx512Vnni, Isa::kAvx512, Isa::kAvxVnni, Isa::kAvx2, Isa::kBase};
 
 bool has(Isa isa) {
 #if defined(__x86_64__)
@@ -26,6 +31,8 @@ bool has(Isa isa) {
     default:
       break;
   }
+#elif defined(__aarch64__) && defined(__linux__)
+  if (isa == Isa::kNeonDot) return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
 #endif
   return isa == Isa::kBase;
 }
@@ -50,6 +57,8 @@ Isa isa() {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::kNeonDot:
+      return "neondot";
     case Isa::kAvx512Vnni:
       return "avx512vnni";
     case Isa::kAvx512:

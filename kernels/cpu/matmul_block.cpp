@@ -21,7 +21,9 @@ constexpr int64_t kTaskTokens = 128;        // tokens of a task, so that few pan
 constexpr int64_t kSerialBytes = 64 << 10;  // below, handing work over costs more than it saves
 
 const MatMulBlockIsa& matmul_isa() {
-#if defined(__x86_64__)
+#if defined(__aarch64__)
+  if (isa() == Isa::kNeonDot) return kMatMulBlockNeonDot;
+#elif defined(__x86_64__)
   switch (isa()) {
     case Isa::kAvx512Vnni:
       return kMatMulBlockAvx512Vnni;

@@ -19,7 +19,14 @@ constexpr int kAhead = 5120;  // bytes fetched ahead: few rows wait for memory, 
 
 enum Format { kQ8_0, kQ4_0, kQ4_1 };
 
-// acc + sum over 4 of w[4 i + j] * a[j] in every lane i, exactly; w unsigned, a four signed bytes.
+// NEON multiplies signed bytes by signed ones, x86 unsigned by signed.
+#if defined(__aarch64__)
+constexpr bool kSigned = true;
+#else
+constexpr bool kSigned = false;
+#endif
+
+// acc + sum over 4 of w[4 i + j] * a[j] in every lane i, exactly; w unsigned (signed if kSigned), a four signed bytes.
 SKERRY_INLINE VecI dot4(VecI acc, Bytes w, int32_t a) {
 #if defined(__AVX512VNNI__)
   return (VecI)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(a));
@@ -44,6 +51,14 @@ SKERRY_INLINE VecI dot4(VecI acc, Bytes w, int32_t a) {
   const __m128i one = _mm_madd_epi16(low, even);
   const __m128i two = _mm_madd_epi16(_mm_srli_epi16((__m128i)w, 8), _mm_srai_epi16(x, 8));
   return acc + (VecI)_mm_add_epi32(one, two);
+#elif defined(__ARM_FEATURE_DOTPROD)
+  return (VecI)vdotq_s32((int32x4_t)acc, (int8x16_t)w, (int8x16_t)vdupq_n_s32(a));
+#elif defined(__aarch64__)
+  // Products of signed bytes fit 16 bits; pairs of them are widened, then pairs of pairs are added.
+  const int8x8_t x = vreinterpret_s8_s32(vdup_n_s32(a));
+  const int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8((int8x16_t)w), x));
+  const int32x4_t high = vpaddlq_s16(vmull_s8(vget_high_s8((int8x16_t)w), x));
+  return acc + (VecI)vpaddq_s32(low, high);
 #else
   int8_t code[4];
   memcpy(code, &a, 4);
@@ -54,12 +69,13 @@ SKERRY_INLINE VecI dot4(VecI acc, Bytes w, int32_t a) {
 #endif
 }
 
-// The codes of one block for one register's rows, as unsigned bytes.
+// The codes of one block for one register's rows: unsigned bytes, or Q8_0's less 128 if kSigned.
 template <Format F>
 SKERRY_INLINE void unpack(const uint8_t* codes, Bytes* w) {
   constexpr int stride = kRows * 4;
   if constexpr (F == kQ8_0) {
-    for (int g = 0; g < kGroups; ++g) w[g] = load_as<Bytes>(codes + g * stride);
+    constexpr uint8_t offset = kSigned ? 128 : 0;
+    for (int g = 0; g < kGroups; ++g) w[g] = load_as<Bytes>(codes + g * stride) ^ offset;
   } else {
     for (int g = 0; g < kGroups / 2; ++g) {
       const Bytes both = load_as<Bytes>(codes + g * stride);
@@ -74,6 +90,7 @@ template <Format F, int T, int P>
 SKERRY_INLINE void strip(const uint8_t* scales, const uint8_t* codes, int64_t blocks, const ActivationTile& tile,
                          int part, float* out) {
   constexpr int shift = F == kQ8_0 ? 7 : 3;  // the offset of the codes: 128, or 8
+  constexpr bool centred = F == kQ4_1 || (F == kQ8_0 && kSigned);
   constexpr int64_t code_stride = kRows * kBlockSize / (F == kQ8_0 ? 1 : 2);
   const uint16_t* scale = (const uint16_t*)scales + part * kLanes;
   const uint16_t* minimum = scale + blocks * kRows;
@@ -86,7 +103,7 @@ SKERRY_INLINE void strip(const uint8_t* scales, const uint8_t* codes, int64_t bl
       unpack<F>(codes + (part + p) * kLanes * 4, w);
       const Vec d = load(scale + b * kRows + p * kLanes);
       for (int t = 0; t < T; ++t) {
-        VecI acc = F == kQ4_1 ? VecI{} : splat(tile.sum[b * T + t]) << shift;
+        VecI acc = centred ? VecI{} : splat(tile.sum[b * T + t]) << shift;
         for (int g = 0; g < kGroups; ++g) acc = dot4(acc, w[g], load_as<int32_t>(a + t * kBlockSize + 4 * g));
         sum[p][t] = fma(__builtin_convertvector(acc, Vec), d * tile.scale[b * T + t], sum[p][t]);
         if constexpr (F == kQ4_1) {

@@ -29,7 +29,9 @@ struct MatMulBlockIsa {
 };
 
 extern const MatMulBlockIsa kMatMulBlockBase;
-#if defined(__x86_64__)
+#if defined(__aarch64__)
+extern const MatMulBlockIsa kMatMulBlockNeonDot;
+#elif defined(__x86_64__)
 extern const MatMulBlockIsa kMatMulBlockAvx2;
 extern const MatMulBlockIsa kMatMulBlockAvxVnni;
 extern const MatMulBlockIsa kMatMulBlockAvx512;

@@ -1,0 +1,78 @@
+"""What a quantized engine answers depends on nothing but the tokens: no bit of a request's logits changes with the
+batch around it, with how its prompt is cut, with where its pages lie, or with the number of threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from skerry.core.bundle import Bundle
+from skerry.core.target import Target
+from skerry.exporter.export import Options, build_engine, seal_engine
+from skerry.exporter.subject import open_subject
+from skerry.exporter.texts import open_texts
+from skerry.kernels.runner import Row, Runner, pack_rows
+
+LENGTHS = (1, 37, 300, 17, 64)
+PAGES = 100
+
+
+@pytest.fixture(params=["int8", "int4"])
+def engine(request: pytest.FixtureRequest, make_model: Callable[..., Path], tmp_path: Path) -> Bundle:
+    subject, options = open_subject(make_model("qwen2", peaked=True)), Options()
+    built = build_engine(subject, Target("ort-cpu"), request.param, tmp_path, options.progress)
+    texts = open_texts(None, None)
+    return seal_engine(subject, texts, built, Target("ort-cpu"), tmp_path, options, qualified=False)
+
+
+def sequences() -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, length).tolist() for length in LENGTHS]
+
+
+def alone(runner: Runner, ids: list[int], pages: list[int], cuts: tuple[int, ...] = ()) -> np.ndarray:
+    """Logits [len(ids), V] of one sequence, its prompt cut at `cuts`."""
+    parts = []
+    for first, last in zip((0, *cuts), (*cuts, len(ids))):
+        row = Row(ids[first:last], first, [pages], range(last - first))
+        parts.append(runner.step(pack_rows([row], runner.page_size)))
+    return np.concatenate(parts)
+
+
+def pages_of(rng: np.random.Generator) -> list[list[int]]:
+    order = iter(rng.permutation(PAGES).tolist())
+    return [[next(order) for _ in range(-(-length // 16))] for length in LENGTHS]
+
+
+def test_company_cuts_pages_and_threads_change_no_bit(engine: Bundle) -> None:
+    rng, ids = np.random.default_rng(1), sequences()
+    with Runner.open(engine, threads=1, pages=PAGES) as runner:
+        wanted = [alone(runner, one, pages) for one, pages in zip(ids, pages_of(rng))]
+        assert all(np.isfinite(one).all() and one.std() > 0.1 for one in wanted)
+        for cuts in ((1, 2, 3), (16,), (5, 255, 256, 257), (200,)):
+            within = tuple(cut for cut in cuts if cut < 300)
+            np.testing.assert_array_equal(alone(runner, ids[2], pages_of(rng)[2], within), wanted[2])
+    for threads in (1, 2, 3):
+        with Runner.open(engine, threads=threads, pages=PAGES) as runner:
+            for order in (rng.permutation(len(ids)).tolist() for _ in range(2)):
+                pages = pages_of(rng)
+                rows = [Row(ids[i], 0, [pages[i]], range(len(ids[i]))) for i in order]
+                found = runner.step(pack_rows(rows, runner.page_size))
+                ends = np.cumsum([len(ids[i]) for i in order])
+                for i, end in zip(order, ends.tolist()):
+                    np.testing.assert_array_equal(found[end - len(ids[i]) : end], wanted[i])
+
+
+def test_decoding_beside_a_prefill_gives_the_same_bits(engine: Bundle) -> None:
+    """One token of one sequence while another's whole prompt is read: the row's tile differs, its numbers do not."""
+    ids, pages = sequences(), pages_of(np.random.default_rng(2))
+    with Runner.open(engine, threads=2, pages=PAGES) as runner:
+        wanted = alone(runner, ids[4], pages[4])
+        for at in range(40, 64):
+            prefix = Row(ids[4][:at], 0, [pages[4]], "none")
+            runner.step(pack_rows([prefix], runner.page_size))
+            rows = [Row(ids[2], 0, [pages[2]], "none"), Row(ids[4][at : at + 1], at, [pages[4]])]
+            np.testing.assert_array_equal(runner.step(pack_rows(rows, runner.page_size))[0], wanted[at])

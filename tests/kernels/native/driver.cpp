@@ -1,0 +1,123 @@
+// Runs one kernel on a case from standard input and writes its result, so that kernels built for another processor can
+// be compared with the definition under an emulator. A case is a list of blobs, each a length in 8 bytes and its
+// content; test_neon.py writes and reads them.
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "../../../kernels/cpu/isa.h"
+#include "../../../kernels/cpu/pool.h"
+#include "../../../kernels/include/matmul_block.h"
+#include "../../../kernels/include/paged_attention.h"
+
+namespace {
+
+using Blob = std::vector<uint8_t>;
+
+[[noreturn]] void fail(const std::string& problem) {
+  std::fprintf(stderr, "%s\n", problem.c_str());
+  std::exit(1);
+}
+
+bool read(Blob* blob) {
+  uint64_t size = 0;
+  if (std::fread(&size, sizeof size, 1, stdin) != 1) return false;
+  blob->resize(size);
+  if (size > 0 && std::fread(blob->data(), 1, size, stdin) != size) fail("a case is cut short");
+  return true;
+}
+
+template <class T>
+T* as(Blob& blob) {
+  return blob.empty() ? nullptr : reinterpret_cast<T*>(blob.data());
+}
+
+void write(const void* data, size_t bytes) {
+  if (bytes > 0 && std::fwrite(data, 1, bytes, stdout) != bytes) fail("cannot write");
+}
+
+skerry::Parallel threads() { return skerry::Pool::of(2)->parallel(); }
+
+// int64: tokens, width, rows, format, activation, epsilon as float bits; x, norm, residual, then weight and bias of
+// each.
+void matmul_block(std::vector<Blob>& blobs) {
+  const auto* n = as<int64_t>(blobs[0]);
+  skerry::MatMulBlockArgs args;
+  args.tokens = n[0];
+  args.width = n[1];
+  args.activation = static_cast<skerry::Activation>(n[4]);
+  std::memcpy(&args.epsilon, &n[5], sizeof args.epsilon);
+  args.x = as<float>(blobs[1]);
+  args.norm = as<float>(blobs[2]);
+  args.residual = as<float>(blobs[3]);
+  args.segments = static_cast<int>(blobs.size() - 4) / 2;
+  std::vector<float> out(n[0] * n[2] * args.segments);
+  for (int s = 0; s < args.segments; ++s) {
+    args.segment[s] = {as<uint8_t>(blobs[4 + 2 * s]), as<float>(blobs[5 + 2 * s]), out.data() + s * n[0] * n[2], n[2],
+                       static_cast<skerry::BlockFormat>(n[3])};
+  }
+  const std::string problem = skerry::matmul_block(args, threads());
+  if (!problem.empty()) fail(problem);
+  write(out.data(), sizeof(float) * out.size());
+}
+
+// int64: heads, kv_heads, head_size, rotary, interleaved, window, layout, tokens, sequences, table width, pages, rows
+// of the tables; float: scale, softcap; then the arrays in the op's order. Writes the output, then the cache.
+void paged_attention(std::vector<Blob>& blobs) {
+  const auto* n = as<int64_t>(blobs[0]);
+  const auto* f = as<float>(blobs[1]);
+  const skerry::PagedAttentionShape shape{static_cast<int>(n[0]),
+                                          static_cast<int>(n[1]),
+                                          static_cast<int>(n[2]),
+                                          static_cast<int>(n[3]),
+                                          n[4] != 0,
+                                          f[0],
+                                          f[1],
+                                          static_cast<int>(n[5]),
+                                          static_cast<skerry::KvLayout>(n[6])};
+  std::vector<float> out(n[7] * n[0] * n[2]);
+  const skerry::PagedAttentionArgs args{as<float>(blobs[2]),
+                                        as<float>(blobs[3]),
+                                        as<float>(blobs[4]),
+                                        as<uint8_t>(blobs[5]),
+                                        as<float>(blobs[6]),
+                                        as<float>(blobs[7]),
+                                        as<int32_t>(blobs[8]),
+                                        as<int32_t>(blobs[9]),
+                                        as<int32_t>(blobs[10]),
+                                        as<int32_t>(blobs[11]),
+                                        as<int32_t>(blobs[12]),
+                                        out.data(),
+                                        n[7],
+                                        n[8],
+                                        n[9],
+                                        n[10],
+                                        n[11]};
+  const std::string problem = skerry::paged_attention(shape, args, threads());
+  if (!problem.empty()) fail(problem);
+  write(out.data(), sizeof(float) * out.size());
+  write(blobs[5].data(), blobs[5].size());
+}
+
+}  // namespace
+
+int main(int count, char** words) {
+  const std::string kernel = count > 1 ? words[1] : "";
+  if (kernel == "isa") {
+    std::puts(skerry::isa_name(skerry::isa()));
+    return 0;
+  }
+  std::vector<Blob> blobs;
+  for (Blob blob; read(&blob);) blobs.push_back(blob);
+  if (kernel == "matmul_block") {
+    matmul_block(blobs);
+  } else if (kernel == "paged_attention") {
+    paged_attention(blobs);
+  } else {
+    fail("usage: driver isa | matmul_block | paged_attention < case");
+  }
+  return 0;
+}

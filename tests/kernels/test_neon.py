@@ -1,0 +1,143 @@
+"""The kernels cross-compiled for 64-bit Arm and run under qemu-user, against the same definition.
+
+`apt-get install g++-aarch64-linux-gnu qemu-user`; `make setup` does so as root on Debian.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from skerry.kernels.blocks import BlockFormat, pack
+from skerry.kernels.pages import LAYOUTS, from_pages, layout_of, to_pages
+from skerry.kernels.reference import AttentionShape, BlockProduct, matmul_block
+from tests.kernels.conftest import build_case
+from tests.kernels.test_matmul_block import assert_close, random_blocks
+
+COMPILER, EMULATOR, ROOT = "aarch64-linux-gnu-g++", "qemu-aarch64", "/usr/aarch64-linux-gnu"
+HERE = Path(__file__).parent
+SOURCE = HERE.parents[1] / "kernels" / "cpu"
+COMMON = ("isa.cpp", "matmul_block.cpp", "paged_attention.cpp", "pool.cpp")
+DEFINES = ("-DSKERRY_LANES=4", "-DSKERRY_REGISTERS=32")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (shutil.which(COMPILER) and shutil.which(EMULATOR)),
+        reason=f"{COMPILER} and {EMULATOR} are not installed: apt-get install g++-aarch64-linux-gnu qemu-user",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Driver:
+    path: Path
+    cpu: str
+
+    def run(self, kernel: str, blobs: Sequence[np.ndarray | None] = ()) -> bytes:
+        sent = b"".join(
+            (0 if blob is None else blob.nbytes).to_bytes(8, "little") + (b"" if blob is None else blob.tobytes())
+            for blob in blobs
+        )
+        words = [EMULATOR, "-cpu", self.cpu, "-L", ROOT, str(self.path), kernel]
+        done = subprocess.run(words, input=sent, capture_output=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr.decode()
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("neon")
+    flags = ("-std=gnu++20", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-psabi")
+
+    def compile_one(source: Path, name: str, *more: str) -> str:
+        words = [COMPILER, *flags, *more, "-c", str(source), "-o", str(out / name)]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return str(out / name)
+
+    tile = ("-fno-math-errno", "-fno-trapping-math", *DEFINES)
+    objects = [compile_one(SOURCE / name, f"{name}.o") for name in COMMON]
+    objects.append(compile_one(HERE / "native" / "driver.cpp", "driver.o"))
+    objects.append(
+        compile_one(SOURCE / "attention_tile.cpp", "attention.o", *tile, "-ffp-contract=fast",
+                    "-DSKERRY_ISA_NAME=base", "-DSKERRY_ATTENTION_TABLE=kAttentionBase")
+    )  # fmt: skip
+    for isa, table, march in (("base", "Base", "armv8-a"), ("neondot", "NeonDot", "armv8.2-a+dotprod")):
+        objects.append(
+            compile_one(SOURCE / "matmul_block_tile.cpp", f"{isa}.o", *tile, "-ffp-contract=off", f"-march={march}",
+                        f"-DSKERRY_ISA_NAME={isa}", f"-DSKERRY_MATMUL_TABLE=kMatMulBlock{table}")
+        )  # fmt: skip
+    linked = subprocess.run([COMPILER, *objects, "-pthread", "-o", str(out / "driver")], capture_output=True, text=True)
+    assert linked.returncode == 0, linked.stderr
+    return out / "driver"
+
+
+@pytest.fixture(scope="module", params=["cortex-a72", "max"])
+def driver(request: pytest.FixtureRequest, program: Path) -> Driver:
+    """A processor without the dot product, and one with everything."""
+    found = Driver(program, request.param)
+    assert found.run("isa").split() == [b"base" if request.param == "cortex-a72" else b"neondot"]
+    return found
+
+
+@pytest.mark.parametrize("form", tuple(BlockFormat))
+@pytest.mark.parametrize(("tokens", "rows", "blocks"), [(1, 33, 5), (7, 48, 18), (40, 16, 3)])
+def test_block_product(driver: Driver, form: BlockFormat, tokens: int, rows: int, blocks: int) -> None:
+    rng = np.random.default_rng(tokens)
+    width = 32 * blocks
+    x, bias, residual = (rng.normal(size=size).astype(np.float32) for size in ((tokens, width), rows, (tokens, rows)))
+    product = BlockProduct(random_blocks(rng, form, rows, width), bias)
+    numbers = np.array([tokens, width, rows, int(form), 0, 0], np.int64)
+    out = driver.run("matmul_block", [numbers, x, None, residual, pack(product.weight), bias])
+    found = np.frombuffer(out, np.float32).reshape(tokens, rows)
+    assert_close(found, matmul_block(x, [product], residual=residual)[0], x, [product])
+
+
+def test_gated_block_product(driver: Driver) -> None:
+    rng = np.random.default_rng(9)
+    x, norm = rng.normal(size=(5, 96)).astype(np.float32), rng.uniform(0.5, 1.5, 96).astype(np.float32)
+    products = [BlockProduct(random_blocks(rng, BlockFormat.Q8_0, 20, 96)) for _ in range(2)]
+    epsilon = int(np.array([1e-5, 0], np.float32).view(np.int64)[0])
+    numbers = np.array([5, 96, 20, 0, 1, epsilon], np.int64)
+    packed: list[Any] = [part for product in products for part in (pack(product.weight), None)]
+    out = driver.run("matmul_block", [numbers, x, norm, None, *packed])
+    found = np.frombuffer(out, np.float32)[:100].reshape(5, 20)
+    wanted = matmul_block(x, products, norm=norm, epsilon=1e-5, gated=True)[0]
+    np.testing.assert_allclose(found, wanted, rtol=0.02, atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("more", [{}, {"window": 33, "softcap": 5.0}, {"interleaved": True}])
+def test_attention(driver: Driver, dtype: type[np.floating[Any]], more: dict[str, Any]) -> None:
+    shape = AttentionShape(6, 2, 72, 72**-0.5, rotary_dim=72, **more)
+    case = build_case(np.random.default_rng(3), shape, [(300, 1), (44, 44), (257, 20), (0, 0)], dtype=dtype)
+    layout, pages = layout_of(dtype), to_pages(case.kv)
+    numbers = np.array(
+        [6, 2, 72, 72, shape.interleaved, shape.window, LAYOUTS.index(layout), len(case.q), len(case.context_len),
+         case.block_table.shape[1], len(pages), len(case.cos)], np.int64,
+    )  # fmt: skip
+    arrays = case.arrays()
+    arrays[3] = pages
+    out = driver.run("paged_attention", [numbers, np.array([shape.scale, shape.softcap], np.float32), *arrays])
+    kv = from_pages(np.frombuffer(out[case.q.nbytes :], np.uint8).reshape(pages.shape), layout, 2, 72)
+    stored = case.expected()[1]
+    np.testing.assert_allclose(kv.astype(np.float32), stored.astype(np.float32), rtol=1e-3, atol=1e-6)
+    expected = case.changed(kv=kv, slot=np.full_like(case.slot, -1)).expected()[0]
+    np.testing.assert_allclose(
+        np.frombuffer(out[: case.q.nbytes], np.float32).reshape(case.q.shape), expected, atol=4e-6
+    )
+
+
+def test_environment_can_lower_the_choice(program: Path) -> None:
+    words = [EMULATOR, "-cpu", "max", "-L", ROOT, str(program), "isa"]
+    done = subprocess.run(words, env={**os.environ, "SKERRY_ISA": "base"}, capture_output=True, check=True)
+    assert done.stdout.split() == [b"base"]
