@@ -27,6 +27,15 @@ fi
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     die "Python 3.11 or newer is needed, $("$PYTHON" --version) found: set PYTHON=/path/to/python3.11"
 
+# The kernels' tests for Arm need these; without them they are skipped.
+if [ "$(uname -m)" = x86_64 ] && ! { command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64; } > /dev/null; then
+    if [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
+        say "installing an Arm compiler and emulator for the kernels' tests"
+        apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y g++-aarch64-linux-gnu qemu-user > /dev/null ||
+            say "could not: tests of the Arm kernels will be skipped"
+    fi
+fi
+
 scripts/ort_headers.sh || echo "setup: no packaged ONNX Runtime headers, CMake will fetch them" >&2
 
 say "installing into $VENV (about 1 GB; two to three minutes)"

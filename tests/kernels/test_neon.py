@@ -9,23 +9,26 @@ import os
 import shutil
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from skerry.kernels import reference
 from skerry.kernels.blocks import BlockFormat, pack
 from skerry.kernels.pages import LAYOUTS, from_pages, layout_of, to_pages
 from skerry.kernels.reference import AttentionShape, BlockProduct, matmul_block
+from skerry.kernels.sampling import SampleRows
 from tests.kernels.conftest import build_case
 from tests.kernels.test_matmul_block import assert_close, random_blocks
+from tests.kernels.test_sample import random_params
 
 COMPILER, EMULATOR, ROOT = "aarch64-linux-gnu-g++", "qemu-aarch64", "/usr/aarch64-linux-gnu"
 HERE = Path(__file__).parent
 SOURCE = HERE.parents[1] / "kernels" / "cpu"
-COMMON = ("isa.cpp", "matmul_block.cpp", "paged_attention.cpp", "pool.cpp")
+COMMON = ("isa.cpp", "matmul_block.cpp", "paged_attention.cpp", "pool.cpp", "sample.cpp")
 DEFINES = ("-DSKERRY_LANES=4", "-DSKERRY_REGISTERS=32")
 
 pytestmark = [
@@ -65,11 +68,15 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return str(out / name)
 
     tile = ("-fno-math-errno", "-fno-trapping-math", *DEFINES)
-    objects = [compile_one(SOURCE / name, f"{name}.o") for name in COMMON]
+    objects = [compile_one(SOURCE / name, f"{name}.o", "-ffp-contract=off") for name in COMMON]
     objects.append(compile_one(HERE / "native" / "driver.cpp", "driver.o"))
     objects.append(
         compile_one(SOURCE / "attention_tile.cpp", "attention.o", *tile, "-ffp-contract=fast",
                     "-DSKERRY_ISA_NAME=base", "-DSKERRY_ATTENTION_TABLE=kAttentionBase")
+    )  # fmt: skip
+    objects.append(
+        compile_one(SOURCE / "sample_math.cpp", "sample_math.o", *tile, "-ffp-contract=off",
+                    "-DSKERRY_ISA_NAME=base", "-DSKERRY_SAMPLE_TABLE=kSampleBase")
     )  # fmt: skip
     for isa, table, march in (("base", "Base", "armv8-a"), ("neondot", "NeonDot", "armv8.2-a+dotprod")):
         objects.append(
@@ -135,6 +142,28 @@ def test_attention(driver: Driver, dtype: type[np.floating[Any]], more: dict[str
     np.testing.assert_allclose(
         np.frombuffer(out[: case.q.nbytes], np.float32).reshape(case.q.shape), expected, atol=4e-6
     )
+
+
+@pytest.mark.parametrize("vocabulary", [33, 1000, 4099])
+def test_sampling(driver: Driver, vocabulary: int) -> None:
+    rng = np.random.default_rng(vocabulary)
+    logits = rng.normal(size=(12, vocabulary)).astype(np.float32) * 3
+    logits[:4] = np.round(logits[:4])
+    rows = SampleRows.build([random_params(rng, vocabulary) for _ in range(12)], 5)
+    arrays = [getattr(rows, field.name) for field in fields(SampleRows)[:-1]]
+    counts = [12, vocabulary, len(rows.hist_ids), len(rows.bias_ids), *rows.mask.shape, 5]
+    out = driver.run("sample", [np.array(counts, np.int64), logits, *arrays])
+    token, logprob, entropy = np.frombuffer(out[:144], np.float32).reshape(3, 12)
+    top_ids, top_logprobs = np.frombuffer(out[144:], np.float32).reshape(2, 12, 5)
+    expected = reference.sample(logits, rows)
+    np.testing.assert_array_equal(token.view(np.int32), expected.token)
+    np.testing.assert_array_equal(top_ids.view(np.int32), expected.top_ids)
+    for found, wanted in (
+        (logprob, expected.logprob),
+        (entropy, expected.entropy),
+        (top_logprobs, expected.top_logprobs),
+    ):
+        np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_environment_can_lower_the_choice(program: Path) -> None:

@@ -12,6 +12,7 @@
 #include "../../../kernels/cpu/pool.h"
 #include "../../../kernels/include/matmul_block.h"
 #include "../../../kernels/include/paged_attention.h"
+#include "../../../kernels/include/sample.h"
 
 namespace {
 
@@ -102,6 +103,46 @@ void paged_attention(std::vector<Blob>& blobs) {
   write(blobs[5].data(), blobs[5].size());
 }
 
+// int64: rows, vocabulary, history entries, bias entries, mask rows, words of one, top_n; logits, then SampleRows'
+// arrays in their order. Writes token, logprob, entropy, top_ids, top_logprobs.
+void sample(std::vector<Blob>& blobs) {
+  const auto* n = as<int64_t>(blobs[0]);
+  skerry::SampleArgs a;
+  a.rows = n[0];
+  a.vocabulary = n[1];
+  a.hist_entries = n[2];
+  a.bias_entries = n[3];
+  a.mask_rows = n[4];
+  a.mask_words = n[5];
+  a.top_n = static_cast<int32_t>(n[6]);
+  const float** floats[] = {&a.logits,     &a.temperature, nullptr,     &a.top_p, &a.min_p,
+                            &a.repetition, &a.frequency,   &a.presence, nullptr,  nullptr,
+                            nullptr,       nullptr,        nullptr,     nullptr,  nullptr,
+                            nullptr,       &a.bias_values, nullptr,     nullptr};
+  const int32_t** ints[] = {nullptr,     nullptr,       &a.top_k,    nullptr,        nullptr,
+                            nullptr,     nullptr,       nullptr,     nullptr,        &a.token_index,
+                            &a.target,   &a.hist_start, &a.hist_ids, &a.hist_counts, &a.bias_start,
+                            &a.bias_ids, nullptr,       &a.mask,     &a.mask_row};
+  for (int i = 0; i < 19; ++i) {
+    if (floats[i] != nullptr) *floats[i] = as<float>(blobs[1 + i]);
+    if (ints[i] != nullptr) *ints[i] = as<int32_t>(blobs[1 + i]);
+  }
+  a.seed = as<uint64_t>(blobs[9]);
+  std::vector<int32_t> token(n[0]), top_ids(n[0] * n[6]);
+  std::vector<float> logprob(n[0]), entropy(n[0]), top_logprobs(n[0] * n[6]);
+  a.token = token.data();
+  a.logprob = logprob.data();
+  a.entropy = entropy.data();
+  a.top_ids = top_ids.data();
+  a.top_logprobs = top_logprobs.data();
+  if (const std::string problem = skerry::sample(a, threads()); !problem.empty()) fail(problem);
+  write(token.data(), 4 * token.size());
+  write(logprob.data(), 4 * logprob.size());
+  write(entropy.data(), 4 * entropy.size());
+  write(top_ids.data(), 4 * top_ids.size());
+  write(top_logprobs.data(), 4 * top_logprobs.size());
+}
+
 }  // namespace
 
 int main(int count, char** words) {
@@ -116,8 +157,10 @@ int main(int count, char** words) {
     matmul_block(blobs);
   } else if (kernel == "paged_attention") {
     paged_attention(blobs);
+  } else if (kernel == "sample") {
+    sample(blobs);
   } else {
-    fail("usage: driver isa | matmul_block | paged_attention < case");
+    fail("usage: driver isa | matmul_block | paged_attention | sample < case");
   }
   return 0;
 }
