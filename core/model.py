@@ -10,7 +10,10 @@ from skerry.core.errors import InputError
 from skerry.core.files import canonical_json, read_json, sha256_bytes, sha256_file, write_json
 
 # Hugging Face's architecture names and the family that emits them.
-FAMILIES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "MistralForCausalLM": "mistral"}
+FAMILIES = {
+    "LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3",
+    "MistralForCausalLM": "mistral", "Phi3ForCausalLM": "phi3", "SmolLM3ForCausalLM": "smollm3",
+}  # fmt: skip
 LINEAGE = "checkpoint.json"
 HEX_DIGITS = frozenset("0123456789abcdef")
 
@@ -49,7 +52,11 @@ class ModelSpec:
         try:
             heads = int(config["num_attention_heads"])
             eos = config.get("eos_token_id")
-            sliding = config.get("sliding_window") if config.get("use_sliding_window", family == "mistral") else None
+            sliding = (
+                config.get("sliding_window")
+                if config.get("use_sliding_window", family in ("mistral", "phi3"))
+                else None
+            )
             spec = cls(
                 family=family,
                 vocab_size=int(config["vocab_size"]),

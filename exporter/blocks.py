@@ -21,10 +21,15 @@ class Dense:
 
 @dataclass(frozen=True)
 class Attention:
+    """`q_norm`, `k_norm`: RMS norms of each head before it is rotated. `rotary` False: no positions at all."""
+
     q: Dense
     k: Dense
     v: Dense
     o: Dense
+    q_norm: str | None = None
+    k_norm: str | None = None
+    rotary: bool = True
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Decoder:
     norm: str
     head: Dense
 
-    def shapes(self, vocab_size: int, hidden_size: int) -> dict[str, tuple[int, ...]]:
+    def shapes(self, vocab_size: int, hidden_size: int, head_size: int) -> dict[str, tuple[int, ...]]:
         """Every parameter the graph reads and the shape it must have."""
         found: dict[str, tuple[int, ...]] = {self.embedding: (vocab_size, hidden_size), self.norm: (hidden_size,)}
         for dense in self.denses():
@@ -65,6 +70,7 @@ class Decoder:
                 found[dense.bias] = (dense.outputs,)
         for layer in self.layers:
             found[layer.attention_norm] = found[layer.mlp_norm] = (hidden_size,)
+            found |= {name: (head_size,) for name in (layer.attention.q_norm, layer.attention.k_norm) if name}
         return found
 
     def denses(self) -> list[Dense]:

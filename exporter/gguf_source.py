@@ -1,7 +1,7 @@
 """GGUF as a Source: dequantized to float32, tensors renamed to Hugging Face's names, q and k rows put back in order.
 
 llama.cpp's converter interleaves the rows of q and k of the `llama` architecture (element 2i pairs with 2i + 1); the
-rest of this code wants rotate-half (i with i + R/2), so the interleaving is undone here. `qwen2` is stored unpermuted.
+rest of this code wants rotate-half (i with i + R/2), so the interleaving is undone here. Qwen's are stored unpermuted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from skerry.core.errors import InputError
 from skerry.exporter.weights import checked
 from skerry.kernels.blocks import BLOCK, BlockFormat, Blocks
 
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -26,7 +26,7 @@ _BLOCK = {
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+    "ffn_down": "mlp.down_proj", "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
 }  # fmt: skip
 
 

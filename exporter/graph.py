@@ -70,7 +70,11 @@ def _layer(writer: _Writer, spec: ModelSpec, index: int, layer: Layer, x: ir.Val
     q = writer.dense(layer.attention.q, normed, f"{at}.attention.q")
     k = writer.dense(layer.attention.k, normed, f"{at}.attention.k")
     v = writer.dense(layer.attention.v, normed, f"{at}.attention.v")
-    attended = writer.attention(index, layer.window, q, k, v)
+    if layer.attention.q_norm:
+        q = writer.head_norm(layer.attention.q_norm, q, spec.heads, f"{at}.attention.q_norm")
+    if layer.attention.k_norm:
+        k = writer.head_norm(layer.attention.k_norm, k, spec.kv_heads, f"{at}.attention.k_norm")
+    attended = writer.attention(index, layer, q, k, v)
     x = writer.op(
         "Add", [x, writer.dense(layer.attention.o, attended, f"{at}.attention.o")], f"{at}.attention.add", shape
     )
@@ -122,13 +126,32 @@ class _Writer:
         scale = self.parameter(weight, (self.spec.hidden_size,))
         return self.op("RMSNormalization", [x, scale], name, shape, axis=-1, epsilon=self.spec.norm_eps)
 
+    def head_norm(self, weight: str, x: ir.Value, heads: int, name: str) -> ir.Value:
+        """RMS norm of every head by itself: [T, heads * size] seen as [T, heads, size] and back."""
+        size = self.spec.head_size
+        split = self.op("Reshape", [x, self.sizes(0, heads, size)], f"{name}.split", ("T", heads, size))
+        scale = self.parameter(weight, (size,))
+        shape = ("T", heads, size)
+        normed = self.op(
+            "RMSNormalization", [split, scale], f"{name}.normed", shape, axis=-1, epsilon=self.spec.norm_eps
+        )
+        return self.op("Reshape", [normed, self.sizes(0, heads * size)], name, ("T", heads * size))
+
+    def sizes(self, *sizes: int) -> ir.Value:
+        """A shape as a constant; 0 stands for the input's own size."""
+        name = f"sizes.{'.'.join(map(str, sizes))}"
+        if name not in self.initializers:
+            value = ir.tensor(np.array(sizes, np.int64), name=name)
+            self.initializers[name] = ir.val(name, ir.DataType.INT64, (len(sizes),), const_value=value)
+        return self.initializers[name]
+
     def dense(self, dense: Dense, x: ir.Value, name: str, rows: str = "T") -> ir.Value:
         inputs: list[ir.Value | None] = [x, self.parameter(dense.weight, (dense.outputs, dense.inputs))]
         if dense.bias:
             inputs.append(self.parameter(dense.bias, (dense.outputs,)))
         return self.op("Gemm", inputs, name, (rows, dense.outputs), transB=1)
 
-    def attention(self, index: int, window: int, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
+    def attention(self, index: int, layer: Layer, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
         """One `skerry::PagedAttention`: rotates, appends to the pages, attends to what is stored."""
         spec, group = self.spec, self.group_of[index]
         table = (spec.max_context, spec.head_size // 2)
@@ -141,8 +164,8 @@ class _Writer:
         kv_out = ir.val(f"kv_out.{index}", BYTES, self.inputs[f"kv.{index}"].shape)
         attributes = {
             "num_heads": spec.heads, "num_kv_heads": spec.kv_heads, "head_size": spec.head_size,
-            "scale": 1 / math.sqrt(spec.head_size), "softcap": 0.0, "window": window,
-            "rotary_dim": spec.head_size, "interleaved": 0,
+            "scale": 1 / math.sqrt(spec.head_size), "softcap": 0.0, "window": layer.window,
+            "rotary_dim": spec.head_size if layer.attention.rotary else 0, "interleaved": 0,
             "kv_layout": LAYOUTS.index(self.kv_layout),
         }  # fmt: skip
         self.nodes.append(

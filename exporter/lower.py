@@ -127,10 +127,11 @@ def _block_embedding(graph: ir.Graph, lowering: Lowering) -> int:
 
 
 def _block_qkv(graph: ir.Graph, lowering: Lowering) -> int:
-    """RMSNormalization and the three products that feed an attention -> one MatMulBlock with three outputs."""
+    """RMSNormalization and the three products that feed an attention, through norms of the heads or not -> one
+    MatMulBlock with three outputs."""
     count = 0
     for node in [n for n in graph if n.op_type == "PagedAttention"]:
-        products = [_product(value) for value in node.inputs[:3]]
+        products = [_product(_before_head_norm(value)) for value in node.inputs[:3]]
         norm = _shared_norm(products)
         if norm is not None:
             _fuse(graph, lowering, [p for p in products if p is not None], norm)
@@ -207,6 +208,17 @@ def _product(value: ir.Value | None) -> ir.Node | None:
     """The dense product that makes a value, or None."""
     node = value.producer() if value is not None else None
     return node if node is not None and node.op_type == "Gemm" and _parameter(node, 1) is not None else None
+
+
+def _before_head_norm(value: ir.Value | None) -> ir.Value | None:
+    """What a norm of each head reads, or the value itself where no such norm makes it."""
+    at = value
+    for kind in ("Reshape", "RMSNormalization", "Reshape"):
+        node = at.producer() if at is not None else None
+        if node is None or node.op_type != kind:
+            return value
+        at = node.inputs[0]
+    return at
 
 
 def _only_use(value: ir.Value) -> ir.Node | None:

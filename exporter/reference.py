@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from skerry.core.errors import InputError
-from skerry.exporter.weights import SafetensorsSource, Source
+from skerry.exporter.weights import Source
 
 
 def load_reference(source: Source) -> Any:
@@ -18,7 +18,7 @@ def load_reference(source: Source) -> Any:
 
     transformers.utils.logging.disable_progress_bar()
     try:
-        if isinstance(source, SafetensorsSource):
+        if source.path.is_dir():
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 str(source.path), dtype=torch.float32, local_files_only=True
             )

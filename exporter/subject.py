@@ -11,7 +11,7 @@ from typing import Any
 from skerry.core.errors import InputError
 from skerry.core.files import canonical_json, read_json, sha256_file
 from skerry.core.model import LINEAGE, Checkpoint, ModelSpec
-from skerry.exporter.architectures import decoder_of
+from skerry.exporter.architectures import decoder_of, source_of
 from skerry.exporter.blocks import Decoder
 from skerry.exporter.gguf_source import GgufSource
 from skerry.exporter.weights import Source, check_names, open_source
@@ -70,8 +70,8 @@ def open_subject(path: Path, max_context: int | None = None) -> Subject:
         lineage, digest = {}, ""
     source = open_source(path)
     spec = _shortened(ModelSpec.from_hf_config(source.config), max_context)
-    decoder = decoder_of(spec, source.config)
-    check_names(source, decoder.shapes(spec.vocab_size, spec.hidden_size), spec.tied_embeddings)
+    decoder, source = decoder_of(spec, source.config), source_of(source, spec)
+    check_names(source, decoder.shapes(spec.vocab_size, spec.hidden_size, spec.head_size), spec.tied_embeddings)
     if not digest:
         files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), path / "config.json"])
         lineage = {"name": plain_name(path.stem), "imported": {file.name: sha256_file(file) for file in files}}

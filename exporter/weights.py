@@ -96,6 +96,44 @@ class SafetensorsSource:
         return self._where[name]
 
 
+class SplitSource:
+    """A source whose joined matrices are seen as their parts: `parts` is name -> (stored name, first row, last)."""
+
+    def __init__(self, source: Source, parts: Mapping[str, tuple[str, int, int]]) -> None:
+        self.path, self.config = source.path, source.config
+        self._source, self._parts = source, dict(parts)
+
+    def names(self) -> list[str]:
+        """A joined matrix is there once its last row is: parts of a shorter one are missing."""
+        stored = set(self._source.names())
+        joined = {whole for whole, _, _ in self._parts.values()}
+        lengths = {whole: self._source.shape(whole)[0] for whole in joined & stored}
+        parts = {name for name, (whole, _, last) in self._parts.items() if last <= lengths.get(whole, 0)}
+        return sorted((stored - joined) | parts)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if name not in self._parts:
+            return self._source.shape(name)
+        whole, first, last = self._parts[name]
+        return (last - first, *self._source.shape(whole)[1:])
+
+    def tensor(self, name: str) -> np.ndarray:
+        if name not in self._parts:
+            return self._source.tensor(name)
+        whole, first, last = self._parts[name]
+        return np.ascontiguousarray(self._source.tensor(whole)[first:last])
+
+    def in_blocks(self, name: str) -> bool:
+        return self._source.in_blocks(self._parts[name][0] if name in self._parts else name)
+
+    def blocks(self, name: str) -> Blocks | None:
+        if name not in self._parts:
+            return self._source.blocks(name)
+        whole, first, last = self._parts[name]
+        found = self._source.blocks(whole)
+        return None if found is None else found.permuted(np.arange(first, last))
+
+
 def _shards(path: Path) -> list[Path]:
     whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if whole.is_file():

@@ -8,8 +8,14 @@ from skerry.core.errors import InputError
 from skerry.core.model import ModelSpec
 from skerry.exporter.architectures import llama
 from skerry.exporter.blocks import Decoder
+from skerry.exporter.weights import Source, SplitSource
 
-_BLOCKS = {"llama": llama.blocks, "qwen2": llama.blocks, "mistral": llama.blocks}
+_BLOCKS = dict.fromkeys(("llama", "qwen2", "qwen3", "mistral", "phi3", "smollm3"), llama.blocks)
+
+
+def source_of(source: Source, spec: ModelSpec) -> Source:
+    """The source with the names that the architecture file uses."""
+    return SplitSource(source, llama.fused_rows(spec)) if spec.family == "phi3" else source
 
 
 def decoder_of(spec: ModelSpec, config: dict[str, Any] | None = None) -> Decoder:
@@ -19,4 +25,4 @@ def decoder_of(spec: ModelSpec, config: dict[str, Any] | None = None) -> Decoder
             "emit graph", spec.family, "no architecture file for this family", f"one of {', '.join(sorted(_BLOCKS))}"
         )
     llama.check(config or {})
-    return _BLOCKS[spec.family](spec)
+    return _BLOCKS[spec.family](spec, config or {})

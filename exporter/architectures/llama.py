@@ -1,6 +1,8 @@
 """The Llama family: pre-norm, RMS norm, rotary embedding, grouped queries, gated SiLU.
 
-Covers SmolLM2 and Llama 3.x, Qwen2 and Qwen2.5 (biases on q, k, v) and Mistral (one sliding window for all layers).
+Covers SmolLM2 and Llama 3.x, Qwen2 and Qwen2.5 (biases on q, k, v), Qwen3 (norms on the heads of q and k), Mistral (one
+sliding window for all layers), SmolLM3 (some layers without positions) and Phi-3 (q, k, v in one matrix, gate and up in
+another; `fused_rows` takes them apart).
 Hugging Face keeps q and k in the rotate-half order (element i pairs with i + R/2), which is what the op expects with
 `interleaved = 0`.
 """
@@ -29,17 +31,45 @@ def check(config: dict[str, Any]) -> None:
             raise InputError("emit graph", name, f"{config.get(name)!r} is not supported, {supported}")
 
 
-def blocks(spec: ModelSpec) -> Decoder:
+def blocks(spec: ModelSpec, config: dict[str, Any]) -> Decoder:
+    """Raises InputError where the config's list of rotated layers is not one flag a layer."""
     head = "model.embed_tokens.weight" if spec.tied_embeddings else "lm_head.weight"
     return Decoder(
         embedding="model.embed_tokens.weight",
-        layers=tuple(_layer(spec, index) for index in range(spec.layers)),
+        layers=tuple(_layer(spec, index, rotary) for index, rotary in enumerate(_rotated(spec, config))),
         norm="model.norm.weight",
         head=Dense(head, spec.vocab_size, spec.hidden_size),
     )
 
 
-def _layer(spec: ModelSpec, index: int) -> Layer:
+def fused_rows(spec: ModelSpec) -> dict[str, tuple[str, int, int]]:
+    """Phi-3's joined matrices by the parts that Llama has: name -> (stored name, first row, last row)."""
+    queries, keys, mlp = spec.heads * spec.head_size, spec.kv_heads * spec.head_size, spec.intermediate_size
+    cuts = {
+        "self_attn.qkv_proj": {"q_proj": queries, "k_proj": keys, "v_proj": keys},
+        "mlp.gate_up_proj": {"gate_proj": mlp, "up_proj": mlp},
+    }
+    found = {}
+    for index in range(spec.layers):
+        for stored, parts in cuts.items():
+            first, where = 0, f"model.layers.{index}.{stored.split('.')[0]}"
+            for part, rows in parts.items():
+                found[f"{where}.{part}.weight"] = (f"model.layers.{index}.{stored}.weight", first, first + rows)
+                first += rows
+    return found
+
+
+def _rotated(spec: ModelSpec, config: dict[str, Any]) -> list[bool]:
+    """SmolLM3's `no_rope_layers` has a 1 where a layer *is* rotated."""
+    flags = config.get("no_rope_layers") if spec.family == "smollm3" else None
+    if flags is None:
+        return [True] * spec.layers
+    if not isinstance(flags, list) or len(flags) != spec.layers:
+        raise InputError("emit graph", "no_rope_layers", f"not a list of {spec.layers} flags")
+    return [bool(flag) for flag in flags]
+
+
+def _layer(spec: ModelSpec, index: int, rotary: bool) -> Layer:
     prefix, hidden, mlp = f"model.layers.{index}", spec.hidden_size, spec.intermediate_size
     queries, keys = spec.heads * spec.head_size, spec.kv_heads * spec.head_size
 
@@ -53,8 +83,11 @@ def _layer(spec: ModelSpec, index: int) -> Layer:
             q=projection("q_proj", queries, hidden, spec.qkv_bias),
             k=projection("k_proj", keys, hidden, spec.qkv_bias),
             v=projection("v_proj", keys, hidden, spec.qkv_bias),
-            # Llama's attention_bias covers o_proj as well, Qwen2's does not.
-            o=projection("o_proj", hidden, queries, spec.qkv_bias and spec.family == "llama"),
+            # attention_bias covers o_proj as well, but for Qwen2's.
+            o=projection("o_proj", hidden, queries, spec.qkv_bias and spec.family != "qwen2"),
+            q_norm=f"{prefix}.self_attn.q_norm.weight" if spec.family == "qwen3" else None,
+            k_norm=f"{prefix}.self_attn.k_norm.weight" if spec.family == "qwen3" else None,
+            rotary=rotary,
         ),
         mlp_norm=f"{prefix}.post_attention_layernorm.weight",
         mlp=Mlp(

@@ -18,7 +18,10 @@ SHAPE: dict[str, Any] = {
     "vocab_size": 384, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 256, "eos_token_id": 257,
 }  # fmt: skip
-FAMILIES = {"llama": "LlamaConfig", "qwen2": "Qwen2Config", "mistral": "MistralConfig"}
+FAMILIES = {
+    "llama": "LlamaConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config", "mistral": "MistralConfig",
+    "phi3": "Phi3Config",    "smollm3": "SmolLM3Config",
+}  # fmt: skip
 WORDS = ("tide", "rock", "gull", "buoy", "kelp", "foam", "reef", "skiff")
 
 Make = Callable[..., Path]

@@ -20,10 +20,11 @@ LENGTHS = (1, 37, 300, 17, 64)
 PAGES = 100
 
 
-@pytest.fixture(params=["int8", "int4"])
+@pytest.fixture(params=["qwen2-int8", "qwen2-int4", "qwen3-int8", "smollm3-int8"])
 def engine(request: pytest.FixtureRequest, make_model: Callable[..., Path], tmp_path: Path) -> Bundle:
-    subject, options = open_subject(make_model("qwen2", peaked=True)), Options()
-    built = build_engine(subject, Target("ort-cpu"), request.param, tmp_path, options.progress)
+    family, precision = request.param.split("-")
+    subject, options = open_subject(make_model(family, peaked=True, pad_token_id=None)), Options()
+    built = build_engine(subject, Target("ort-cpu"), precision, tmp_path, options.progress)
     texts = open_texts(None, None)
     return seal_engine(subject, texts, built, Target("ort-cpu"), tmp_path, options, qualified=False)
 

@@ -27,6 +27,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "linear-rope": ("llama", {"rope_parameters": LINEAR}),
     "yarn-rope": ("llama", {"rope_parameters": YARN}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {"tie_word_embeddings": True, "head_dim": 32}),
+    "qwen3-bias": ("qwen3", {"attention_bias": True, "head_dim": 16}),
+    "smollm3": ("smollm3", {"pad_token_id": None, "num_hidden_layers": 4}),
+    "smollm3-own-layers": ("smollm3", {"pad_token_id": None, "no_rope_layers": [0, 1, 0]}),
+    "phi3": ("phi3", {"pad_token_id": None}),
+    "phi3-window": ("phi3", {"pad_token_id": None, "sliding_window": 24}),
     "mistral-window": ("mistral", {"sliding_window": 24}),
     "mistral-no-window": ("mistral", {"sliding_window": None}),
     "one-kv-head": ("llama", {"num_key_value_heads": 1}),
@@ -51,6 +57,28 @@ def test_fp32_logits_equal_transformers(make_model: Callable[..., Path], tmp_pat
         wanted = load_reference(open_source(checkpoint))(input_ids=torch.tensor([ids])).logits[0].numpy()
     assert np.abs(wanted).max() > 1  # the weights do something
     np.testing.assert_allclose(found, wanted, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "smollm3", "phi3"])
+def test_int8_logits_are_near_the_float32_ones(make_model: Callable[..., Path], tmp_path: Path, family: str) -> None:
+    """Fused or not, the same function: what differs is the rounding of weights, activations and stored keys."""
+    from skerry.exporter.export import build_engine, seal_engine
+    from skerry.exporter.subject import open_subject
+    from skerry.exporter.texts import open_texts
+    from skerry.kernels.runner import Runner
+
+    subject, target, options = open_subject(make_model(family, pad_token_id=None)), Target("ort-cpu"), Options()
+    ids = np.random.default_rng(4).integers(0, 384, 120).tolist()
+    logits = {}
+    for precision in ("fp32", "int8"):
+        out = tmp_path / precision
+        out.mkdir()
+        built = build_engine(subject, target, precision, out, options.progress)
+        bundle = seal_engine(subject, open_texts(None, None), built, target, out, options, qualified=False)
+        with Runner.open(bundle, threads=2, pages=16) as runner:
+            logits[precision] = runner.logits_for(ids)
+    error = logits["int8"] - logits["fp32"]
+    assert np.sqrt((error**2).mean()) < 0.05 * logits["fp32"].std()
 
 
 def test_batches_keep_every_row_and_the_token_limit() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -134,11 +135,13 @@ def _write_gguf(source: SafetensorsSource, out: Path, architecture: str = "llama
     writer.add_feed_forward_length(spec.intermediate_size)
     writer.add_head_count(spec.heads)
     writer.add_head_count_kv(spec.kv_heads)
+    writer.add_key_length(spec.head_size)
     writer.add_layer_norm_rms_eps(spec.norm_eps)
     writer.add_rope_freq_base(spec.rope_theta)
     names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
              "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
              "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+             "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
              "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}  # fmt: skip
     for name in source.names():
         array, short = source.tensor(name), name.replace("model.layers.", "blk.")
@@ -158,10 +161,16 @@ def _write_gguf(source: SafetensorsSource, out: Path, architecture: str = "llama
     writer.close()
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_gguf_gives_the_same_tensors_and_shape(make_model: Make, tmp_path: Path, tied: bool) -> None:
-    source = SafetensorsSource(make_model(tie_word_embeddings=tied))
-    _write_gguf(source, tmp_path / "m.gguf")
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [("llama", {"tie_word_embeddings": True}), ("llama", {}), ("qwen2", {}), ("qwen3", {"head_dim": 32})],
+)
+def test_gguf_gives_the_same_tensors_and_shape(
+    make_model: Make, tmp_path: Path, family: str, more: dict[str, Any]
+) -> None:
+    source = SafetensorsSource(make_model(family, **more))
+    tied = bool(more.get("tie_word_embeddings"))
+    _write_gguf(source, tmp_path / "m.gguf", family)
     imported = open_source(tmp_path / "m.gguf")
     assert imported.names() == source.names()
     for name in source.names():
