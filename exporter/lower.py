@@ -99,7 +99,8 @@ def rules_for(target: Target, precision: str) -> list[Rule]:
             Rule("fuse-skip-norm", lambda e: 2 * e.layers - 1, _fuse_skip_norm),
         ]
     if precision not in (*BODY, "stored"):
-        raise IncompatibleError("export for", target, f"no rules for precision {precision}", "fp32, int8, int4 or stored")
+        known = "fp32, int8, int4 or stored"
+        raise IncompatibleError("export for", target, f"no rules for precision {precision}", known)
     return [
         Rule("block-embedding", lambda e: 1, _block_embedding),
         Rule("block-qkv", lambda e: e.layers, _block_qkv),
