@@ -16,7 +16,9 @@ namespace {
 
 using std::to_string;
 
-constexpr int64_t kTaskBytes = 16 << 10;    // weights of a task at one row: a microsecond of memory bandwidth
+// Weights of a task where one tile of tokens passes them: what is fetched ahead at a task's end is another thread's, so
+// tasks are long; a preempted thread keeps everybody waiting for its task, so they are not too long.
+constexpr int64_t kLeastTaskBytes = 32 << 10, kMostTaskBytes = 256 << 10, kTasksAThread = 4;
 constexpr int64_t kTaskTokens = 128;        // tokens of a task, so that few panels still keep many threads busy
 constexpr int64_t kSerialBytes = 64 << 10;  // below, handing work over costs more than it saves
 
@@ -185,7 +187,9 @@ std::string matmul_block(const MatMulBlockArgs& args, const Parallel& parallel) 
   }
   const int64_t tiles = job.activations.tiles();
   job.tiles_a_task = std::min(tiles, kTaskTokens / isa.tokens);
-  job.panels_a_task = std::max<int64_t>(1, kTaskBytes * job.panels / bytes / std::min<int64_t>(4, args.tokens));
+  const int64_t share = bytes / (kTasksAThread * std::max(1, parallel.threads));
+  const int64_t task_bytes = std::clamp(share, kLeastTaskBytes, kMostTaskBytes);
+  job.panels_a_task = tiles > 1 ? 1 : std::max<int64_t>(1, task_bytes * job.panels / bytes);
   job.panel_tasks = (job.panels + job.panels_a_task - 1) / job.panels_a_task;
   const Parallel serial;
   (tiles > 1 ? parallel : serial)(static_cast<int>(tiles), quantize_tile, &job);
