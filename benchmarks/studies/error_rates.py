@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--aa", type=int, default=200)
     parser.add_argument("--power", type=int, default=60, help="of slow5 and slow6 each")
     parser.add_argument("--wrong", type=int, default=10, help="of truncated and degraded each")
+    parser.add_argument("--case", action="append", choices=CASES, help="only this one; may be repeated")
     parser.add_argument("--requests", type=int, default=24)
     parser.add_argument("--concurrency", type=int, default=1)
     parser.add_argument("--prompt-tokens", type=int, default=8)
@@ -112,6 +113,7 @@ def main() -> None:
         "truncated": given.wrong,
         "degraded": given.wrong,
     }
+    wanted = {case: count for case, count in wanted.items() if case in (given.case or CASES)}
     log = given.out.with_suffix(".jsonl")
     done = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     document = new_document(

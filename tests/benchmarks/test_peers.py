@@ -393,6 +393,15 @@ def test_weights_are_made_once(tmp_path, home, monkeypatch):
     assert plain.path == source and "float32" in plain.label
 
 
+def test_a_bundle_of_stored_blocks_is_compared_on_the_very_file(tmp_path):
+    source = gguf(tmp_path / "m.gguf")
+    for name in ("llama.cpp", "openvino"):
+        found = weights_for(find(name), source, "stored", lambda line: None)
+        assert found.path == source and found.label == "the same GGUF, m.gguf"
+    with pytest.raises(UsageError, match="no such precision"):
+        weights_for(find("onnxruntime-genai"), source, "stored", lambda line: None)
+
+
 def test_weights_that_fail_are_not_kept(tmp_path, home, monkeypatch):
     quantizer(home, monkeypatch, 'echo half > "$3"; echo "unknown tensor" >&2; exit 1')
     with pytest.raises(SkerryError, match=r"ended with 1.*unknown tensor") as caught:
