@@ -38,8 +38,8 @@ TIMED = Gates(metrics=("ttft", "tpot", "e2e"), budget=0.0, blocks=BLOCKS, max_bl
 CASES: dict[str, tuple[tuple[str, ...], Gates, bool]] = {  # fault of B, gates, whether quality is judged
     "aa": ((), TIMED, False),
     # The fault also keeps the server's other thread waiting: these make a token 5 and 6% slower (`tpot_ratio_median`).
-    "slow5": (("--slow", "0.031"), TIMED, False),
-    "slow6": (("--slow", "0.036"), Gates(metrics=TIMED.metrics, blocks=BLOCKS, max_blocks=BLOCKS), False),
+    "slow5": (("--slow", "0.027"), TIMED, False),
+    "slow6": (("--slow", "0.0315"), Gates(metrics=TIMED.metrics, blocks=BLOCKS, max_blocks=BLOCKS), False),
     "truncated": (("--truncate", "0.75"), Gates(blocks=BLOCKS, max_blocks=BLOCKS), True),
     "degraded": (("--noise", "0.5"), Gates(blocks=BLOCKS, max_blocks=BLOCKS), True),
 }
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--power", type=int, default=60, help="of slow5 and slow6 each")
     parser.add_argument("--wrong", type=int, default=10, help="of truncated and degraded each")
     parser.add_argument("--case", action="append", choices=CASES, help="only this one; may be repeated")
-    parser.add_argument("--requests", type=int, default=24)
+    parser.add_argument("--requests", type=int, default=48)
     parser.add_argument("--concurrency", type=int, default=1)
     parser.add_argument("--prompt-tokens", type=int, default=8)
     parser.add_argument("--output-tokens", type=int, default=64)
