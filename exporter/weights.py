@@ -104,12 +104,13 @@ class SplitSource:
         self._source, self._parts = source, dict(parts)
 
     def names(self) -> list[str]:
-        """A joined matrix is there once its last row is: parts of a shorter one are missing."""
+        """A joined matrix gives its parts if it has their rows and no others; else it is told by its own name."""
+        rows: dict[str, int] = {}
+        for whole, _, last in self._parts.values():
+            rows[whole] = max(last, rows.get(whole, 0))
         stored = set(self._source.names())
-        joined = {whole for whole, _, _ in self._parts.values()}
-        lengths = {whole: self._source.shape(whole)[0] for whole in joined & stored}
-        parts = {name for name, (whole, _, last) in self._parts.items() if last <= lengths.get(whole, 0)}
-        return sorted((stored - joined) | parts)
+        joined = {whole for whole in rows.keys() & stored if self._source.shape(whole)[0] == rows[whole]}
+        return sorted((stored - joined) | {name for name, (whole, _, _) in self._parts.items() if whole in joined})
 
     def shape(self, name: str) -> tuple[int, ...]:
         if name not in self._parts:

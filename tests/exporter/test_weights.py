@@ -13,7 +13,7 @@ import pytest
 from skerry.core.errors import InputError
 from skerry.core.model import ModelSpec
 from skerry.exporter.subject import open_subject
-from skerry.exporter.weights import SafetensorsSource, open_source
+from skerry.exporter.weights import SafetensorsSource, check_names, open_source
 
 Make = Callable[..., Path]
 
@@ -233,3 +233,17 @@ def test_gguf_that_is_text(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_text("not a model, just a text that is long enough to be read as a header" * 4)
     with pytest.raises(InputError, match="truncated or no GGUF"):
         open_source(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("rows", [-1, 1])
+def test_a_joined_matrix_of_other_rows_than_its_parts_is_refused(make_model: Make, rows: int) -> None:
+    """Cut at the rows that the config says, a longer one would lose some in silence."""
+    from skerry.exporter.architectures import decoder_of, source_of
+
+    whole = SafetensorsSource(make_model("phi3", pad_token_id=None))
+    spec = ModelSpec.from_hf_config(whole.config)
+    stored, name = whole.shape, "model.layers.1.mlp.gate_up_proj.weight"
+    whole.shape = lambda asked: (stored(asked)[0] + rows, *stored(asked)[1:]) if asked == name else stored(asked)  # type: ignore[method-assign]
+    shapes = decoder_of(spec, whole.config).shapes(spec.vocab_size, spec.hidden_size, spec.head_size)
+    with pytest.raises(InputError, match=r"2 tensors are missing, first model\.layers\.1\.mlp\.gate_proj\.weight"):
+        check_names(source_of(whole, spec), shapes, spec.tied_embeddings)
