@@ -85,7 +85,7 @@ SKERRY_INLINE void unpack(const uint8_t* codes, Bytes* w) {
   }
 }
 
-// T tokens from `first` of the tile against `P` registers of rows from `part`.
+// A tile of T tokens against `P` registers of rows from `part`.
 template <Format F, int T, int P>
 SKERRY_INLINE void strip(const uint8_t* scales, const uint8_t* codes, int64_t blocks, const ActivationTile& tile,
                          int part, float* out) {
@@ -120,7 +120,7 @@ SKERRY_INLINE void strip(const uint8_t* scales, const uint8_t* codes, int64_t bl
 }
 
 template <Format F, int T>
-SKERRY_INLINE void rows(const uint8_t* panel, int64_t blocks, const ActivationTile& tile, float* out) {
+void panel_of(const uint8_t* panel, int64_t blocks, const ActivationTile& tile, float* out) {
   const int64_t halves = blocks * kRows * (F == kQ4_1 ? 2 : 1);
   const uint8_t* codes = panel + (2 * halves + 63) / 64 * 64;
   if constexpr (T == 1) {
@@ -128,11 +128,6 @@ SKERRY_INLINE void rows(const uint8_t* panel, int64_t blocks, const ActivationTi
   } else {
     for (int part = 0; part < kParts; ++part) strip<F, T, 1>(panel, codes, blocks, tile, part, out);
   }
-}
-
-template <Format F, int T>
-void panel_of(const uint8_t* panel, int64_t blocks, const ActivationTile& tile, float* out) {
-  rows<F, T>(panel, blocks, tile, out);
 }
 
 typedef void (*PanelFunction)(const uint8_t*, int64_t, const ActivationTile&, float*);

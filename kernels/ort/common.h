@@ -21,6 +21,20 @@ inline OrtStatusPtr failed(OrtErrorCode code, const std::string& op, const std::
   return Ort::GetApi().CreateStatus(code, (op + ": " + problem).c_str());
 }
 
+// What `run` throws becomes a status: nothing is thrown past an op. A complaint about what was given is one of
+// arguments.
+template <class F>
+OrtStatusPtr guarded(const std::string& op, F&& run) {
+  try {
+    run();
+    return nullptr;
+  } catch (const std::invalid_argument& error) {
+    return failed(ORT_INVALID_ARGUMENT, op, error.what());
+  } catch (const std::exception& error) {
+    return failed(ORT_FAIL, op, error.what());
+  }
+}
+
 // Tasks are handed out one by one from a counter, because later tiles of a causal prefill are heavier than early ones.
 struct Lane {
   Parallel::Task task;

@@ -18,7 +18,7 @@ GatherBlockKernel::GatherBlockKernel(const OrtKernelInfo* raw) {
 }
 
 OrtStatusPtr GatherBlockKernel::ComputeV2(OrtKernelContext* raw) {
-  try {
+  return guarded("skerry.GatherBlock", [&] {
     const Ort::KernelContext context(raw);
     const auto ids = input<int32_t>(context, 0, "ids", 1);
     const auto weight = input<uint8_t>(context, 1, "weight", 1);
@@ -28,12 +28,7 @@ OrtStatusPtr GatherBlockKernel::ComputeV2(OrtKernelContext* raw) {
     Ort::UnownedValue out = context.GetOutput(0, {ids.dim(0), width_});
     const std::string problem = gather_block(table, width_, ids.data, ids.dim(0), out.GetTensorMutableData<float>());
     if (!problem.empty()) throw std::invalid_argument(problem);
-    return nullptr;
-  } catch (const std::invalid_argument& error) {
-    return failed(ORT_INVALID_ARGUMENT, "skerry.GatherBlock", error.what());
-  } catch (const std::exception& error) {
-    return failed(ORT_FAIL, "skerry.GatherBlock", error.what());
-  }
+  });
 }
 
 OrtStatusPtr GatherBlockOp::CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const {

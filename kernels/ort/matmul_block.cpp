@@ -62,14 +62,7 @@ void MatMulBlockKernel::run(OrtKernelContext* raw) const {
 }
 
 OrtStatusPtr MatMulBlockKernel::ComputeV2(OrtKernelContext* context) {
-  try {
-    run(context);
-    return nullptr;
-  } catch (const std::invalid_argument& error) {
-    return failed(ORT_INVALID_ARGUMENT, "skerry.MatMulBlock", error.what());
-  } catch (const std::exception& error) {
-    return failed(ORT_FAIL, "skerry.MatMulBlock", error.what());
-  }
+  return guarded("skerry.MatMulBlock", [&] { run(context); });
 }
 
 OrtStatusPtr MatMulBlockOp::CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const {

@@ -96,14 +96,7 @@ void PagedAttentionKernel::run(OrtKernelContext* raw) const {
 }
 
 OrtStatusPtr PagedAttentionKernel::ComputeV2(OrtKernelContext* context) {
-  try {
-    run(context);
-    return nullptr;
-  } catch (const std::invalid_argument& error) {
-    return failed(ORT_INVALID_ARGUMENT, "skerry.PagedAttention", error.what());
-  } catch (const std::exception& error) {
-    return failed(ORT_FAIL, "skerry.PagedAttention", error.what());
-  }
+  return guarded("skerry.PagedAttention", [&] { run(context); });
 }
 
 PagedAttentionOp::PagedAttentionOp() {

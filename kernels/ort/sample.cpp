@@ -84,14 +84,7 @@ void run(OrtKernelContext* raw) {
 }  // namespace
 
 OrtStatusPtr SampleKernel::ComputeV2(OrtKernelContext* context) {
-  try {
-    run(context);
-    return nullptr;
-  } catch (const std::invalid_argument& error) {
-    return failed(ORT_INVALID_ARGUMENT, "skerry.Sample", error.what());
-  } catch (const std::exception& error) {
-    return failed(ORT_FAIL, "skerry.Sample", error.what());
-  }
+  return guarded("skerry.Sample", [&] { run(context); });
 }
 
 ONNXTensorElementDataType SampleOp::GetInputType(size_t index) const {
