@@ -67,6 +67,13 @@ def _progress() -> Iterator[Progress]:
     "--window-requests", type=click.IntRange(2), default=16, show_default=True, help="Requests per drift window."
 )
 @click.option("--hash-seed", type=int, default=0, show_default=True, help="Seed of the token sketches.")
+@click.option(
+    "--kv-cache",
+    type=click.Choice(["auto", "float32", "float16", "int8"]),
+    default="auto",
+    show_default=True,
+    help="auto: 8-bit pages where the loss they add is small.",
+)
 @click.option("--skip-baseline", is_flag=True, help="Leave baseline.json out: no drift detection for this bundle.")
 @click.option(
     "--keep-refused", is_flag=True, help="Leave a refused bundle at --out, marked unqualified; still exits 3."
@@ -75,7 +82,7 @@ def _progress() -> Iterator[Progress]:
 def export(
     checkpoint: Path, target: str, sm: int | None, precision: str, out: Path, name: str, version: str,
     threads: int | None, eval_dir: Path | None, max_context: int | None, window_requests: int, hash_seed: int,
-    skip_baseline: bool, keep_refused: bool, as_json: bool,
+    kv_cache: str, skip_baseline: bool, keep_refused: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Compile CHECKPOINT (a directory or a .gguf file) into a bundle and gate its quality.
 
@@ -93,7 +100,7 @@ def export(
     with _progress() as progress:
         options = Options(
             name=name, version=version, threads=threads, eval_dir=eval_dir, max_context=max_context,
-            window_requests=window_requests, hash_seed=hash_seed, skip_baseline=skip_baseline,
+            window_requests=window_requests, hash_seed=hash_seed, kv_cache=kv_cache, skip_baseline=skip_baseline,
             keep_refused=keep_refused, progress=progress,
         )  # fmt: skip
         bundle = run(checkpoint, wanted, precision, out, options)

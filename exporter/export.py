@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from skerry.core.bundle import Bundle, KvGroup, open_bundle, seal
 from skerry.core.chat import ChatTemplate
@@ -17,6 +17,7 @@ from skerry.exporter.baseline import HASH_SEED, WINDOW_REQUESTS, measure_baselin
 from skerry.exporter.engine import open_runner
 from skerry.exporter.golden import measure_golden
 from skerry.exporter.graph import emit, skerry_ops
+from skerry.exporter.kv_cache import KvLoss, layouts, set_layout
 from skerry.exporter.lower import Lowering, lower, rules_for
 from skerry.exporter.parity import Parity, measure
 from skerry.exporter.placement import WeightFile
@@ -24,6 +25,9 @@ from skerry.exporter.reference import load_reference
 from skerry.exporter.staging import check_out, staged
 from skerry.exporter.subject import Subject, open_subject, plain_name, write_text_files
 from skerry.exporter.texts import Texts, encode_prompts, encode_rows, open_texts
+
+if TYPE_CHECKING:
+    from skerry.kernels.runner import Runner
 
 SAMPLE_OP = "skerry.Sample:1"
 # Prompts of golden and baseline rows longer than this are left out: they would only make the export slow.
@@ -43,6 +47,7 @@ class Options:
     max_context: int | None = None
     window_requests: int = WINDOW_REQUESTS
     hash_seed: int = HASH_SEED
+    kv_cache: str = "auto"  # or float32, float16, int8
     skip_baseline: bool = False
     keep_refused: bool = False
     progress: Progress = lambda stage, done, total: None
@@ -58,6 +63,7 @@ class Engine:
     rules: dict[str, int]
     formats: dict[str, int]
     settings: dict[str, Any]
+    kv_loss: KvLoss | None = None  # what 8-bit pages add, where that was measured
 
 
 def export(checkpoint: Path, target: Target, precision: str, out: Path, options: Options | None = None) -> Bundle:
@@ -69,7 +75,7 @@ def export(checkpoint: Path, target: Target, precision: str, out: Path, options:
     texts = open_texts(subject.directory, options.eval_dir)
     with staged(out) as staging:
         engine = build_engine(subject, target, precision, staging, options.progress)
-        parity, refused = measure_engine(subject, texts, engine, target, staging, options)
+        engine, parity, refused = measure_engine(subject, texts, engine, target, staging, options)
         describe(subject, texts, engine, parity, refused, staging, options)
         seal_engine(subject, texts, engine, target, staging, options, qualified=not refused)
     gate.refuse(f"{bundle_name(subject, options)} (kept at {out}, unqualified)", refused)
@@ -82,7 +88,7 @@ def build_engine(subject: Subject, target: Target, precision: str, out: Path, pr
 
     precision = subject.precision(precision)
     settings = write_text_files(subject, out)
-    emitted = emit(subject.spec, subject.decoder, kv_layout_of(precision))
+    emitted = emit(subject.spec, subject.decoder, layouts("auto", precision)[0])
     with WeightFile(out / "weights.bin") as file:
         lowering = Lowering(subject.spec, precision, subject.source, file, progress=progress)
         model = lower(emitted, target, lowering)
@@ -91,15 +97,11 @@ def build_engine(subject: Subject, target: Target, precision: str, out: Path, pr
     return Engine(precision, emitted.groups, ops, lowering.counts, lowering.formats(), settings)
 
 
-def kv_layout_of(precision: str) -> str:
-    """Halves keep what 8-bit activations leave; an fp32 engine is held to float32."""
-    return "f32.k16t" if precision == "fp32" else "f16.k16t"
-
-
 def measure_engine(
     subject: Subject, texts: Texts, engine: Engine, target: Target, staging: Path, options: Options
-) -> tuple[Parity, list[str]]:
-    """parity.json, golden.json and baseline.json; returns the figures and why the gate refuses them, if it does.
+) -> tuple[Engine, Parity, list[str]]:
+    """parity.json, golden.json and baseline.json; returns the engine with the KV cache that it is to have, its figures,
+    and why the gate refuses them, if it does.
 
     Parity comes first and a refused engine is measured no further, unless it is to be kept.
     """
@@ -108,12 +110,23 @@ def measure_engine(
     rows = encode_rows(texts.parity, tokenizer, template, limit)
     golden, _ = encode_prompts(texts.golden, tokenizer, template, min(PROMPT_LIMIT, limit // 2))
     prompts, asked = encode_prompts(texts.baseline, tokenizer, template, min(PROMPT_LIMIT, limit // 2))
-    bundle = seal_engine(subject, texts, engine, target, staging, options, qualified=False)
-    runner = open_runner(bundle, options.threads, max(len(ids) for ids, _ in rows))
+
+    def with_layout(layout: str) -> tuple[Engine, Runner]:
+        made = replace(engine, groups=set_layout(staging / "graph.onnx", engine.groups, layout))
+        bundle = seal_engine(subject, texts, made, target, staging, options, qualified=False)
+        return made, open_runner(bundle, options.threads, max(len(ids) for ids, _ in rows))
+
+    candidates = [with_layout(layout) for layout in layouts(options.kv_cache, engine.precision)]
     options.progress("load reference", 0, 1)
-    parity = measure(load_reference(subject.source), runner, rows, options.progress)
-    refused = gate.problems(parity, engine.precision, subject.parity_nll)
-    document = {**parity.to_json(), "precision": engine.precision, "text": texts.origin}
+    runners = [runner for _, runner in candidates]
+    parities = measure(load_reference(subject.source), runners, rows, options.progress)
+    refusals = [gate.problems(parity, engine.precision, subject.parity_nll) for parity in parities]
+    loss = KvLoss.between(*parities) if len(parities) == 2 else None
+    chosen = 1 if loss is not None and loss.small and not refusals[1] else 0
+    engine, runner, parity, refused = *candidates[chosen], parities[chosen], refusals[chosen]
+    set_layout(staging / "graph.onnx", engine.groups, engine.groups[0].layout)
+    engine = replace(engine, kv_loss=loss)
+    document = {**parity.to_json(), "precision": engine.precision, "text": texts.origin, "kv_cache": kv_cache(engine)}
     verdict = {"passed": not refused, "reasons": refused, "limits": asdict(gate.LIMITS[engine.precision])}
     write_json(staging / "parity.json", {**_finite(document), "gate": verdict})
     if refused and not options.keep_refused:
@@ -126,7 +139,13 @@ def measure_engine(
             lambda done, total: options.progress("baseline", done, total),
         )  # fmt: skip
         write_json(staging / "baseline.json", baseline)
-    return parity, refused
+    return engine, parity, refused
+
+
+def kv_cache(engine: Engine) -> dict[str, Any]:
+    """The pages' layout, and what 8-bit ones add or would have added to the loss."""
+    found: dict[str, Any] = {"layout": engine.groups[0].layout}
+    return found if engine.kv_loss is None else found | {"int8_adds": engine.kv_loss.to_json()}
 
 
 def open_texts_files(directory: Path, settings: dict[str, Any]) -> tuple[Tokenizer, ChatTemplate]:

@@ -45,7 +45,7 @@ def kv_groups(spec: ModelSpec, decoder: Decoder, layout: str) -> tuple[KvGroup, 
         KvGroup(
             layers=tuple(i for i, layer in enumerate(decoder.layers) if layer.window == window),
             kv_heads=spec.kv_heads, head_size=spec.head_size, page_size=PAGE_TOKENS,
-            dtype=np.dtype(DTYPES[layout]).name, layout=layout, window=window,
+            dtype=DTYPES[layout], layout=layout, window=window,
         )
         for window in windows
     )  # fmt: skip

@@ -40,33 +40,38 @@ class Parity:
         return asdict(self)
 
 
-def measure(model: Any, runner: Runner, sequences: list[Sequence], progress: Progress) -> Parity:
-    """`model` is a transformers causal LM. Rows beyond MAX_TOKENS only count towards the reference's NLL."""
+def measure(model: Any, runners: list[Runner], sequences: list[Sequence], progress: Progress) -> list[Parity]:
+    """One Parity for each runner. `model` is a transformers causal LM. Rows beyond MAX_TOKENS only count towards the
+    reference's NLL."""
     import torch
 
-    sums = {"reference": 0.0, "engine": 0.0, "compared": 0.0, "kl": 0.0, "same": 0}
-    tokens = compared = seen = done = 0
+    reference = compared = 0.0
+    sums = [{"nll": 0.0, "kl": 0.0, "same": 0} for _ in runners]
+    tokens = scored = seen = 0
     total = sum(len(ids) for ids, _ in sequences)
     for batch in batches(sequences, BATCH_TOKENS):
         expected, targets = reference_logprobs(model, batch)
         nll = -expected.gather(1, targets[:, None])[:, 0].double().sum().item()
-        sums["reference"] += nll
+        reference += nll
         tokens += len(targets)
         if seen < MAX_TOKENS:
-            found = torch.from_numpy(answer_logits(runner, batch)).log_softmax(-1)
-            sums["compared"] += nll
-            sums["engine"] -= found.gather(1, targets[:, None])[:, 0].double().sum().item()
-            sums["kl"] += (expected.exp() * (expected - found)).sum(-1).double().sum().item()
-            sums["same"] += int((expected.argmax(-1) == found.argmax(-1)).sum())
-            compared += len(targets)
+            compared += nll
+            scored += len(targets)
+            for runner, into in zip(runners, sums, strict=True):
+                found = torch.from_numpy(answer_logits(runner, batch)).log_softmax(-1)
+                into["nll"] -= found.gather(1, targets[:, None])[:, 0].double().sum().item()
+                into["kl"] += (expected.exp() * (expected - found)).sum(-1).double().sum().item()
+                into["same"] += int((expected.argmax(-1) == found.argmax(-1)).sum())
         seen += sum(len(ids) for ids, _ in batch)
-        done += sum(len(ids) for ids, _ in batch)
-        progress("parity", done, total)
-    return Parity(
-        rows=len(sequences), tokens=compared, reference_nll=sums["reference"] / tokens,
-        engine_nll=sums["engine"] / compared, ppl_ratio=_exp((sums["engine"] - sums["compared"]) / compared),
-        kl=max(0.0, sums["kl"] / compared), top1=sums["same"] / compared,
-    )  # fmt: skip
+        progress("parity", seen, total)
+    return [
+        Parity(
+            rows=len(sequences), tokens=scored, reference_nll=reference / tokens, engine_nll=found["nll"] / scored,
+            ppl_ratio=_exp((found["nll"] - compared) / scored), kl=max(0.0, found["kl"] / scored),
+            top1=found["same"] / scored,
+        )
+        for found in sums
+    ]  # fmt: skip
 
 
 def _exp(x: float) -> float:

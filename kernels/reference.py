@@ -1,7 +1,8 @@
 """The definition of the custom ops, slow and plain; every backend is compared with it.
 
 PagedAttention computes in float64 from float32 inputs, so a backend differs from it by its own rounding alone. What is
-stored is exact up to the float32 rounding of the rotation.
+stored is exact up to the float32 rounding of the rotation. With pages of codes there are two more roundings, stated
+here: of queries, and of a split's weights.
 
 Sample decides by steps that every backend must agree on bit for bit, because a kept set is either right or wrong:
 
@@ -31,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from skerry.kernels.blocks import BLOCK, Blocks
-from skerry.kernels.pages import Logical
+from skerry.kernels.pages import CODE_BLOCK, CODES, Logical, round_blocks, rounded, stored
 from skerry.kernels.sampling import Sampled, SampleRows
 
 Array = npt.NDArray[np.floating]
@@ -40,6 +41,7 @@ Int32 = npt.NDArray[np.int32]
 
 GREEDY_TEMPERATURE = np.float32(1e-5)
 MASS_UNIT = float(1 << 40)
+SPLIT, WEIGHT_TOP = 256, 16383  # keys whose weights are rounded together, and to how many steps
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,10 @@ def rotate(x: Array, cos: Array, sin: Array, rotary_dim: int, interleaved: bool)
 
 def paged_attention(
     q: Float32, k: Float32, v: Float32, kv: Logical, cos: Float32, sin: Float32, positions: Int32, query_start: Int32,
-    context_len: Int32, block_table: Int32, slot: Int32, shape: AttentionShape,
+    context_len: Int32, block_table: Int32, slot: Int32, shape: AttentionShape, layout: str = "",
 ) -> tuple[npt.NDArray[np.float64], Logical]:  # fmt: skip
     """Rotate, append at `slot`, attend to what is stored. Returns o [T, H * D] and the new kv [pages, 2, Hkv, page, D],
-    float32 or float16: what is stored is rounded to that (pages.py has the bytes).
+    float32 or float16: what is stored is rounded to that, or to codes if `layout` says so (pages.py has the bytes).
 
     Sequence b's last query token is its token context_len[b] - 1; token i sees keys j <= i, with a window
     only j > i - window. Tokens past query_start[-1] are padding and give zeros; so does a query without keys.
@@ -88,29 +90,49 @@ def paged_attention(
         page, row = divmod(int(slot[t]), page_size)
         at = int(positions[t])
         key = rotate(k[t].reshape(groups, size), cos[at], sin[at], shape.rotary_dim, shape.interleaved)
-        kv[page, 0, :, row] = key.astype(np.float32)
-        kv[page, 1, :, row] = v[t].reshape(groups, size)
+        kept = key.astype(np.float32), v[t].reshape(groups, size)
+        kv[page, 0, :, row], kv[page, 1, :, row] = stored(layout, *kept) if layout == CODES else kept
     out = np.zeros((len(q), heads, size))
     for b, context in enumerate(context_len.tolist()):
         tokens = np.arange(query_start[b], query_start[b + 1])
         for t, index in zip(tokens, range(context - len(tokens), context)):
             first = max(0, index + 1 - shape.window) if shape.window else 0
             seen = np.arange(first, index + 1)
-            stored = kv[block_table[b, seen // page_size], :, :, seen % page_size].astype(np.float64)
+            past = kv[block_table[b, seen // page_size], :, :, seen % page_size].astype(np.float64)
             at = positions[t]
             query = rotate(q[t].reshape(heads, size), cos[at], sin[at], shape.rotary_dim, shape.interleaved)
+            if layout == CODES:
+                query = rounded(query * shape.scale, CODE_BLOCK).astype(np.float64) / shape.scale
             for head in range(heads):
-                keys, values = stored[:, 0, head * groups // heads], stored[:, 1, head * groups // heads]
-                out[t, head] = _attend(query[head], keys, values, shape)
+                keys, values = past[:, 0, head * groups // heads], past[:, 1, head * groups // heads]
+                splits = seen // SPLIT if layout == CODES else None
+                out[t, head] = _attend(query[head], keys, values, shape, splits)
     return out.reshape(len(q), heads * size), kv
 
 
-def _attend(query: Array, keys: Array, values: Array, shape: AttentionShape) -> Array:
+def _attend(
+    query: Array, keys: Array, values: Array, shape: AttentionShape, splits: npt.NDArray[np.intp] | None = None
+) -> Array:
+    """`splits`: the split of each key, whose weights are rounded together."""
     scores = keys @ query * shape.scale
     if shape.softcap:
         scores = shape.softcap * np.tanh(scores / shape.softcap)
     weights = np.exp(scores - scores.max())
-    return weights @ values / weights.sum()
+    total = weights.sum()
+    for split in [] if splits is None else np.unique(splits):
+        part = splits == split
+        weights[part] = _round_weights(weights[part], values[part])
+    return weights @ values / total
+
+
+def _round_weights(weights: Array, values: Array) -> Array:
+    """To multiples of 1/16383 of the largest product of a weight and the scale of its value."""
+    scales = np.abs(values).max(-1) / 127
+    scaled = weights * scales
+    unit = scaled.max() / WEIGHT_TOP
+    if not unit > 0:
+        return np.zeros_like(weights)
+    return np.rint(scaled / unit) * unit / np.where(scales > 0, scales, 1)
 
 
 def philox4x32(counter: npt.NDArray[np.uint32], seed: int) -> npt.NDArray[np.uint32]:
@@ -237,15 +259,9 @@ class BlockProduct:
 
 
 def quantize_activations(x: Float32) -> tuple[npt.NDArray[np.int8], Float32]:
-    """Codes int8 [T, blocks, 32] and scales float32 [T, blocks], each rounding in float32 and to even: the largest
-    magnitude of a block becomes 127. A block below 1e-30 is nothing; one with a NaN or infinity has such a scale."""
-    blocks = x.reshape(len(x), -1, BLOCK)
-    largest = np.abs(blocks).max(-1)
-    some = ~(largest < np.float32(1e-30))
-    with np.errstate(invalid="ignore"):
-        inverse = np.where(some, np.float32(127) / np.where(some, largest, 1), 0).astype(np.float32)
-        codes = np.nan_to_num(np.rint(blocks * inverse[..., None])).astype(np.int8)
-    return codes, np.where(some, largest / np.float32(127), 0).astype(np.float32)
+    """Codes int8 [T, blocks, 32] and scales float32 [T, blocks], rounded as `round_blocks` says."""
+    codes, scales = round_blocks(x, BLOCK)
+    return codes.astype(np.int8), scales
 
 
 def rms_norm(x: Float32, weight: Float32, epsilon: float) -> npt.NDArray[np.float64]:

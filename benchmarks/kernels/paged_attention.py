@@ -146,7 +146,7 @@ def _case(setting: Setting, step: Step) -> Case:
     expected = check(step, setting.threads, name)
     nbytes = shape.cache_bytes(step.batch, step.context)
     copies = max(1, -(-BEYOND_L2 * setting.threads * cache_bytes()[2] // nbytes)) if decoding else 1
-    caches = [to_pages(step.cache) for _ in range(copies)]
+    caches = [to_pages(step.cache, LAYOUT) for _ in range(copies)]
     case = Case(
         name, f"paged attention, {what}, {heads}",
         calls_of(lambda index: step.call(caches[index % copies], setting.threads)), work=nbytes,
@@ -162,7 +162,7 @@ def _case(setting: Setting, step: Step) -> Case:
 
 def check(step: Step, threads: int, name: str) -> npt.NDArray[np.float64]:
     """The reference's output. Raises GateFailed where the kernel's output or its cache differs from it."""
-    cache = to_pages(step.cache)
+    cache = to_pages(step.cache, LAYOUT)
     found = step.call(cache, threads)
     kept = from_pages(cache, LAYOUT, step.shape.kv_heads, step.shape.size)
     _, stored = step.expected(step.cache, store=True)

@@ -9,6 +9,7 @@ namespace skerry {
 struct AttentionTile {
   const uint8_t* kv;     // the whole cache
   const int32_t* table;  // this sequence's pages
+  int pages;             // how many of them hold its context
   int64_t page_bytes;    // from one page to the next
   int64_t key_offset;    // bytes from a page's start to this head's keys
   int64_t value_offset;  // and to its values
@@ -16,7 +17,11 @@ struct AttentionTile {
   int head_size;
   float softcap;
   int rows;
-  const float* q;        // [rows, head_size]
+  const float* q;  // [rows, head_size]
+  // The same rounded by round_queries where the layout is of codes: [rows, blocks, 32], [rows, blocks].
+  const int8_t* codes;
+  const float* code_scale;
+  const int32_t* code_sum;
   const int32_t* start;  // [rows]
   const int32_t* end;    // [rows]
   float* scratch;        // attention_scratch() floats
@@ -30,6 +35,7 @@ struct AttentionState {
 };
 
 inline int padded(int n) { return (n + 15) / 16 * 16; }
+inline int code_blocks(int head_size) { return (head_size + 31) / 32; }  // that share a scale
 
 // Scores of a split, its state, and its keys and values as floats where many rows share them.
 inline int64_t attention_scratch(int rows, int head_size) {
@@ -45,15 +51,21 @@ struct AttentionIsa {
   // Rotates one head: out[i] from x by the cos and sin rows, multiplied by scale; dimensions past rotary are copied.
   void (*rotate)(const float* x, const float* cos, const float* sin, int head_size, int rotary, bool interleaved,
                  float scale, float* out);
+  // Rows [rows, head_size] as codes, scales and sums of codes by block.
+  void (*round_queries)(const float* q, int rows, int head_size, int8_t* codes, float* scale, int32_t* sum);
   // Token `at` of a page's keys and values of one head, from floats.
   void (*append)(const float* key, const float* value, int head_size, int layout, int at, uint8_t* keys,
                  uint8_t* values);
 };
 
 extern const AttentionIsa kAttentionBase;
-#if defined(__x86_64__)
+#if defined(__aarch64__)
+extern const AttentionIsa kAttentionNeonDot;
+#elif defined(__x86_64__)
 extern const AttentionIsa kAttentionAvx2;
+extern const AttentionIsa kAttentionAvxVnni;
 extern const AttentionIsa kAttentionAvx512;
+extern const AttentionIsa kAttentionAvx512Vnni;
 #endif
 
 const AttentionIsa& attention_isa();  // the best this machine has; SKERRY_ISA lowers it

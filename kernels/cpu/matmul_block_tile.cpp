@@ -12,70 +12,19 @@
 namespace skerry {
 namespace {
 
-constexpr int kRows = 16, kBlockSize = 32, kGroups = 8;  // of a panel, of a block, of 4 codes in a block
+constexpr int kRows = 16, kGroups = 8;  // of a panel, of 4 codes in a block
 constexpr int kParts = kRows / kLanes;
 constexpr int kTokens = SKERRY_LANES == 16 ? 16 : 4;
 constexpr int kAhead = 5120;  // bytes fetched ahead: few rows wait for memory, and many hardly notice
 
 enum Format { kQ8_0, kQ4_0, kQ4_1 };
 
-// NEON multiplies signed bytes by signed ones, x86 unsigned by signed.
-#if defined(__aarch64__)
-constexpr bool kSigned = true;
-#else
-constexpr bool kSigned = false;
-#endif
-
-// acc + sum over 4 of w[4 i + j] * a[j] in every lane i, exactly; w unsigned (signed if kSigned), a four signed bytes.
-SKERRY_INLINE VecI dot4(VecI acc, Bytes w, int32_t a) {
-#if defined(__AVX512VNNI__)
-  return (VecI)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(a));
-#elif defined(__AVXVNNI__)
-  return (VecI)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)w, _mm256_set1_epi32(a));
-#elif defined(__AVX512BW__)
-  // Bytes 0 and 2 of each lane, then 1 and 3, as 16-bit pairs: products and their sums fit 32 bits.
-  const __m512i x = _mm512_set1_epi32(a), even = _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8);
-  const __m512i low = _mm512_and_si512((__m512i)w, _mm512_set1_epi16(255));
-  const __m512i one = _mm512_madd_epi16(low, even);
-  const __m512i two = _mm512_madd_epi16(_mm512_srli_epi16((__m512i)w, 8), _mm512_srai_epi16(x, 8));
-  return acc + (VecI)_mm512_add_epi32(one, two);
-#elif defined(__AVX2__)
-  const __m256i x = _mm256_set1_epi32(a), even = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8);
-  const __m256i low = _mm256_and_si256((__m256i)w, _mm256_set1_epi16(255));
-  const __m256i one = _mm256_madd_epi16(low, even);
-  const __m256i two = _mm256_madd_epi16(_mm256_srli_epi16((__m256i)w, 8), _mm256_srai_epi16(x, 8));
-  return acc + (VecI)_mm256_add_epi32(one, two);
-#elif defined(__SSE2__)
-  const __m128i x = _mm_set1_epi32(a), even = _mm_srai_epi16(_mm_slli_epi16(x, 8), 8);
-  const __m128i low = _mm_and_si128((__m128i)w, _mm_set1_epi16(255));
-  const __m128i one = _mm_madd_epi16(low, even);
-  const __m128i two = _mm_madd_epi16(_mm_srli_epi16((__m128i)w, 8), _mm_srai_epi16(x, 8));
-  return acc + (VecI)_mm_add_epi32(one, two);
-#elif defined(__ARM_FEATURE_DOTPROD)
-  return (VecI)vdotq_s32((int32x4_t)acc, (int8x16_t)w, (int8x16_t)vdupq_n_s32(a));
-#elif defined(__aarch64__)
-  // Products of signed bytes fit 16 bits; pairs of them are widened, then pairs of pairs are added.
-  const int8x8_t x = vreinterpret_s8_s32(vdup_n_s32(a));
-  const int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8((int8x16_t)w), x));
-  const int32x4_t high = vpaddlq_s16(vmull_s8(vget_high_s8((int8x16_t)w), x));
-  return acc + (VecI)vpaddq_s32(low, high);
-#else
-  int8_t code[4];
-  memcpy(code, &a, 4);
-  for (int i = 0; i < kLanes; ++i) {
-    for (int j = 0; j < 4; ++j) acc[i] += int32_t{w[4 * i + j]} * code[j];
-  }
-  return acc;
-#endif
-}
-
 // The codes of one block for one register's rows: unsigned bytes, or Q8_0's less 128 if kSigned.
 template <Format F>
 SKERRY_INLINE void unpack(const uint8_t* codes, Bytes* w) {
   constexpr int stride = kRows * 4;
   if constexpr (F == kQ8_0) {
-    constexpr uint8_t offset = kSigned ? 128 : 0;
-    for (int g = 0; g < kGroups; ++g) w[g] = load_as<Bytes>(codes + g * stride) ^ offset;
+    for (int g = 0; g < kGroups; ++g) w[g] = load_codes(codes + g * stride);
   } else {
     for (int g = 0; g < kGroups / 2; ++g) {
       const Bytes both = load_as<Bytes>(codes + g * stride);
@@ -164,36 +113,13 @@ void quantize(const float* x, const float* norm, float epsilon, int64_t blocks, 
   const float inverse_rms =
       norm == nullptr ? 1.0f : 1.0f / sqrtf(sum_of_squares(x, width) / static_cast<float>(width) + epsilon);
   for (int64_t b = 0; b < blocks; ++b) {
-    constexpr int vectors = kBlockSize / kLanes;
-    Vec v[vectors];
-    VecI top = {};
-    for (int i = 0; i < vectors; ++i) {
+    Vec v[kBlockVectors];
+    for (int i = 0; i < kBlockVectors; ++i) {
       v[i] = load_as<Vec>(x + b * kBlockSize + i * kLanes);
       if (norm != nullptr) v[i] = v[i] * inverse_rms * load_as<Vec>(norm + b * kBlockSize + i * kLanes);
-      const VecI magnitude = load_as<VecI>(&v[i]) & 0x7fffffff;  // NaN is above all of them, and so shows
-      top = magnitude > top ? magnitude : top;
     }
-    int32_t lanes[kLanes], most = 0;
-    memcpy(lanes, &top, sizeof lanes);
-    for (int i = 0; i < kLanes; ++i) most = lanes[i] > most ? lanes[i] : most;
-    float largest;
-    memcpy(&largest, &most, sizeof largest);
-    const bool nothing = largest < 1e-30f;  // its inverse would overflow
-    const float inverse = nothing ? 0.0f : 127.0f / largest;
-    int8_t* codes = tile.codes + (b * tile.count + at) * kBlockSize;
-    VecI total = {};
-    for (int i = 0; i < vectors; ++i) {
-      const Vec magic = splat(12582912.0f);  // rounds to the nearest, ties to even
-      const VecI q = __builtin_convertvector((v[i] * inverse + magic) - magic, VecI);
-      total += q;
-      typedef int8_t Codes __attribute__((vector_size(kLanes)));
-      const Codes narrow = __builtin_convertvector(q, Codes);
-      memcpy(codes + i * kLanes, &narrow, sizeof narrow);
-    }
-    memcpy(lanes, &total, sizeof lanes);
-    int32_t sum = 0;
-    for (int i = 0; i < kLanes; ++i) sum += lanes[i];
-    const float scale = nothing ? 0.0f : largest / 127.0f;
+    int32_t sum;
+    const float scale = round_block(v, tile.codes + (b * tile.count + at) * kBlockSize, &sum);
     tile.scale[b * tile.count + at] = scale;
     tile.sum[b * tile.count + at] = -sum;
     tile.weighted[b * tile.count + at] = scale * static_cast<float>(sum);

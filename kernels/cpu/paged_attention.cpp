@@ -50,9 +50,10 @@ void append_token(const Job& job, int64_t t, int head) {
   float* key = scratch.get(size);
   job.isa.rotate(args.k + from, args.cos + int64_t{args.positions[t]} * half,
                  args.sin + int64_t{args.positions[t]} * half, size, shape.rotary_dim, shape.interleaved, 1.0f, key);
-  uint8_t* keys = args.kv + args.slot[t] / kPageTokens * shape.page_bytes() + head * shape.region_bytes();
-  job.isa.append(key, args.v + from, size, static_cast<int>(shape.layout), args.slot[t] % kPageTokens, keys,
-                 keys + shape.num_kv_heads * shape.region_bytes());
+  uint8_t* page = args.kv + args.slot[t] / kPageTokens * shape.page_bytes();
+  job.isa.append(key, args.v + from, size, static_cast<int>(shape.layout), args.slot[t] % kPageTokens,
+                 page + head * shape.key_bytes(),
+                 page + shape.num_kv_heads * shape.key_bytes() + head * shape.value_bytes());
 }
 
 void append_head(void* argument, int head) {
@@ -102,8 +103,12 @@ void run_item(void* argument, int index) {
 
   const int64_t query_floats = padded(rows * shape.head_size);
   const int64_t state_floats = padded(rows * (padded(shape.head_size) + 2));
-  float* q = scratch.get(query_floats + state_floats + attention_scratch(rows, shape.head_size));
-  float* own = q + query_floats;
+  const int64_t blocks = int64_t{rows} * code_blocks(shape.head_size), code_floats = padded(blocks * (32 / 4 + 2));
+  float* q = scratch.get(query_floats + code_floats + state_floats + attention_scratch(rows, shape.head_size));
+  auto* codes = reinterpret_cast<int8_t*>(q + query_floats);
+  float* code_scale = q + query_floats + blocks * (32 / 4);
+  auto* code_sum = reinterpret_cast<int32_t*>(code_scale + blocks);
+  float* own = q + query_floats + code_floats;
   bounds.resize(2 * rows);
   for (int r = 0; r < rows; ++r) {
     const int32_t token = item.first_token + r / job.group();
@@ -111,16 +116,23 @@ void run_item(void* argument, int index) {
     bounds[rows + r] = context - tokens + token + 1;
   }
   gather_queries(job, item, q);
+  if (shape.layout == KvLayout::kCodes) {
+    job.isa.round_queries(q, rows, shape.head_size, codes, code_scale, code_sum);
+  }
   const AttentionTile tile{args.kv,
                            args.block_table + item.sequence * args.table_width,
+                           (context + kPageTokens - 1) / kPageTokens,
                            shape.page_bytes(),
-                           item.kv_head * shape.region_bytes(),
-                           (shape.num_kv_heads + item.kv_head) * shape.region_bytes(),
+                           item.kv_head * shape.key_bytes(),
+                           shape.num_kv_heads * shape.key_bytes() + item.kv_head * shape.value_bytes(),
                            static_cast<int>(shape.layout),
                            shape.head_size,
                            shape.softcap,
                            rows,
                            q,
+                           codes,
+                           code_scale,
+                           code_sum,
                            bounds.data(),
                            bounds.data() + rows,
                            own + state_floats};
@@ -175,9 +187,21 @@ std::string check_sequence(const PagedAttentionShape& shape, const PagedAttentio
 }  // namespace
 
 const AttentionIsa& attention_isa() {
-#if defined(__x86_64__)
-  if (isa() >= Isa::kAvx512) return kAttentionAvx512;
-  if (isa() >= Isa::kAvx2) return kAttentionAvx2;
+#if defined(__aarch64__)
+  if (isa() == Isa::kNeonDot) return kAttentionNeonDot;
+#elif defined(__x86_64__)
+  switch (isa()) {
+    case Isa::kAvx512Vnni:
+      return kAttentionAvx512Vnni;
+    case Isa::kAvx512:
+      return kAttentionAvx512;
+    case Isa::kAvxVnni:
+      return kAttentionAvxVnni;
+    case Isa::kAvx2:
+      return kAttentionAvx2;
+    default:
+      break;
+  }
 #endif
   return kAttentionBase;
 }
@@ -198,7 +222,7 @@ std::string check_shape(const PagedAttentionShape& shape) {
   if (!(shape.softcap >= 0.0f) || !std::isfinite(shape.softcap) || !std::isfinite(shape.scale)) {
     return "softcap " + to_string(shape.softcap) + " or scale " + to_string(shape.scale) + " is out of range";
   }
-  if (shape.layout != KvLayout::kFloat && shape.layout != KvLayout::kHalf) {
+  if (shape.layout < KvLayout::kFloat || shape.layout > KvLayout::kCodes) {
     return "kv_layout " + to_string(static_cast<int32_t>(shape.layout)) + " is unknown";
   }
   return "";

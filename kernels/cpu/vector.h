@@ -104,5 +104,96 @@ SKERRY_INLINE Vec exp_negative(Vec x) {
   return x == x ? p : x;
 }
 
+// NEON multiplies signed bytes by signed ones, x86 unsigned by signed.
+#if defined(__aarch64__)
+constexpr bool kSigned = true;
+#else
+constexpr bool kSigned = false;
+#endif
+constexpr int kOffset = 128;  // of 8-bit codes that are stored as unsigned bytes
+
+// acc + sum over 4 of w[4 i + j] * a[j] in every lane i, exactly; w unsigned (signed if kSigned), a four signed bytes.
+SKERRY_INLINE VecI dot4(VecI acc, Bytes w, int32_t a) {
+#if defined(__AVX512VNNI__)
+  return (VecI)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(a));
+#elif defined(__AVXVNNI__)
+  return (VecI)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)w, _mm256_set1_epi32(a));
+#elif defined(__AVX512BW__)
+  // Bytes 0 and 2 of each lane, then 1 and 3, as 16-bit pairs: products and their sums fit 32 bits.
+  const __m512i x = _mm512_set1_epi32(a), even = _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8);
+  const __m512i low = _mm512_and_si512((__m512i)w, _mm512_set1_epi16(255));
+  const __m512i one = _mm512_madd_epi16(low, even);
+  const __m512i two = _mm512_madd_epi16(_mm512_srli_epi16((__m512i)w, 8), _mm512_srai_epi16(x, 8));
+  return acc + (VecI)_mm512_add_epi32(one, two);
+#elif defined(__AVX2__)
+  const __m256i x = _mm256_set1_epi32(a), even = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8);
+  const __m256i low = _mm256_and_si256((__m256i)w, _mm256_set1_epi16(255));
+  const __m256i one = _mm256_madd_epi16(low, even);
+  const __m256i two = _mm256_madd_epi16(_mm256_srli_epi16((__m256i)w, 8), _mm256_srai_epi16(x, 8));
+  return acc + (VecI)_mm256_add_epi32(one, two);
+#elif defined(__SSE2__)
+  const __m128i x = _mm_set1_epi32(a), even = _mm_srai_epi16(_mm_slli_epi16(x, 8), 8);
+  const __m128i low = _mm_and_si128((__m128i)w, _mm_set1_epi16(255));
+  const __m128i one = _mm_madd_epi16(low, even);
+  const __m128i two = _mm_madd_epi16(_mm_srli_epi16((__m128i)w, 8), _mm_srai_epi16(x, 8));
+  return acc + (VecI)_mm_add_epi32(one, two);
+#elif defined(__ARM_FEATURE_DOTPROD)
+  return (VecI)vdotq_s32((int32x4_t)acc, (int8x16_t)w, (int8x16_t)vdupq_n_s32(a));
+#elif defined(__aarch64__)
+  // Products of signed bytes fit 16 bits; pairs of them are widened, then pairs of pairs are added.
+  const int8x8_t x = vreinterpret_s8_s32(vdup_n_s32(a));
+  const int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8((int8x16_t)w), x));
+  const int32x4_t high = vpaddlq_s16(vmull_s8(vget_high_s8((int8x16_t)w), x));
+  return acc + (VecI)vpaddq_s32(low, high);
+#else
+  int8_t code[4];
+  memcpy(code, &a, 4);
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < 4; ++j) acc[i] += int32_t{w[4 * i + j]} * code[j];
+  }
+  return acc;
+#endif
+}
+
+// A register's worth of codes that are stored as unsigned bytes, as dot4 wants them.
+SKERRY_INLINE Bytes load_codes(const uint8_t* p) {
+  constexpr uint8_t flip = kSigned ? kOffset : 0;
+  return load_as<Bytes>(p) ^ flip;
+}
+
+constexpr int kBlockSize = 32;
+constexpr int kBlockVectors = kBlockSize / kLanes;
+
+// A block of 32 floats becomes signed bytes: codes[i] = round(x[i] / scale), to even, with the largest magnitude at
+// 127. Returns the scale, 0 for a block that is nothing; where there is a NaN or an infinity it shows in the scale.
+SKERRY_INLINE float round_block(const Vec* x, int8_t* codes, int32_t* sum_of_codes) {
+  VecI top = {};
+  for (int i = 0; i < kBlockVectors; ++i) {
+    const VecI magnitude = load_as<VecI>(&x[i]) & 0x7fffffff;  // NaN is above all of them, and so shows
+    top = magnitude > top ? magnitude : top;
+  }
+  int32_t lanes[kLanes], most = 0;
+  memcpy(lanes, &top, sizeof lanes);
+  for (int i = 0; i < kLanes; ++i) most = lanes[i] > most ? lanes[i] : most;
+  float largest;
+  memcpy(&largest, &most, sizeof largest);
+  const bool nothing = largest < 1e-30f;  // its inverse would overflow
+  const float inverse = nothing ? 0.0f : 127.0f / largest;
+  VecI total = {};
+  for (int i = 0; i < kBlockVectors; ++i) {
+    const Vec magic = splat(12582912.0f);  // rounds to the nearest, ties to even
+    const VecI q = __builtin_convertvector((x[i] * inverse + magic) - magic, VecI);
+    total += q;
+    typedef int8_t Codes __attribute__((vector_size(kLanes)));
+    const Codes narrow = __builtin_convertvector(q, Codes);
+    memcpy(codes + i * kLanes, &narrow, sizeof narrow);
+  }
+  memcpy(lanes, &total, sizeof lanes);
+  int32_t sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += lanes[i];
+  *sum_of_codes = sum;
+  return nothing ? 0.0f : largest / 127.0f;
+}
+
 }  // namespace
 }  // namespace skerry

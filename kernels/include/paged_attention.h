@@ -14,9 +14,11 @@ namespace skerry {
 inline constexpr int kSplitTokens = 256;
 
 // A page holds kPageTokens tokens: [2][kv_heads] regions, keys before values. A region of keys is [head_size][16], so
-// that a register holds one dimension of many keys; a region of values is [16][head_size].
+// that a register holds one dimension of many keys; a region of values is [16][head_size]. Codes of 8 bits lie in fours
+// with their scales behind them (pages.py): keys [blocks of 32][8][16][4] and [blocks][16], values [4][size][4] and
+// [16].
 inline constexpr int kPageTokens = 16;
-enum class KvLayout : int32_t { kFloat = 0, kHalf = 1 };  // "f32.k16t", "f16.k16t"
+enum class KvLayout : int32_t { kFloat = 0, kHalf = 1, kCodes = 2 };  // "f32.k16t", "f16.k16t", "i8.k16t"
 
 struct PagedAttentionShape {
   int num_heads = 0;
@@ -29,10 +31,16 @@ struct PagedAttentionShape {
   int window = 0;            // a token sees itself and window-1 tokens before; 0: all
   KvLayout layout = KvLayout::kFloat;
 
-  int64_t region_bytes() const {
+  // Of one head's keys and values in a page.
+  int64_t key_bytes() const {
+    const int64_t blocks = (head_size + 31) / 32;
+    return layout == KvLayout::kCodes ? kPageTokens * blocks * (32 + 4) : value_bytes();
+  }
+  int64_t value_bytes() const {
+    if (layout == KvLayout::kCodes) return kPageTokens * ((head_size + 15) / 16 * 16 + 4);
     return int64_t{kPageTokens} * head_size * (layout == KvLayout::kFloat ? sizeof(float) : sizeof(uint16_t));
   }
-  int64_t page_bytes() const { return 2 * num_kv_heads * region_bytes(); }
+  int64_t page_bytes() const { return num_kv_heads * (key_bytes() + value_bytes()); }
 };
 
 struct PagedAttentionArgs {

@@ -164,7 +164,7 @@ def test_wrong_attention_is_refused(small_attention, monkeypatch, what):
         else:
             cache = from_pages(arrays[3], "f16.k16t", 2, 16)
             cache[arrays[10][0] // 16, 1, 0, arrays[10][0] % 16, 0] += 0.1
-            arrays[3][:] = to_pages(cache)
+            arrays[3][:] = to_pages(cache, "f16.k16t")
         return found
 
     monkeypatch.setattr(paged_attention, "_native", SimpleNamespace(paged_attention=wrong))

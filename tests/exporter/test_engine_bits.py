@@ -4,6 +4,7 @@ batch around it, with how its prompt is cut, with where its pages lie, or with t
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from skerry.core.bundle import Bundle
 from skerry.core.target import Target
 from skerry.exporter.export import Options, build_engine, seal_engine
+from skerry.exporter.kv_cache import KV_CACHES, set_layout
 from skerry.exporter.subject import open_subject
 from skerry.exporter.texts import open_texts
 from skerry.kernels.runner import Row, Runner, pack_rows
@@ -20,11 +22,15 @@ LENGTHS = (1, 37, 300, 17, 64)
 PAGES = 100
 
 
-@pytest.fixture(params=["qwen2-int8", "qwen2-int4", "qwen3-int8", "smollm3-int8"])
+@pytest.fixture(
+    params=["qwen2-int8-int8", "qwen2-int4-float16", "qwen2-int8-float32", "qwen3-int8-float16", "smollm3-int8-int8"]
+)
 def engine(request: pytest.FixtureRequest, make_model: Callable[..., Path], tmp_path: Path) -> Bundle:
-    family, precision = request.param.split("-")
+    """FAMILY-WEIGHTS-PAGES."""
+    family, precision, pages = request.param.split("-")
     subject, options = open_subject(make_model(family, peaked=True, pad_token_id=None)), Options()
     built = build_engine(subject, Target("ort-cpu"), precision, tmp_path, options.progress)
+    built = replace(built, groups=set_layout(tmp_path / "graph.onnx", built.groups, KV_CACHES[pages]))
     texts = open_texts(None, None)
     return seal_engine(subject, texts, built, Target("ort-cpu"), tmp_path, options, qualified=False)
 

@@ -13,7 +13,7 @@ import pytest
 from skerry.core.bundle import Bundle, KvGroup, seal
 from skerry.core.model import ModelSpec
 from skerry.core.target import Target
-from skerry.kernels.pages import LAYOUTS, from_pages, layout_of, to_pages
+from skerry.kernels.pages import CODES, FLOATS, LAYOUTS, from_pages, stored, to_pages
 from skerry.kernels.reference import AttentionShape, paged_attention
 
 PAGE = 16
@@ -35,6 +35,7 @@ class AttentionCase:
     block_table: np.ndarray
     slot: np.ndarray
     shape: AttentionShape
+    layout: str
 
     def arrays(self) -> list[np.ndarray]:
         return [
@@ -43,19 +44,44 @@ class AttentionCase:
         ]  # fmt: skip
 
     def expected(self) -> tuple[np.ndarray, np.ndarray]:
-        return paged_attention(*self.arrays(), self.shape)  # type: ignore[arg-type]
+        return paged_attention(*self.arrays(), self.shape, self.layout)  # type: ignore[arg-type]
 
     def run(self, threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """The native op on a copy of the cache."""
+        out, pages = self.run_on(to_pages(self.kv, self.layout), threads)
+        return out, from_pages(pages, self.layout, self.shape.num_kv_heads, self.shape.head_size)
+
+    def run_on(self, pages: np.ndarray, threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
         from skerry.kernels import _native
 
-        arrays, layout = self.arrays(), layout_of(self.kv.dtype)
-        arrays[3] = to_pages(self.kv)
-        out = _native.paged_attention(*arrays, kv_layout=LAYOUTS.index(layout), threads=threads, **vars(self.shape))
-        return out, from_pages(arrays[3], layout, self.shape.num_kv_heads, self.shape.head_size)
+        arrays, layout = self.arrays(), LAYOUTS.index(self.layout)
+        arrays[3] = pages.copy()
+        out = _native.paged_attention(*arrays, kv_layout=layout, threads=threads, **vars(self.shape))
+        return out, arrays[3]
 
     def changed(self, **fields: Any) -> AttentionCase:
         return replace(self, **fields)
+
+
+def assert_stored(case: AttentionCase, found: np.ndarray, expected: np.ndarray) -> None:
+    """NaN in the same, untouched places; a rotated key may round to the half, or once in a while the code, beside."""
+    if case.layout == CODES:
+        np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
+        off = np.abs(found - expected) > 1e-6 * np.nanmax(np.abs(expected))
+        assert off.mean() < 1e-3 and np.nanmax(np.abs(found - expected), initial=0) < 0.1
+        return
+    atol, rtol = (1e-6, 0) if expected.dtype == np.float32 else (1e-6, 1e-3)
+    np.testing.assert_allclose(found.astype(np.float64), expected.astype(np.float64), rtol=rtol, atol=atol)
+
+
+def close(case: AttentionCase, found: np.ndarray, expected: np.ndarray) -> None:
+    """A weighted mean of unit normals, summed in float32: a few ulp of the largest value. With codes a query or weight
+    at the middle between two may round to the other one: a few in ten thousand, and a step of 1/127."""
+    if case.layout == CODES:
+        assert np.mean(np.abs(found - expected) > 1e-5) < 0.02
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-2)
+        return
+    np.testing.assert_allclose(found, expected, rtol=0, atol=4e-6)
 
 
 def rotary_tables(rows: int, half: int) -> tuple[np.ndarray, np.ndarray]:
@@ -65,12 +91,12 @@ def rotary_tables(rows: int, half: int) -> tuple[np.ndarray, np.ndarray]:
 
 def build_case(
     rng: np.random.Generator, shape: AttentionShape, sequences: Sequence[tuple[int, int]],
-    spare_pages: int = 2, padding: int = 0, dtype: type[np.floating[Any]] = np.float32,
+    spare_pages: int = 2, padding: int = 0, layout: str = "f32.k16t",
 ) -> AttentionCase:  # fmt: skip
     """`sequences`: (context including this step, new tokens). Pages are shuffled; `padding` tokens belong to nobody."""
     needed = [-(-context // PAGE) for context, _ in sequences]
     pages = rng.permutation(sum(needed) + spare_pages).astype(np.int32)
-    kv = np.full((len(pages), 2, shape.num_kv_heads, PAGE, shape.head_size), np.nan, dtype)
+    kv = np.full((len(pages), 2, shape.num_kv_heads, PAGE, shape.head_size), np.nan, FLOATS.get(layout, np.float32))
     table = np.full((len(sequences), max([1, *needed]) + 1), -1, np.int32)
     positions, slots, used = [], [], 0
     for row, (context, new) in enumerate(sequences):
@@ -79,8 +105,9 @@ def build_case(
         at = np.arange(context)
         slot = table[row, at // PAGE] * PAGE + at % PAGE
         old = slot[: context - new]
-        stored = rng.normal(size=(len(old), 2, shape.num_kv_heads, shape.head_size))
-        kv[old // PAGE, :, :, old % PAGE] = stored
+        drawn = rng.normal(size=(len(old), 2, shape.num_kv_heads, shape.head_size))
+        kept = stored(layout, drawn[:, 0], drawn[:, 1]) if layout == CODES else (drawn[:, 0], drawn[:, 1])
+        kv[old // PAGE, :, :, old % PAGE] = np.stack(kept, axis=1)
         positions.append(at[context - new :])
         slots.append(slot[context - new :])
     counts = [new for _, new in sequences]
@@ -98,6 +125,7 @@ def build_case(
         block_table=table,
         slot=np.concatenate([*slots, np.full(padding, -1)]).astype(np.int32),
         shape=shape,
+        layout=layout,
     )  # fmt: skip
 
 

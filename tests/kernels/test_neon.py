@@ -18,10 +18,10 @@ import pytest
 
 from skerry.kernels import reference
 from skerry.kernels.blocks import BlockFormat, pack
-from skerry.kernels.pages import LAYOUTS, from_pages, layout_of, to_pages
+from skerry.kernels.pages import LAYOUTS, from_pages, to_pages
 from skerry.kernels.reference import AttentionShape, BlockProduct, matmul_block
 from skerry.kernels.sampling import SampleRows
-from tests.kernels.conftest import build_case
+from tests.kernels.conftest import assert_stored, build_case, close
 from tests.kernels.test_matmul_block import assert_close, random_blocks
 from tests.kernels.test_sample import random_params
 
@@ -71,18 +71,17 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     objects = [compile_one(SOURCE / name, f"{name}.o", "-ffp-contract=off") for name in COMMON]
     objects.append(compile_one(HERE / "native" / "driver.cpp", "driver.o"))
     objects.append(
-        compile_one(SOURCE / "attention_tile.cpp", "attention.o", *tile, "-ffp-contract=fast",
-                    "-DSKERRY_ISA_NAME=base", "-DSKERRY_ATTENTION_TABLE=kAttentionBase")
-    )  # fmt: skip
-    objects.append(
         compile_one(SOURCE / "sample_math.cpp", "sample_math.o", *tile, "-ffp-contract=off",
                     "-DSKERRY_ISA_NAME=base", "-DSKERRY_SAMPLE_TABLE=kSampleBase")
     )  # fmt: skip
     for isa, table, march in (("base", "Base", "armv8-a"), ("neondot", "NeonDot", "armv8.2-a+dotprod")):
-        objects.append(
-            compile_one(SOURCE / "matmul_block_tile.cpp", f"{isa}.o", *tile, "-ffp-contract=off", f"-march={march}",
-                        f"-DSKERRY_ISA_NAME={isa}", f"-DSKERRY_MATMUL_TABLE=kMatMulBlock{table}")
-        )  # fmt: skip
+        variant = (*tile, f"-march={march}", f"-DSKERRY_ISA_NAME={isa}")
+        objects += [
+            compile_one(SOURCE / "matmul_block_tile.cpp", f"matmul.{isa}.o", *variant, "-ffp-contract=off",
+                        f"-DSKERRY_MATMUL_TABLE=kMatMulBlock{table}"),
+            compile_one(SOURCE / "attention_tile.cpp", f"attention.{isa}.o", *variant, "-ffp-contract=fast",
+                        f"-DSKERRY_ATTENTION_TABLE=kAttention{table}"),
+        ]  # fmt: skip
     linked = subprocess.run([COMPILER, *objects, "-pthread", "-o", str(out / "driver")], capture_output=True, text=True)
     assert linked.returncode == 0, linked.stderr
     return out / "driver"
@@ -122,12 +121,12 @@ def test_gated_block_product(driver: Driver) -> None:
     np.testing.assert_allclose(found, wanted, rtol=0.02, atol=2e-3)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("more", [{}, {"window": 33, "softcap": 5.0}, {"interleaved": True}])
-def test_attention(driver: Driver, dtype: type[np.floating[Any]], more: dict[str, Any]) -> None:
+def test_attention(driver: Driver, layout: str, more: dict[str, Any]) -> None:
     shape = AttentionShape(6, 2, 72, 72**-0.5, rotary_dim=72, **more)
-    case = build_case(np.random.default_rng(3), shape, [(300, 1), (44, 44), (257, 20), (0, 0)], dtype=dtype)
-    layout, pages = layout_of(dtype), to_pages(case.kv)
+    case = build_case(np.random.default_rng(3), shape, [(300, 1), (44, 44), (257, 20), (0, 0)], layout=layout)
+    pages = to_pages(case.kv, layout)
     numbers = np.array(
         [6, 2, 72, 72, shape.interleaved, shape.window, LAYOUTS.index(layout), len(case.q), len(case.context_len),
          case.block_table.shape[1], len(pages), len(case.cos)], np.int64,
@@ -136,12 +135,9 @@ def test_attention(driver: Driver, dtype: type[np.floating[Any]], more: dict[str
     arrays[3] = pages
     out = driver.run("paged_attention", [numbers, np.array([shape.scale, shape.softcap], np.float32), *arrays])
     kv = from_pages(np.frombuffer(out[case.q.nbytes :], np.uint8).reshape(pages.shape), layout, 2, 72)
-    stored = case.expected()[1]
-    np.testing.assert_allclose(kv.astype(np.float32), stored.astype(np.float32), rtol=1e-3, atol=1e-6)
+    assert_stored(case, kv, case.expected()[1])
     expected = case.changed(kv=kv, slot=np.full_like(case.slot, -1)).expected()[0]
-    np.testing.assert_allclose(
-        np.frombuffer(out[: case.q.nbytes], np.float32).reshape(case.q.shape), expected, atol=4e-6
-    )
+    close(case, np.frombuffer(out[: case.q.nbytes], np.float32).reshape(case.q.shape), expected)
 
 
 @pytest.mark.parametrize("vocabulary", [33, 1000, 4099])

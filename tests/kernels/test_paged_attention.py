@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from skerry.kernels import _native
+from skerry.kernels.pages import CODES, LAYOUTS, to_pages
 from skerry.kernels.reference import AttentionShape
+from tests.kernels.conftest import assert_stored, close
 
 MIXED = [(37, 37), (300, 44), (1, 1), (513, 1), (256, 1), (257, 2), (5, 0), (16, 16), (0, 0)]
 
@@ -20,33 +22,23 @@ def shape_of(group: int, size: int, kv_heads: int = 2, **more: float) -> Attenti
     return AttentionShape(group * kv_heads, kv_heads, size, size**-0.5, **{"rotary_dim": size, **more})  # type: ignore[arg-type]
 
 
-def assert_stored(found: np.ndarray, expected: np.ndarray) -> None:
-    """NaN in the same, untouched places; a rotated key may round to the half beside."""
-    atol, rtol = (1e-6, 0) if expected.dtype == np.float32 else (1e-6, 1e-3)
-    np.testing.assert_allclose(found.astype(np.float64), expected.astype(np.float64), rtol=rtol, atol=atol)
-
-
-def close(found: np.ndarray, expected: np.ndarray) -> None:
-    """A weighted mean of unit normals, summed in float32: a few ulp of the largest value."""
-    np.testing.assert_allclose(found, expected, rtol=0, atol=4e-6)
-
-
 def verify(case, threads: int = 1) -> None:
     """What is stored, and the attention to what is stored: a key's half may be the one beside the reference's."""
     out, kv = case.run(threads)
-    assert_stored(kv, case.expected()[1])
-    close(out, case.changed(kv=kv, slot=np.full_like(case.slot, -1)).expected()[0])
+    assert_stored(case, kv, case.expected()[1])
+    close(case, out, case.changed(kv=kv, slot=np.full_like(case.slot, -1)).expected()[0])
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 7, 8])
-def test_matches_reference_over_shapes(attention_case, group, size, dtype):
+def test_matches_reference_over_shapes(attention_case, group, size, layout):
     rng = np.random.default_rng(group * 1000 + size)
-    case = attention_case(rng, shape_of(group, size, kv_heads=int(rng.integers(1, 3))), MIXED, dtype=dtype)
+    case = attention_case(rng, shape_of(group, size, kv_heads=int(rng.integers(1, 3))), MIXED, layout=layout)
     verify(case, threads=2)
 
 
+@pytest.mark.parametrize("layout", ["f32.k16t", CODES])
 @pytest.mark.parametrize(
     "more",
     [
@@ -55,16 +47,15 @@ def test_matches_reference_over_shapes(attention_case, group, size, dtype):
         {"softcap": 2.0, "window": 33},
     ],
 )  # fmt: skip
-def test_matches_reference_over_attributes(attention_case, more):
-    case = attention_case(np.random.default_rng(1), shape_of(3, 64, **more), MIXED)
-    out, _ = case.run(threads=2)
-    close(out, case.expected()[0])
+def test_matches_reference_over_attributes(attention_case, more, layout):
+    case = attention_case(np.random.default_rng(1), shape_of(3, 64, **more), MIXED, layout=layout)
+    verify(case, threads=2)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", [2, 6, 20, 100])
-def test_odd_head_sizes(attention_case, size, dtype):
-    case = attention_case(np.random.default_rng(size), shape_of(2, size), MIXED, dtype=dtype)
+def test_odd_head_sizes(attention_case, size, layout):
+    case = attention_case(np.random.default_rng(size), shape_of(2, size), MIXED, layout=layout)
     verify(case)
 
 
@@ -76,8 +67,8 @@ def test_random_batches(attention_case, seed):
         context = int(rng.integers(0, 700))
         sequences.append((context, int(rng.choice([0, min(1, context), context, rng.integers(0, context + 1)]))))
     shape = shape_of(int(rng.integers(1, 9)), int(rng.choice([64, 72, 128])), int(rng.integers(1, 4)))
-    dtype = [np.float32, np.float16][seed % 2]
-    case = attention_case(rng, shape, sequences, padding=int(rng.integers(0, 3)), dtype=dtype)
+    layout = LAYOUTS[seed % 3]
+    case = attention_case(rng, shape, sequences, padding=int(rng.integers(0, 3)), layout=layout)
     verify(case, threads=int(rng.integers(1, 4)))
 
 
@@ -87,11 +78,12 @@ def test_long_contexts(attention_case, new):
     shape = shape_of(3, 64, 3)
     case = attention_case(np.random.default_rng(new), shape, [(4096, new), (4095, 1), (2049, 3), (0, 0), (16, 1)])
     out, _ = case.run(threads=2)
-    close(out, case.expected()[0])
+    close(case, out, case.expected()[0])
 
 
-def test_padding_tokens_give_zeros_and_write_nothing(attention_case):
-    case = attention_case(np.random.default_rng(2), shape_of(2, 64), [(20, 20)], padding=5)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_padding_tokens_give_zeros_and_write_nothing(attention_case, layout):
+    case = attention_case(np.random.default_rng(2), shape_of(2, 64), [(20, 20)], padding=5, layout=layout)
     out, kv = case.run()
     assert not out[20:].any()
     assert np.isnan(kv).sum() == np.isnan(case.expected()[1]).sum()
@@ -117,30 +109,34 @@ def test_slot_minus_one_reads_what_is_stored(attention_case):
     np.testing.assert_array_equal(kv_again, kv)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("sizes", [[1] * 300, [7] * 43, [100, 1, 99, 56, 44], [256, 44], [255, 45], [257, 43]])
 @pytest.mark.parametrize("group", [1, 3])
-def test_chunking_changes_no_bit(attention_case, sizes, group, dtype):
+def test_chunking_changes_no_bit(attention_case, sizes, group, layout):
     total = sum(sizes)
-    case = attention_case(np.random.default_rng(4), shape_of(group, 64), [(total, total)], dtype=dtype)
-    whole, whole_kv = case.run()
-    kv, parts, done = case.kv, [], 0
+    case = attention_case(np.random.default_rng(4), shape_of(group, 64), [(total, total)], layout=layout)
+    pages = to_pages(case.kv, layout)
+    whole, whole_pages = case.run_on(pages)
+    parts, done = [], 0
     for count in sizes:
         piece = slice(done, done + count)
         done += count
         chunk = case.changed(
-            kv=kv, q=case.q[piece], k=case.k[piece], v=case.v[piece], positions=case.positions[piece],
+            q=case.q[piece], k=case.k[piece], v=case.v[piece], positions=case.positions[piece],
             query_start=np.array([0, count], np.int32), context_len=np.array([done], np.int32), slot=case.slot[piece],
         )  # fmt: skip
-        out, kv = chunk.run(threads=1 + done % 3)
+        out, pages = chunk.run_on(pages, threads=1 + done % 3)
         parts.append(out)
     np.testing.assert_array_equal(np.concatenate(parts), whole)
-    np.testing.assert_array_equal(kv, whole_kv)
+    np.testing.assert_array_equal(pages, whole_pages)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("more", [{}, {"window": 90}, {"softcap": 5.0}])
-def test_threads_change_no_bit(attention_case, more):
-    case = attention_case(np.random.default_rng(5), shape_of(3, 64, **more), [(1500, 1), (900, 130), (600, 1)])
+def test_threads_change_no_bit(attention_case, more, layout):
+    case = attention_case(
+        np.random.default_rng(5), shape_of(3, 64, **more), [(1500, 1), (900, 130), (600, 1)], layout=layout
+    )
     first, first_kv = case.run(threads=1)
     for threads in (2, 3, 8):
         for _ in range(3):
@@ -149,10 +145,11 @@ def test_threads_change_no_bit(attention_case, more):
             np.testing.assert_array_equal(kv, first_kv)
 
 
-def test_neighbours_and_page_order_change_no_bit(attention_case):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_neighbours_and_page_order_change_no_bit(attention_case, layout):
     shape = shape_of(3, 64)
     rng = np.random.default_rng(6)
-    case = attention_case(rng, shape, [(700, 1), (300, 90), (33, 33)])
+    case = attention_case(rng, shape, [(700, 1), (300, 90), (33, 33)], layout=layout)
     out, _ = case.run(threads=2)
     for b in range(3):
         first, last = case.query_start[b], case.query_start[b + 1]
@@ -169,8 +166,9 @@ def test_neighbours_and_page_order_change_no_bit(attention_case):
         np.testing.assert_array_equal(alone.run()[0], out[first:last])
 
 
-def test_a_broken_sequence_leaves_its_neighbours_alone(attention_case):
-    case = attention_case(np.random.default_rng(7), shape_of(2, 64), [(300, 3), (280, 40)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_broken_sequence_leaves_its_neighbours_alone(attention_case, layout):
+    case = attention_case(np.random.default_rng(7), shape_of(2, 64), [(300, 3), (280, 40)], layout=layout)
     good, _ = case.run()
     q = case.q.copy()
     q[1] = np.nan
@@ -179,8 +177,9 @@ def test_a_broken_sequence_leaves_its_neighbours_alone(attention_case):
     np.testing.assert_array_equal(np.delete(out, 1, axis=0), np.delete(good, 1, axis=0))
 
 
-def test_a_later_broken_token_does_not_reach_back(attention_case):
-    case = attention_case(np.random.default_rng(8), shape_of(2, 64), [(70, 70)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_later_broken_token_does_not_reach_back(attention_case, layout):
+    case = attention_case(np.random.default_rng(8), shape_of(2, 64), [(70, 70)], layout=layout)
     good, _ = case.run()
     k, v = case.k.copy(), case.v.copy()
     k[50], v[50] = np.nan, np.inf
@@ -194,18 +193,18 @@ def test_extreme_scores(attention_case):
     out, _ = case.changed(q=case.q * 1e4).run()
     np.testing.assert_allclose(out, case.changed(q=case.q * 1e4).expected()[0], rtol=0, atol=2e-3)
     out, _ = case.changed(q=case.q * 0).run()
-    close(out, case.changed(q=case.q * 0).expected()[0])
+    close(case, out, case.changed(q=case.q * 0).expected()[0])
 
 
-@pytest.mark.parametrize("isa", ["base", "avx2"])
+@pytest.mark.parametrize("isa", ["base", "avx2", "avxvnni", "avx512"])
 def test_other_instruction_sets(isa):
     """The same tests' core in a process that is told to use less of the machine."""
     script = (
         "import numpy as np, sys; sys.path.insert(0, sys.argv[1]); import conftest as c;"
         "from skerry.kernels import _native; print(_native.isa());"
         "s = c.AttentionShape(6, 2, 80, 0.1, 80, False, 9.0, 300);"
-        "k = c.build_case(np.random.default_rng(0), s, [(600, 1), (300, 50), (3, 3)]);"
-        "assert np.abs(k.run(2)[0] - k.expected()[0]).max() < 4e-6; import test_sample as t;"
+        "ks = [c.build_case(np.random.default_rng(0), s, [(600, 1), (300, 50), (3, 3)], layout=l) for l in c.LAYOUTS];"
+        "[c.close(k, k.run(2)[0], k.expected()[0]) for k in ks if k.layout != 'f16.k16t']; import test_sample as t;"
         "[t.test_random_rows(1000, kind) for kind in ('smooth', 'ties', 'two values', 'peaked')]"
     )
     here = str(Path(__file__).parent)

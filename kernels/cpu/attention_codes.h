@@ -1,0 +1,279 @@
+// Attention to pages of 8-bit codes, in whole numbers. Part of attention_tile.cpp, which is compiled once per
+// instruction set.
+//
+// Queries are rounded to 8 bits by blocks of 32 dimensions, as keys are; the sum over a block is exact, blocks are
+// added in order. A split's weights, times the scales of their values, are rounded to 14 bits of the largest of them;
+// their sum with the values' codes is exact.
+#pragma once
+
+#include "attention_softmax.h"
+
+namespace skerry {
+namespace {
+
+constexpr int kTop = 16383;     // of a weight: two digits to the base of 128, which a signed and an unsigned byte hold
+constexpr int kPagesAhead = 4;  // fetched: 4.5 KB of a head of 64
+constexpr int kCodeVectors = SKERRY_REGISTERS >= 32 ? 2 : 1;
+constexpr int kQuads = kPage / 4;
+constexpr int kGroups = kBlockSize / 4;
+constexpr int kGroupBytes = kPage * 4;
+constexpr int kBlockBytes = kPage * kBlockSize;
+
+// A page's keys: codes [blocks][8][16][4], scales [blocks][16]; its values: codes [4][padded size][4], scales [16].
+struct CodePages {
+  const uint8_t* key[kPages + kPagesAhead];    // past the last one: what to fetch meanwhile, the first values
+  const uint8_t* value[kPages + kPagesAhead];  // and after those the keys of the next split
+};
+
+SKERRY_INLINE void locate(const AttentionTile& t, int first, Span any, CodePages* pages) {
+  const int begin = any.from / kPage, end = pages_until(any.to);
+  for (int p = begin; p < end + kPagesAhead; ++p) {
+    const int page = first / kPage + p;
+    const uint8_t* base = t.kv + t.table[page < t.pages ? page : t.pages - 1] * t.page_bytes;
+    pages->key[p] = base + t.key_offset;
+    pages->value[p] = base + t.value_offset;
+  }
+  for (int p = end; p < end + kPagesAhead; ++p) {
+    const uint8_t* next = pages->key[p];
+    pages->key[p] = pages->value[begin + p - end < end ? begin + p - end : begin];
+    pages->value[p] = next;
+  }
+}
+
+// R rows against C registers of keys: register c is part c % kParts of page c / kParts.
+template <int R, int C>
+SKERRY_INLINE void score_codes(const AttentionTile& t, int row, const uint8_t* const* page, int part, bool ahead,
+                               float* out) {
+  const int blocks = code_blocks(t.head_size);
+  const int8_t* q = t.codes + static_cast<int64_t>(row) * blocks * kBlockSize;
+  const float* q_scale = t.code_scale + static_cast<int64_t>(row) * blocks;
+  const int32_t* q_sum = t.code_sum + static_cast<int64_t>(row) * blocks;
+  Vec total[R][C] = {};
+  for (int b = 0; b < blocks; ++b) {
+    VecI acc[R][C];
+    for (int r = 0; r < R; ++r) {
+      const VecI start = kSigned ? VecI{} : splat(-kOffset * q_sum[r * blocks + b]);
+      for (int c = 0; c < C; ++c) acc[r][c] = start;
+    }
+    for (int g = 0; g < kGroups; ++g) {
+      const int at = b * kBlockBytes + g * kGroupBytes;
+      Bytes k[C];
+      for (int c = 0; c < C; ++c) {
+        const int piece = (part + c) % kParts;
+        if (ahead && piece == 0) __builtin_prefetch(page[(part + c) / kParts + kPagesAhead] + at);
+        k[c] = load_codes(page[(part + c) / kParts] + at + piece * kLanes * 4);
+      }
+      for (int r = 0; r < R; ++r) {
+        const int32_t a = load_as<int32_t>(q + (r * blocks + b) * kBlockSize + 4 * g);
+        for (int c = 0; c < C; ++c) acc[r][c] = dot4(acc[r][c], k[c], a);
+      }
+    }
+    for (int c = 0; c < C; ++c) {
+      const int scales = blocks * kBlockBytes + b * kGroupBytes, piece = (part + c) % kParts;
+      const Vec scale = load_as<Vec>(page[(part + c) / kParts] + scales + piece * kLanes * 4);
+      if (ahead && piece == 0) __builtin_prefetch(page[(part + c) / kParts + kPagesAhead] + scales);
+      for (int r = 0; r < R; ++r) {
+        total[r][c] = fma(__builtin_convertvector(acc[r][c], Vec), scale * q_scale[r * blocks + b], total[r][c]);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < C; ++c) store(out + r * kSplit + c * kLanes, total[r][c]);
+  }
+}
+
+// The weights of one row as two digits each, and what their sums take back of the values' offset.
+struct Digits {
+  alignas(64) int8_t high[kSplit], low[kSplit];
+  int32_t high_sum, low_sum;
+  float unit;  // of the lower digit
+};
+
+// Weights of the keys [from, to) times the scales of their values; zero in the rest of `any`'s pages.
+SKERRY_INLINE void to_digits(const AttentionTile& t, const CodePages& pages, const float* weight, Span any, Span own,
+                             Digits* out) {
+  const int scales = kPage * padded(t.head_size);
+  alignas(64) float scaled[kSplit];
+  VecI top = {};
+  const int begin = own.from / kPage * kPage, end = pages_until(own.to) * kPage;
+  for (int j = begin; j < end; j += kLanes) {
+    const Vec w = load(weight + j);
+    const Vec v = load_as<Vec>(pages.value[j / kPage] + scales + j % kPage * 4);
+    const Vec x = w > 0.0f ? w * v : splat(0.0f);  // the scale of a key that is not seen may be anything
+    const VecI bits = load_as<VecI>(&x);           // none is negative: they are in the order of their bits
+    top = bits > top ? bits : top;
+    store(scaled + j, x);
+  }
+  int32_t lanes[kLanes], most = 0;
+  memcpy(lanes, &top, sizeof lanes);
+  for (int i = 0; i < kLanes; ++i) most = lanes[i] > most ? lanes[i] : most;
+  float largest;
+  memcpy(&largest, &most, sizeof largest);
+  const bool nothing = largest < 1e-30f;
+  const float inverse = nothing ? 0.0f : kTop / largest;
+  const int first = any.from / kPage * kPage, last = pages_until(any.to) * kPage;
+  memset(out->high + first, 0, last - first);
+  memset(out->low + first, 0, last - first);
+  VecI high_sum = {}, low_sum = {};
+  for (int j = begin; j < end; j += kLanes) {
+    const Vec magic = splat(12582912.0f);
+    const VecI code = __builtin_convertvector((load(scaled + j) * inverse + magic) - magic, VecI);
+    const VecI high = code >> 7, low = code & 127;
+    high_sum += high;
+    low_sum += low;
+    typedef int8_t Codes __attribute__((vector_size(kLanes)));
+    const Codes h = __builtin_convertvector(high, Codes), l = __builtin_convertvector(low, Codes);
+    memcpy(out->high + j, &h, sizeof h);
+    memcpy(out->low + j, &l, sizeof l);
+  }
+  out->high_sum = out->low_sum = 0;
+  memcpy(lanes, &high_sum, sizeof lanes);
+  for (int i = 0; i < kLanes; ++i) out->high_sum += lanes[i];
+  memcpy(lanes, &low_sum, sizeof lanes);
+  for (int i = 0; i < kLanes; ++i) out->low_sum += lanes[i];
+  out->unit = nothing ? 0.0f : largest / kTop;
+}
+
+// value[r] = sum over the keys of `any` of weight * value, for R rows and C vectors from dimension d.
+template <int R, int C>
+SKERRY_INLINE void add_codes(const uint8_t* const* page, const Digits* digits, Span any, int d, int size, bool ahead,
+                             float* value) {
+  VecI high[R][C], low[R][C];
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < C; ++c) {
+      high[r][c] = kSigned ? VecI{} : splat(-kOffset * digits[r].high_sum);
+      low[r][c] = kSigned ? VecI{} : splat(-kOffset * digits[r].low_sum);
+    }
+  }
+  for (int p = any.from / kPage; p < pages_until(any.to); ++p) {
+    for (int quad = 0; quad < kQuads; ++quad) {
+      const int at = (quad * size + d) * 4;
+      Bytes v[C];
+      for (int c = 0; c < C; ++c) {
+        if (ahead && c * kLanes % 16 == 0) __builtin_prefetch(page[p + kPagesAhead] + at + c * kLanes * 4);
+        v[c] = load_codes(page[p] + at + c * kLanes * 4);
+      }
+      for (int r = 0; r < R; ++r) {
+        const int32_t h = load_as<int32_t>(digits[r].high + p * kPage + quad * 4);
+        const int32_t l = load_as<int32_t>(digits[r].low + p * kPage + quad * 4);
+        for (int c = 0; c < C; ++c) {
+          high[r][c] = dot4(high[r][c], v[c], h);
+          low[r][c] = dot4(low[r][c], v[c], l);
+        }
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < C; ++c) {
+      const VecI total = (high[r][c] << 7) + low[r][c];
+      store(value + r * size + d + c * kLanes, __builtin_convertvector(total, Vec) * digits[r].unit);
+    }
+  }
+}
+
+// R rows from `row`: scores, weights, weighted values.
+template <int R>
+SKERRY_INLINE void attend_code_rows(const AttentionTile& t, int row, int first, const CodePages& pages,
+                                    const Room& room) {
+  const Span any = seen_by_any(t, row, R, first);
+  if (any.from >= any.to) {
+    for (int r = row; r < row + R; ++r) {
+      room.max[r] = -INFINITY;
+      room.sum[r] = 0.0f;
+    }
+    return;
+  }
+  const bool ahead = t.rows < kManyRows;
+  float* scores = room.scores + row * kSplit;
+  const int last = pages_until(any.to) * kParts;
+  int at = any.from / kPage * kParts;
+  for (; at + kCodeVectors <= last; at += kCodeVectors) {
+    score_codes<R, kCodeVectors>(t, row, pages.key + at / kParts, at % kParts, ahead, scores + at * kLanes);
+  }
+  for (; at < last; ++at) {
+    score_codes<R, 1>(t, row, pages.key + at / kParts, at % kParts, ahead, scores + at * kLanes);
+  }
+  Digits digits[R];
+  for (int r = 0; r < R; ++r) {
+    Span own = seen(t, row + r, first);
+    float* max = room.max + row + r;
+    if (own.from >= own.to || !softmax(scores + r * kSplit, own.from, own.to, t.softcap, max, room.sum + row + r)) {
+      *max = -INFINITY;
+      room.sum[row + r] = 0.0f;
+      own = {0, 0};
+    }
+    to_digits(t, pages, scores + r * kSplit, any, own, digits + r);
+  }
+  const int size = padded(t.head_size);
+  float* value = room.value + static_cast<int64_t>(row) * size;
+  int d = 0;
+  for (; d + kCodeVectors * kLanes <= size; d += kCodeVectors * kLanes) {
+    add_codes<R, kCodeVectors>(pages.value, digits, any, d, size, ahead, value);
+  }
+  for (; d < size; d += kLanes) add_codes<R, 1>(pages.value, digits, any, d, size, ahead, value);
+}
+
+void attend_codes(const AttentionTile& t, int first, Span any, const Room& room) {
+  CodePages pages;
+  locate(t, first, any, &pages);
+  int row = 0;
+  for (; row + kRows <= t.rows; row += kRows) attend_code_rows<kRows>(t, row, first, pages, room);
+  if (t.rows - row == 3) attend_code_rows<3>(t, row, first, pages, room);
+  if (t.rows - row == 2) attend_code_rows<2>(t, row, first, pages, room);
+  if (t.rows - row == 1) attend_code_rows<1>(t, row, first, pages, room);
+}
+
+// x [size] as codes of whole blocks, the last one filled up with zeros.
+SKERRY_INLINE void round_head(const float* x, int size, int8_t* codes, float* scale, int32_t* sum) {
+  for (int b = 0; b < code_blocks(size); ++b) {
+    const int count = size - b * kBlockSize < kBlockSize ? size - b * kBlockSize : kBlockSize;
+    Vec block[kBlockVectors] = {};
+    memcpy(block, x + b * kBlockSize, sizeof(float) * count);
+    scale[b] = round_block(block, codes + b * kBlockSize, sum + b);
+  }
+}
+
+void round_queries(const float* q, int rows, int head_size, int8_t* codes, float* scale, int32_t* sum) {
+  const int blocks = code_blocks(head_size);
+  for (int r = 0; r < rows; ++r) {
+    round_head(q + static_cast<int64_t>(r) * head_size, head_size,
+               codes + static_cast<int64_t>(r) * blocks * kBlockSize, scale + static_cast<int64_t>(r) * blocks,
+               sum + static_cast<int64_t>(r) * blocks);
+  }
+}
+
+// Token `at` of a page. A value has one scale for all its dimensions, so that weights can carry it.
+SKERRY_INLINE void append_codes(const float* key, const float* value, int head_size, int at, uint8_t* keys,
+                                uint8_t* values) {
+  constexpr int longest = 1024;  // that check_shape admits
+  const int blocks = code_blocks(head_size), size = padded(head_size);
+  int8_t codes[longest];
+  float scale[longest / kBlockSize];
+  int32_t sum[longest / kBlockSize];
+  round_head(key, head_size, codes, scale, sum);
+  for (int d = 0; d < blocks * kBlockSize; ++d) {
+    keys[d / 4 * kGroupBytes + at * 4 + d % 4] = static_cast<uint8_t>(codes[d] + kOffset);
+  }
+  for (int b = 0; b < blocks; ++b) {
+    memcpy(keys + blocks * kBlockBytes + b * kGroupBytes + at * 4, scale + b, sizeof(float));
+  }
+  int32_t most = 0;
+  for (int d = 0; d < head_size; ++d) {
+    const int32_t magnitude = load_as<int32_t>(value + d) & 0x7fffffff;
+    most = magnitude > most ? magnitude : most;
+  }
+  float largest;
+  memcpy(&largest, &most, sizeof largest);
+  const bool nothing = largest < 1e-30f;
+  const float inverse = nothing ? 0.0f : 127.0f / largest, unit = nothing ? 0.0f : largest / 127.0f;
+  uint8_t* into = values + at / 4 * size * 4 + at % 4;
+  for (int d = 0; d < size; ++d) {
+    const float magic = 12582912.0f;
+    const float x = d < head_size ? value[d] * inverse : 0.0f;
+    into[d * 4] = static_cast<uint8_t>(static_cast<int32_t>((x + magic) - magic) + kOffset);
+  }
+  memcpy(values + kPage * size + at * 4, &unit, sizeof unit);
+}
+
+}  // namespace
+}  // namespace skerry
