@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 import numpy.typing as npt
@@ -250,6 +251,14 @@ def sample(logits: Float32, rows: SampleRows) -> Sampled:
     return Sampled(token, logprob, entropy, top_ids, top_logprobs)
 
 
+class Activation(IntEnum):
+    """Of the first of two products, before it multiplies the second."""
+
+    NONE = 0
+    SILU = 1
+    GELU_TANH = 2
+
+
 @dataclass(frozen=True)
 class BlockProduct:
     """A weight matrix of MatMulBlock and its bias [N], if it has one."""
@@ -269,13 +278,20 @@ def rms_norm(x: Float32, weight: Float32, epsilon: float) -> npt.NDArray[np.floa
     return wide / np.sqrt((wide * wide).mean(-1, keepdims=True) + epsilon) * weight
 
 
+def activate(x: Array, activation: Activation) -> Array:
+    """silu, or gelu in its tanh form (Hendrycks and Gimpel, 2016)."""
+    if activation is Activation.SILU:
+        return x / (1 + np.exp(-x))
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
 def matmul_block(
     x: Float32, products: Sequence[BlockProduct], *, norm: Float32 | None = None, residual: Float32 | None = None,
-    epsilon: float = 0.0, gated: bool = False,
+    epsilon: float = 0.0, activation: Activation = Activation.NONE,
 ) -> list[npt.NDArray[np.float64]]:  # fmt: skip
     """MatMulBlock: x [T, K], normalized if `norm` [K] is given, rounded to 8 bits by block, times each weight [N, K]
-    transposed, plus bias, plus residual [T, N]. `gated`: silu of the first product times the second. Sums in float64,
-    of exact products: a backend differs by its float32 sums over blocks alone, in the order of k."""
+    transposed, plus bias, plus residual [T, N]. With an activation: that of the first product, times the second. Sums
+    in float64, of exact products: a backend differs by its float32 sums over blocks alone, in the order of k."""
     normed = x if norm is None else rms_norm(x, norm, epsilon).astype(np.float32)
     codes, scales = quantize_activations(normed)
     rounded = (codes * scales[..., None].astype(np.float64)).reshape(len(x), -1)
@@ -283,7 +299,6 @@ def matmul_block(
     for product in products:
         out = rounded @ product.weight.dequantized().astype(np.float64).T
         outs.append(out if product.bias is None else out + product.bias)
-    if gated:
-        gate, up = outs
-        return [gate / (1 + np.exp(-gate)) * up]
+    if activation:
+        return [activate(outs[0], activation) * outs[1]]
     return outs if residual is None else [outs[0] + residual]

@@ -72,7 +72,7 @@ struct Job {
   const MatMulBlockArgs& args;
   const MatMulBlockIsa& isa;
   Activations activations;
-  int64_t panels = 0;  // of all segments, or of each of two with kSilu
+  int64_t panels = 0;  // of all segments, or of each of two with an activation
   int64_t panels_a_task = 1;
   int64_t tiles_a_task = 1;
   int64_t panel_tasks = 1;
@@ -109,11 +109,11 @@ void run_panel(const Job& job, const BlockSegment& segment, int64_t panel, int64
   float* out = buffer[0];
   job.isa.panel(panel_at(segment, panel, job.blocks()), static_cast<int>(segment.format), job.blocks(), tile, out);
   add_bias(segment, first, rows, tile.count, out);
-  if (args.activation == Activation::kSilu) {
+  if (args.activation != Activation::kNone) {
     const BlockSegment& up = args.segment[1];
     job.isa.panel(panel_at(up, panel, job.blocks()), static_cast<int>(up.format), job.blocks(), tile, buffer[1]);
     add_bias(up, first, rows, tile.count, buffer[1]);
-    job.isa.silu(out, buffer[1], tile.count * kPanelRows);
+    job.isa.gate(static_cast<int>(args.activation), out, buffer[1], tile.count * kPanelRows);
   }
   for (int t = 0; t < tile.count; ++t, out += kPanelRows) {
     const int64_t at = (tile_index * job.isa.tokens + t) * segment.rows + first;
@@ -138,7 +138,7 @@ void run_task(void* argument, int index) {
       for (int64_t tile = first_tile; tile < last_tile; ++tile) run_panel(job, segment, p - before, tile);
     }
     before += count;
-    if (job.args.activation == Activation::kSilu) break;
+    if (job.args.activation != Activation::kNone) break;
   }
 }
 
@@ -165,8 +165,10 @@ std::string check_matmul_block(const MatMulBlockArgs& args) {
   for (int s = 0; s < args.segments; ++s) {
     if (std::string problem = check_segment(args, s); !problem.empty()) return problem;
   }
+  const auto activation = static_cast<int32_t>(args.activation);
+  if (activation < 0 || activation > 2) return "unknown activation " + to_string(activation);
   if (args.residual != nullptr && args.segments != 1) return "a residual goes with one segment";
-  if (args.activation == Activation::kSilu &&
+  if (args.activation != Activation::kNone &&
       (args.segments != 2 || args.segment[0].rows != args.segment[1].rows || args.residual != nullptr)) {
     return "a gated product takes two segments of equal rows and no residual";
   }
@@ -177,7 +179,7 @@ std::string matmul_block(const MatMulBlockArgs& args, const Parallel& parallel) 
   if (std::string problem = check_matmul_block(args); !problem.empty()) return problem;
   if (args.tokens == 0) return "";
   const MatMulBlockIsa& isa = matmul_isa();
-  const bool gated = args.activation == Activation::kSilu;
+  const bool gated = args.activation != Activation::kNone;
   Job job{args, isa, Activations(isa, args.tokens, args.width / kBlock)};
   int64_t bytes = 0;
   for (int s = 0; s < args.segments; ++s) {

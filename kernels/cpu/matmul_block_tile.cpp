@@ -126,12 +126,19 @@ void quantize(const float* x, const float* norm, float epsilon, int64_t blocks, 
   }
 }
 
-void silu(float* gate, const float* up, int n) {
+SKERRY_INLINE Vec sigmoid(Vec x) {
+  const Vec e = exp_negative(x < 0.0f ? x : -x);
+  return (x < 0.0f ? e : splat(1.0f)) / (1.0f + e);
+}
+
+// Both activations are x times a sigmoid: silu of x itself, and gelu_tanh of 2 sqrt(2 / pi) (x + 0.044715 x^3), because
+// (1 + tanh(u)) / 2 = sigmoid(2 u).
+void gate(int activation, float* first, const float* second, int n) {
   for (int i = 0; i < n; i += kLanes) {
-    const Vec x = load_as<Vec>(gate + i);
-    const Vec e = exp_negative(x < 0.0f ? x : -x);
-    const Vec y = x * ((x < 0.0f ? e : splat(1.0f)) / (1.0f + e)) * load_as<Vec>(up + i);
-    memcpy(gate + i, &y, sizeof y);
+    const Vec x = load_as<Vec>(first + i);
+    const Vec at = activation == 2 ? 1.5957691216057308f * (x * fma(0.044715f * x, x, splat(1.0f))) : x;
+    const Vec y = x * sigmoid(at) * load_as<Vec>(second + i);
+    memcpy(first + i, &y, sizeof y);
   }
 }
 
@@ -139,6 +146,6 @@ void silu(float* gate, const float* up, int n) {
 
 #define SKERRY_STRING_(x) #x
 #define SKERRY_STRING(x) SKERRY_STRING_(x)
-extern const MatMulBlockIsa SKERRY_MATMUL_TABLE = {SKERRY_STRING(SKERRY_ISA_NAME), kTokens, quantize, panel, silu};
+extern const MatMulBlockIsa SKERRY_MATMUL_TABLE = {SKERRY_STRING(SKERRY_ISA_NAME), kTokens, quantize, panel, gate};
 
 }  // namespace skerry

@@ -24,8 +24,8 @@ struct MatMulBlockIsa {
                    int at);
   // out[count][16] = the panel's 16 rows against the tile. `format` as in BlockFormat.
   void (*panel)(const uint8_t* panel, int format, int64_t blocks, const ActivationTile& tile, float* out);
-  // gate[n] = silu(gate[n]) * up[n]; n a multiple of 16.
-  void (*silu)(float* gate, const float* up, int n);
+  // first[n] = act(first[n]) * second[n]; n a multiple of 16, `activation` as in Activation.
+  void (*gate)(int activation, float* first, const float* second, int n);
 };
 
 extern const MatMulBlockIsa kMatMulBlockBase;

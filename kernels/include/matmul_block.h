@@ -28,18 +28,19 @@ inline int64_t panel_bytes(BlockFormat format, int64_t blocks) {
 }
 inline int64_t panels_of(int64_t rows) { return (rows + kPanelRows - 1) / kPanelRows; }
 
-enum class Activation : int32_t { kNone = 0, kSilu = 1 };
+// Of the first of two segments, before it multiplies the second.
+enum class Activation : int32_t { kNone = 0, kSilu = 1, kGeluTanh = 2 };
 
 // A run of output columns with one weight matrix.
 struct BlockSegment {
   const uint8_t* weight = nullptr;  // packed [panels]
   const float* bias = nullptr;      // [rows] or null
-  float* out = nullptr;             // [tokens, rows]; with kSilu only the first segment's is written
+  float* out = nullptr;             // [tokens, rows]; with an activation only the first segment's is written
   int64_t rows = 0;
   BlockFormat format = BlockFormat::kQ8_0;
 };
 
-// out_s = norm(x) W_s^T + bias_s (+ residual, with one segment); kSilu: out_0 = silu(.._0) * (.._1).
+// out_s = norm(x) W_s^T + bias_s (+ residual, with one segment); with an activation: out_0 = act(.._0) * (.._1).
 struct MatMulBlockArgs {
   const float* x = nullptr;         // [tokens, width]
   const float* norm = nullptr;      // [width]: RMS normalization before the product, or null

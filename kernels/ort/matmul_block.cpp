@@ -24,7 +24,7 @@ MatMulBlockKernel::MatMulBlockKernel(const OrtKernelInfo* raw) {
   const auto formats = info.GetAttributes<int64_t>("formats");
   shape_.width = info.GetAttribute<int64_t>("width");
   shape_.epsilon = info.GetAttribute<float>("epsilon");
-  shape_.activation = info.GetAttribute<int64_t>("activation") == 0 ? Activation::kNone : Activation::kSilu;
+  shape_.activation = static_cast<Activation>(info.GetAttribute<int64_t>("activation"));
   expect("length of formats", static_cast<int64_t>(formats.size()), static_cast<int64_t>(rows.size()));
   shape_.segments = static_cast<int>(std::min<size_t>(rows.size(), kMaxSegments + 1));
   for (int s = 0; s < std::min(shape_.segments, kMaxSegments); ++s) {

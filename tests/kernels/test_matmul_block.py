@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from skerry.core.errors import InputError
 from skerry.kernels import _native
 from skerry.kernels.blocks import BLOCK, BlockFormat, Blocks, pack, packed_bytes, unpack
-from skerry.kernels.reference import BlockProduct, matmul_block, quantize_activations
+from skerry.kernels.reference import Activation, BlockProduct, activate, matmul_block, quantize_activations
 
 FORMATS = tuple(BlockFormat)
 # float32 sums over blocks, relative to the sum of their magnitudes
@@ -30,9 +30,9 @@ def random_blocks(rng: np.random.Generator, form: BlockFormat, rows: int, width:
     return Blocks(form, rng.integers(0, 1 << form.bits, (*shape, BLOCK), np.uint8), scales, minima)
 
 
-def native(x: np.ndarray, products: list[BlockProduct], gated: bool = False, **options: Any) -> list[np.ndarray]:
+def native(x: np.ndarray, products: list[BlockProduct], **options: Any) -> list[np.ndarray]:
     segments = [(pack(p.weight), p.weight.rows, int(p.weight.format), p.bias) for p in products]
-    return _native.matmul_block(x, segments, activation=int(gated), **options)
+    return _native.matmul_block(x, segments, **options)
 
 
 def assert_close(found: np.ndarray, wanted: np.ndarray, x: np.ndarray, products: list[BlockProduct]) -> None:
@@ -78,12 +78,26 @@ def test_segments_of_different_formats_and_sizes(form):
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("tokens", [1, 3, 33])
-def test_gated(form, tokens):
+@pytest.mark.parametrize("activation", [Activation.SILU, Activation.GELU_TANH])
+def test_gated(form, tokens, activation):
     rng = np.random.default_rng(2)
     x = rng.normal(size=(tokens, 64)).astype(np.float32)
     products = [BlockProduct(random_blocks(rng, form, 40, 64)) for _ in range(2)]
-    (found,) = native(x, products, gated=True, threads=2)
-    np.testing.assert_allclose(found, matmul_block(x, products, gated=True)[0], rtol=1e-4, atol=1e-6)
+    (found,) = native(x, products, activation=activation, threads=2)
+    np.testing.assert_allclose(found, matmul_block(x, products, activation=activation)[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("activation", [Activation.SILU, Activation.GELU_TANH])
+def test_an_activation_is_right_at_every_size(activation):
+    """Weights of one code read the input back, times a bias of 1: what is left is the activation itself."""
+    x = np.zeros((400, 32), np.float32)
+    x[:, 0] = np.concatenate([np.linspace(-12, 12, 399), [1e5]])
+    codes = np.full((1, 1, 32), 128, np.uint8)
+    codes[..., 0] = 129
+    first = BlockProduct(Blocks(BlockFormat.Q8_0, codes, np.ones((1, 1), np.float16)))
+    one = BlockProduct(Blocks(BlockFormat.Q8_0, codes, np.zeros((1, 1), np.float16)), np.ones(1, np.float32))
+    (found,) = native(x, [first, one], activation=activation)
+    np.testing.assert_allclose(found[:, 0], activate(x[:, 0].astype(np.float64), activation), rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -170,6 +184,8 @@ def test_bad_input_is_refused():
         ([(packed, 20, 0, None)], {"residual": np.zeros((2, 19), np.float32)}, "residual"),
         ([(packed, 20, 0, None)], {"norm": np.zeros(63, np.float32)}, "norm"),
         ([(packed, 20, 0, None)], {"activation": 1}, "gated"),
+        ([(packed, 20, 0, None)] * 2, {"activation": 3}, "activation 3"),
+        ([(packed, 20, 0, None)] * 2, {"activation": -1}, "activation -1"),
     ):
         with pytest.raises(ValueError, match=words):
             _native.matmul_block(x, segments, **options)

@@ -19,7 +19,7 @@ import pytest
 from skerry.kernels import reference
 from skerry.kernels.blocks import BlockFormat, pack
 from skerry.kernels.pages import LAYOUTS, from_pages, to_pages
-from skerry.kernels.reference import AttentionShape, BlockProduct, matmul_block
+from skerry.kernels.reference import Activation, AttentionShape, BlockProduct, matmul_block
 from skerry.kernels.sampling import SampleRows
 from tests.kernels.conftest import assert_stored, build_case, close
 from tests.kernels.test_matmul_block import assert_close, random_blocks
@@ -108,16 +108,17 @@ def test_block_product(driver: Driver, form: BlockFormat, tokens: int, rows: int
     assert_close(found, matmul_block(x, [product], residual=residual)[0], x, [product])
 
 
-def test_gated_block_product(driver: Driver) -> None:
+@pytest.mark.parametrize("activation", [Activation.SILU, Activation.GELU_TANH])
+def test_gated_block_product(driver: Driver, activation: Activation) -> None:
     rng = np.random.default_rng(9)
     x, norm = rng.normal(size=(5, 96)).astype(np.float32), rng.uniform(0.5, 1.5, 96).astype(np.float32)
     products = [BlockProduct(random_blocks(rng, BlockFormat.Q8_0, 20, 96)) for _ in range(2)]
     epsilon = int(np.array([1e-5, 0], np.float32).view(np.int64)[0])
-    numbers = np.array([5, 96, 20, 0, 1, epsilon], np.int64)
+    numbers = np.array([5, 96, 20, 0, activation, epsilon], np.int64)
     packed: list[Any] = [part for product in products for part in (pack(product.weight), None)]
     out = driver.run("matmul_block", [numbers, x, norm, None, *packed])
     found = np.frombuffer(out, np.float32)[:100].reshape(5, 20)
-    wanted = matmul_block(x, products, norm=norm, epsilon=1e-5, gated=True)[0]
+    wanted = matmul_block(x, products, norm=norm, epsilon=1e-5, activation=activation)[0]
     np.testing.assert_allclose(found, wanted, rtol=0.02, atol=2e-3)
 
 
