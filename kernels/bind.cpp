@@ -189,9 +189,10 @@ skerry::BlockSegment block_segment(const Segment& given, size_t width) {
   skerry::BlockSegment segment;
   segment.rows = rows;
   segment.format = static_cast<skerry::BlockFormat>(format);
-  if (format < 0 || format > 2 || rows < 1 || width % skerry::kBlock != 0) {
+  const bool known = format >= 0 && format < skerry::kFormats;
+  if (!known || rows < 1 || width % skerry::span(segment.format) != 0) {
     throw std::invalid_argument("a segment of " + std::to_string(rows) + " rows of " + std::to_string(width) +
-                                " in format " + std::to_string(format));
+                                " elements in format " + std::to_string(format));
   }
   const size_t bytes = skerry::panels_of(rows) * skerry::panel_bytes(segment.format, width / skerry::kBlock);
   segment.weight = checked("weight", weight, {bytes});

@@ -126,11 +126,8 @@ SKERRY_INLINE void to_digits(const AttentionTile& t, const CodePages& pages, con
     memcpy(out->high + j, &h, sizeof h);
     memcpy(out->low + j, &l, sizeof l);
   }
-  out->high_sum = out->low_sum = 0;
-  memcpy(lanes, &high_sum, sizeof lanes);
-  for (int i = 0; i < kLanes; ++i) out->high_sum += lanes[i];
-  memcpy(lanes, &low_sum, sizeof lanes);
-  for (int i = 0; i < kLanes; ++i) out->low_sum += lanes[i];
+  out->high_sum = sum_of_lanes(high_sum);
+  out->low_sum = sum_of_lanes(low_sum);
   out->unit = nothing ? 0.0f : largest / kTop;
 }
 
@@ -229,7 +226,9 @@ SKERRY_INLINE void round_head(const float* x, int size, int8_t* codes, float* sc
     const int count = size - b * kBlockSize < kBlockSize ? size - b * kBlockSize : kBlockSize;
     Vec block[kBlockVectors] = {};
     memcpy(block, x + b * kBlockSize, sizeof(float) * count);
-    scale[b] = round_block(block, codes + b * kBlockSize, sum + b);
+    int32_t sums[2];
+    scale[b] = round_block(block, codes + b * kBlockSize, sums);
+    sum[b] = sums[0];
   }
 }
 

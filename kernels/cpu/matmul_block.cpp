@@ -57,11 +57,12 @@ class Activations {
     uint8_t* at = base_ + index * tile_bytes();
     auto* floats = reinterpret_cast<float*>(at + isa_.tokens * blocks_ * kBlock);
     const int64_t step = isa_.tokens * blocks_;
-    return {reinterpret_cast<int8_t*>(at), floats, reinterpret_cast<int32_t*>(floats + step), floats + 2 * step, count};
+    auto* sums = reinterpret_cast<int32_t*>(floats + 2 * step);
+    return {reinterpret_cast<int8_t*>(at), floats, sums, sums + step, floats + step, count};
   }
 
  private:
-  int64_t tile_bytes() const { return isa_.tokens * blocks_ * (kBlock + 12); }
+  int64_t tile_bytes() const { return isa_.tokens * blocks_ * (kBlock + 16); }
 
   const MatMulBlockIsa& isa_;
   int64_t tokens_, blocks_;
@@ -147,8 +148,12 @@ std::string check_segment(const MatMulBlockArgs& args, int index) {
   if (segment.rows < 1 || segment.rows > std::numeric_limits<int32_t>::max()) {
     return "segment " + to_string(index) + " has " + to_string(segment.rows) + " rows";
   }
-  if (static_cast<int32_t>(segment.format) < 0 || static_cast<int32_t>(segment.format) > 2) {
+  if (static_cast<int32_t>(segment.format) < 0 || static_cast<int32_t>(segment.format) >= kFormats) {
     return "segment " + to_string(index) + " has unknown format " + to_string(static_cast<int32_t>(segment.format));
+  }
+  if (args.width % span(segment.format) != 0) {
+    return "segment " + to_string(index) + " has rows of " + to_string(args.width) +
+           " elements, its format takes multiples of " + to_string(span(segment.format));
   }
   return "";
 }
@@ -211,6 +216,38 @@ float from_half(uint16_t half) {
   return half & 0x8000 ? -magnitude : magnitude;
 }
 
+// A row of one block, which begins at the panel's scales and codes: 32 floats.
+void dequantize(const BlockSegment& table, const uint8_t* panel, int64_t blocks, int64_t b, int row, float* out) {
+  const BlockTraits& kind = traits(table.format);
+  const auto* halves = reinterpret_cast<const uint16_t*>(panel);
+  const int64_t count = scale_count(table.format, blocks);
+  const int64_t at = (kind.steps ? b / kSuper : b) * kPanelRows + row;
+  float scale[2] = {from_half(halves[at]), from_half(halves[at])};  // of each half of the block
+  float minimum = kind.minima ? from_half(halves[count + at]) : 0.0f;
+  if (kind.steps) {
+    const uint8_t* step = panel + 2 * count * (kind.minima ? 2 : 1) + 2 * b * kPanelRows + row;
+    if (kind.minima) {
+      scale[0] = scale[1] = scale[0] * static_cast<float>(step[0]);
+      minimum *= -static_cast<float>(step[kPanelRows]);
+    } else {
+      scale[0] *= static_cast<float>(static_cast<int8_t>(step[0]));
+      scale[1] *= static_cast<float>(static_cast<int8_t>(step[kPanelRows]));
+    }
+  }
+  const uint8_t* codes = panel + head_bytes(table.format, blocks) + b * code_bytes(table.format) + row * 4;
+  for (int k = 0; k < kBlock; ++k) {
+    const int group = k / 4, place = k % 4;
+    int code = codes[group * 64 + place];
+    if (kind.bits < 8) {
+      const int both = codes[group % 4 * 64 + place], extra = kind.bits - 4;
+      code = group < 4 ? both & 15 : both >> 4;
+      const int planes = extra == 2 ? group / 4 : 0, bit = extra == 2 ? 2 * (group % 4) : group;
+      if (extra > 0) code |= (codes[(4 + planes) * 64 + place] >> bit & ((1 << extra) - 1)) << 4;
+    }
+    out[k] = scale[k / 16] * static_cast<float>(code - kind.offset) + minimum;
+  }
+}
+
 }  // namespace
 
 std::string gather_block(const BlockSegment& table, int64_t width, const int32_t* ids, int64_t count, float* out) {
@@ -223,23 +260,8 @@ std::string gather_block(const BlockSegment& table, int64_t width, const int32_t
   }
   for (int64_t i = 0; i < count; ++i, out += width) {
     const uint8_t* panel = panel_at(table, ids[i] / kPanelRows, blocks);
-    const int row = ids[i] % kPanelRows;
-    const auto* halves = reinterpret_cast<const uint16_t*>(panel);
-    const uint8_t* codes = panel + scale_bytes(table.format, blocks);
-    for (int64_t b = 0; b < blocks; ++b, codes += code_bytes(table.format)) {
-      const float scale = from_half(halves[b * kPanelRows + row]);
-      const float minimum = table.format == BlockFormat::kQ4_1 ? from_half(halves[(blocks + b) * kPanelRows + row]) : 0;
-      for (int k = 0; k < kBlock; ++k) {
-        float* into = out + b * kBlock + k;
-        const int place = row * 4 + k % 4, group = k / 4;
-        if (table.format == BlockFormat::kQ8_0) {
-          *into = scale * static_cast<float>(codes[group * 64 + place] - 128);
-          continue;
-        }
-        const int both = codes[group % 4 * 64 + place], code = group < 4 ? both & 15 : both >> 4;
-        *into = table.format == BlockFormat::kQ4_0 ? scale * static_cast<float>(code - 8)
-                                                   : scale * static_cast<float>(code) + minimum;
-      }
+    for (int64_t b = 0; b < blocks; ++b) {
+      dequantize(table, panel, blocks, b, ids[i] % kPanelRows, out + b * kBlock);
     }
   }
   return "";

@@ -17,32 +17,85 @@ constexpr int kParts = kRows / kLanes;
 constexpr int kTokens = SKERRY_LANES == 16 ? 16 : 4;
 constexpr int kAhead = 5120;  // bytes fetched ahead: few rows wait for memory, and many hardly notice
 
-enum Format { kQ8_0, kQ4_0, kQ4_1 };
+enum Format { kQ8_0, kQ4_0, kQ4_1, kQ5_0, kQ5_1, kQ4_K, kQ5_K, kQ6_K };
+
+// include/matmul_block.h says the same in words that this file may not include.
+constexpr int kBits[] = {8, 4, 4, 5, 5, 4, 5, 6};
+constexpr int kShift[] = {7, 3, 0, 4, 0, 0, 0, 5};  // an offset is a power of two; 0: none
+constexpr bool has_minima(Format f) { return kShift[f] == 0; }
+constexpr bool has_steps(Format f) { return f >= kQ4_K; }
+constexpr int kSuper = 8;
 
 // The codes of one block for one register's rows: unsigned bytes, or Q8_0's less 128 if kSigned.
 template <Format F>
 SKERRY_INLINE void unpack(const uint8_t* codes, Bytes* w) {
-  constexpr int stride = kRows * 4;
+  constexpr int stride = kRows * 4, half = kGroups / 2;
   if constexpr (F == kQ8_0) {
     for (int g = 0; g < kGroups; ++g) w[g] = load_codes(codes + g * stride);
-  } else {
-    for (int g = 0; g < kGroups / 2; ++g) {
-      const Bytes both = load_as<Bytes>(codes + g * stride);
-      w[g] = both & 15;
-      w[g + kGroups / 2] = both >> 4;
+    return;
+  }
+  for (int g = 0; g < half; ++g) {
+    const Bytes both = load_as<Bytes>(codes + g * stride);
+    w[g] = both & 15;
+    w[g + half] = both >> 4;
+  }
+  if constexpr (kBits[F] == 5) {
+    const Bytes fifth = load_as<Bytes>(codes + half * stride);
+    for (int g = 0; g < half; ++g) w[g] |= (fifth << (half - g)) & 16;
+    for (int g = half; g < kGroups; ++g) w[g] |= (fifth >> (g - half)) & 16;
+  } else if constexpr (kBits[F] == 6) {
+    for (int h = 0; h < 2; ++h) {
+      const Bytes top = load_as<Bytes>(codes + (half + h) * stride);
+      w[half * h] |= (top << 4) & 48;
+      w[half * h + 1] |= (top << 2) & 48;
+      w[half * h + 2] |= top & 48;
+      w[half * h + 3] |= (top >> 2) & 48;
     }
   }
 }
 
+// What a panel says of its rows besides codes.
+struct Head {
+  const uint16_t* scale;    // [blocks or blocks / 8][16]
+  const uint16_t* minimum;  // likewise
+  const uint8_t* step;      // [blocks][2][16]
+};
+
+template <Format F>
+SKERRY_INLINE Head head_of(const uint8_t* panel, int64_t blocks, int64_t* bytes) {
+  const int64_t halves = (has_steps(F) ? blocks / kSuper : blocks) * kRows;
+  const auto* scale = (const uint16_t*)panel;
+  const Head head{scale, scale + halves, (const uint8_t*)(scale + halves * (has_minima(F) ? 2 : 1))};
+  *bytes = (2 * halves * (has_minima(F) ? 2 : 1) + (has_steps(F) ? 2 * blocks * kRows : 0) + 63) / 64 * 64;
+  return head;
+}
+
+// One register's scale of block `b` (of its first half for Q6_K) and, in `other`, its minimum or second half's scale.
+template <Format F>
+SKERRY_INLINE Vec scale_of(const Head& head, int64_t b, int lane, Vec* other) {
+  const int64_t at = (has_steps(F) ? b / kSuper : b) * kRows + lane;
+  const Vec d = load(head.scale + at);
+  if constexpr (!has_steps(F)) {
+    if constexpr (has_minima(F)) *other = load(head.minimum + at);
+    return d;
+  }
+  const uint8_t* step = head.step + 2 * b * kRows + lane;
+  if constexpr (F == kQ6_K) {
+    *other = d * load_bytes<int8_t>(step + kRows);
+    return d * load_bytes<int8_t>(step);
+  }
+  *other = -load(head.minimum + at) * load_bytes<uint8_t>(step + kRows);
+  return d * load_bytes<uint8_t>(step);
+}
+
 // A tile of T tokens against `P` registers of rows from `part`.
 template <Format F, int T, int P>
-SKERRY_INLINE void strip(const uint8_t* scales, const uint8_t* codes, int64_t blocks, const ActivationTile& tile,
-                         int part, float* out) {
-  constexpr int shift = F == kQ8_0 ? 7 : 3;  // the offset of the codes: 128, or 8
-  constexpr bool centred = F == kQ4_1 || (F == kQ8_0 && kSigned);
-  constexpr int64_t code_stride = kRows * kBlockSize / (F == kQ8_0 ? 1 : 2);
-  const uint16_t* scale = (const uint16_t*)scales + part * kLanes;
-  const uint16_t* minimum = scale + blocks * kRows;
+SKERRY_INLINE void strip(const uint8_t* panel, int64_t blocks, const ActivationTile& tile, int part, float* out) {
+  constexpr bool centred = has_minima(F) || (F == kQ8_0 && kSigned);
+  constexpr int64_t code_stride = kRows * kBlockSize * kBits[F] / 8;
+  int64_t bytes;
+  const Head head = head_of<F>(panel, blocks, &bytes);
+  const uint8_t* codes = panel + bytes;
   Vec sum[P][T] = {};
   for (int64_t b = 0; b < blocks; ++b) {
     const int8_t* a = tile.codes + b * T * kBlockSize;
@@ -50,14 +103,23 @@ SKERRY_INLINE void strip(const uint8_t* scales, const uint8_t* codes, int64_t bl
     for (int p = 0; p < P; ++p) {
       Bytes w[kGroups];
       unpack<F>(codes + (part + p) * kLanes * 4, w);
-      const Vec d = load(scale + b * kRows + p * kLanes);
+      Vec other;
+      const Vec d = scale_of<F>(head, b, (part + p) * kLanes, &other);
       for (int t = 0; t < T; ++t) {
-        VecI acc = centred ? VecI{} : splat(tile.sum[b * T + t]) << shift;
-        for (int g = 0; g < kGroups; ++g) acc = dot4(acc, w[g], load_as<int32_t>(a + t * kBlockSize + 4 * g));
-        sum[p][t] = fma(__builtin_convertvector(acc, Vec), d * tile.scale[b * T + t], sum[p][t]);
-        if constexpr (F == kQ4_1) {
-          const Vec m = load(minimum + b * kRows + p * kLanes);
-          sum[p][t] = fma(m, splat(tile.weighted[b * T + t]), sum[p][t]);
+        const auto dot = [&](int first, int last, int32_t sum_of_codes) {
+          VecI acc = centred ? VecI{} : splat(sum_of_codes) << kShift[F];
+          for (int g = first; g < last; ++g) acc = dot4(acc, w[g], load_as<int32_t>(a + t * kBlockSize + 4 * g));
+          return __builtin_convertvector(acc, Vec);
+        };
+        const int64_t at = b * T + t;
+        const float scale = tile.scale[at];
+        if constexpr (F == kQ6_K) {
+          const int32_t half = tile.half[at];
+          sum[p][t] = fma(dot(0, kGroups / 2, half), d * scale, sum[p][t]);
+          sum[p][t] = fma(dot(kGroups / 2, kGroups, tile.sum[at] - half), other * scale, sum[p][t]);
+        } else {
+          sum[p][t] = fma(dot(0, kGroups, tile.sum[at]), d * scale, sum[p][t]);
+          if constexpr (has_minima(F)) sum[p][t] = fma(other, splat(tile.weighted[at]), sum[p][t]);
         }
       }
     }
@@ -70,12 +132,10 @@ SKERRY_INLINE void strip(const uint8_t* scales, const uint8_t* codes, int64_t bl
 
 template <Format F, int T>
 void panel_of(const uint8_t* panel, int64_t blocks, const ActivationTile& tile, float* out) {
-  const int64_t halves = blocks * kRows * (F == kQ4_1 ? 2 : 1);
-  const uint8_t* codes = panel + (2 * halves + 63) / 64 * 64;
   if constexpr (T == 1) {
-    strip<F, T, kParts>(panel, codes, blocks, tile, 0, out);
+    strip<F, T, kParts>(panel, blocks, tile, 0, out);
   } else {
-    for (int part = 0; part < kParts; ++part) strip<F, T, 1>(panel, codes, blocks, tile, part, out);
+    for (int part = 0; part < kParts; ++part) strip<F, T, 1>(panel, blocks, tile, part, out);
   }
 }
 
@@ -87,7 +147,9 @@ typedef void (*PanelFunction)(const uint8_t*, int64_t, const ActivationTile&, fl
 #else
 #  define SKERRY_COUNTS(F) {SKERRY_FOUR(F, 1)}
 #endif
-constexpr PanelFunction kPanels[3][kTokens] = {SKERRY_COUNTS(kQ8_0), SKERRY_COUNTS(kQ4_0), SKERRY_COUNTS(kQ4_1)};
+constexpr PanelFunction kPanels[8][kTokens] = {SKERRY_COUNTS(kQ8_0), SKERRY_COUNTS(kQ4_0), SKERRY_COUNTS(kQ4_1),
+                                               SKERRY_COUNTS(kQ5_0), SKERRY_COUNTS(kQ5_1), SKERRY_COUNTS(kQ4_K),
+                                               SKERRY_COUNTS(kQ5_K), SKERRY_COUNTS(kQ6_K)};
 
 void panel(const uint8_t* panel, int format, int64_t blocks, const ActivationTile& tile, float* out) {
   kPanels[format][tile.count - 1](panel, blocks, tile, out);
@@ -118,11 +180,13 @@ void quantize(const float* x, const float* norm, float epsilon, int64_t blocks, 
       v[i] = load_as<Vec>(x + b * kBlockSize + i * kLanes);
       if (norm != nullptr) v[i] = v[i] * inverse_rms * load_as<Vec>(norm + b * kBlockSize + i * kLanes);
     }
-    int32_t sum;
-    const float scale = round_block(v, tile.codes + (b * tile.count + at) * kBlockSize, &sum);
-    tile.scale[b * tile.count + at] = scale;
-    tile.sum[b * tile.count + at] = -sum;
-    tile.weighted[b * tile.count + at] = scale * static_cast<float>(sum);
+    const int64_t place = b * tile.count + at;
+    int32_t sums[2];
+    const float scale = round_block(v, tile.codes + place * kBlockSize, sums);
+    tile.scale[place] = scale;
+    tile.sum[place] = -sums[0];
+    tile.half[place] = -sums[1];
+    tile.weighted[place] = scale * static_cast<float>(sums[0]);
   }
 }
 

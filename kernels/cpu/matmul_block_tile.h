@@ -6,12 +6,14 @@
 namespace skerry {
 
 // A tile of up to `tokens` quantized activation rows. Within a block the tokens lie side by side:
-// codes [blocks][count][32] int8; scale, sum and weighted [blocks][count], where sum is minus the sum of the codes
-// (it takes the offset of unsigned weights back) and weighted is scale times that sum's opposite (for minima).
+// codes [blocks][count][32] int8; scale, sum, half and weighted [blocks][count], where sum is minus the sum of the
+// codes (it takes the offset of unsigned weights back), half that of the first 16, and weighted is scale times the sum
+// of all (for minima).
 struct ActivationTile {
   int8_t* codes;
   float* scale;
   int32_t* sum;
+  int32_t* half;
   float* weighted;
   int count;
 };

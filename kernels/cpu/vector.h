@@ -48,6 +48,13 @@ SKERRY_INLINE Vec fma(Vec a, Vec b, Vec c) {
 
 SKERRY_INLINE Vec load(const float* p) { return load_as<Vec>(p); }
 
+// Whole numbers of 8 bits.
+template <class Byte>
+SKERRY_INLINE Vec load_bytes(const uint8_t* p) {
+  typedef Byte Narrow __attribute__((vector_size(kLanes)));
+  return __builtin_convertvector(__builtin_convertvector(load_as<Narrow>(p), VecI), Vec);
+}
+
 // IEEE halves, exactly.
 SKERRY_INLINE Vec load(const uint16_t* p) {
 #if defined(__AVX512F__)
@@ -161,12 +168,24 @@ SKERRY_INLINE Bytes load_codes(const uint8_t* p) {
   return load_as<Bytes>(p) ^ flip;
 }
 
+SKERRY_INLINE int32_t sum_of_lanes(VecI x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_epi32((__m512i)x);
+#else
+  int32_t lanes[kLanes], sum = 0;
+  memcpy(lanes, &x, sizeof lanes);
+  for (int i = 0; i < kLanes; ++i) sum += lanes[i];
+  return sum;
+#endif
+}
+
 constexpr int kBlockSize = 32;
 constexpr int kBlockVectors = kBlockSize / kLanes;
 
 // A block of 32 floats becomes signed bytes: codes[i] = round(x[i] / scale), to even, with the largest magnitude at
 // 127. Returns the scale, 0 for a block that is nothing; where there is a NaN or an infinity it shows in the scale.
-SKERRY_INLINE float round_block(const Vec* x, int8_t* codes, int32_t* sum_of_codes) {
+// `sums`: of all codes and of the first 16.
+SKERRY_INLINE float round_block(const Vec* x, int8_t* codes, int32_t* sums) {
   VecI top = {};
   for (int i = 0; i < kBlockVectors; ++i) {
     const VecI magnitude = load_as<VecI>(&x[i]) & 0x7fffffff;  // NaN is above all of them, and so shows
@@ -179,19 +198,17 @@ SKERRY_INLINE float round_block(const Vec* x, int8_t* codes, int32_t* sum_of_cod
   memcpy(&largest, &most, sizeof largest);
   const bool nothing = largest < 1e-30f;  // its inverse would overflow
   const float inverse = nothing ? 0.0f : 127.0f / largest;
-  VecI total = {};
+  VecI total[2] = {};  // of each half
   for (int i = 0; i < kBlockVectors; ++i) {
     const Vec magic = splat(12582912.0f);  // rounds to the nearest, ties to even
     const VecI q = __builtin_convertvector((x[i] * inverse + magic) - magic, VecI);
-    total += q;
+    total[2 * i / kBlockVectors] += q;
     typedef int8_t Codes __attribute__((vector_size(kLanes)));
     const Codes narrow = __builtin_convertvector(q, Codes);
     memcpy(codes + i * kLanes, &narrow, sizeof narrow);
   }
-  memcpy(lanes, &total, sizeof lanes);
-  int32_t sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += lanes[i];
-  *sum_of_codes = sum;
+  sums[1] = sum_of_lanes(total[0]);
+  sums[0] = sums[1] + sum_of_lanes(total[1]);
   return nothing ? 0.0f : largest / 127.0f;
 }
 

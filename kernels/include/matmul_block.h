@@ -14,17 +14,38 @@ inline constexpr int kPanelRows = 16;  // output rows interleaved in the packing
 inline constexpr int kMaxSegments = 4;
 
 // What GGUF calls the same things, with their scales and minima as halves.
-enum class BlockFormat : int32_t { kQ8_0 = 0, kQ4_0 = 1, kQ4_1 = 2 };
+enum class BlockFormat : int32_t { kQ8_0, kQ4_0, kQ4_1, kQ5_0, kQ5_1, kQ4_K, kQ5_K, kQ6_K };
+inline constexpr int kFormats = 8;
 
-// Bytes of 16 rows: scales [blocks][16] (and minima for Q4_1) as halves, padded to 64, then codes: [blocks][8][16][4]
-// bytes at 8 bits; [blocks][4][16][4] at 4, where a low nibble belongs to k group g and a high one to group g + 4.
-inline int64_t scale_bytes(BlockFormat format, int64_t blocks) {
-  const int64_t halves = blocks * kPanelRows * (format == BlockFormat::kQ4_1 ? 2 : 1);
-  return (2 * halves + 63) / 64 * 64;
+// bits: of a code; offset: taken off a code; minima: whether there are any; steps: a half holds for 8 blocks, each of
+// which has two steps of 8 bits (of scale and minimum; without minima of its two halves, signed).
+struct BlockTraits {
+  int bits, offset;
+  bool minima, steps;
+};
+inline constexpr BlockTraits kTraits[kFormats] = {{8, 128, false, false}, {4, 8, false, false}, {4, 0, true, false},
+                                                  {5, 16, false, false},  {5, 0, true, false},  {4, 0, true, true},
+                                                  {5, 0, true, true},     {6, 32, false, true}};
+inline constexpr const BlockTraits& traits(BlockFormat format) { return kTraits[static_cast<int>(format)]; }
+inline constexpr int kSuper = 8;  // blocks that share a half where there are steps
+// Elements of a row that belong together: its width is a multiple.
+inline constexpr int span(BlockFormat format) { return traits(format).steps ? kSuper * kBlock : kBlock; }
+
+// Bytes of 16 rows: scales [blocks][16] (or [blocks / 8][16]), minima likewise, steps [blocks][2][16] as bytes, padded
+// to 64; then codes: [blocks][8][16][4] bytes at 8 bits; else nibbles [4][16][4], where a low one belongs to k group g
+// and a high one to group g + 4, and what is above them, [1][16][4] with group g at bit g or [2][16][4] with group g at
+// bits 2 (g % 4) of half g / 4.
+inline int64_t scale_count(BlockFormat format, int64_t blocks) {
+  return (traits(format).steps ? blocks / kSuper : blocks) * kPanelRows;
 }
-inline int64_t code_bytes(BlockFormat format) { return kPanelRows * kBlock / (format == BlockFormat::kQ8_0 ? 1 : 2); }
+inline int64_t head_bytes(BlockFormat format, int64_t blocks) {
+  const int64_t halves = scale_count(format, blocks) * (traits(format).minima ? 2 : 1);
+  const int64_t steps = traits(format).steps ? 2 * blocks * kPanelRows : 0;
+  return (2 * halves + steps + 63) / 64 * 64;
+}
+inline int64_t code_bytes(BlockFormat format) { return kPanelRows * kBlock * traits(format).bits / 8; }
 inline int64_t panel_bytes(BlockFormat format, int64_t blocks) {
-  return scale_bytes(format, blocks) + blocks * code_bytes(format);
+  return head_bytes(format, blocks) + blocks * code_bytes(format);
 }
 inline int64_t panels_of(int64_t rows) { return (rows + kPanelRows - 1) / kPanelRows; }
 
@@ -47,7 +68,7 @@ struct MatMulBlockArgs {
   const float* residual = nullptr;  // [tokens, rows] or null
   float epsilon = 0.0f;
   int64_t tokens = 0;
-  int64_t width = 0;  // a multiple of kBlock
+  int64_t width = 0;  // a multiple of the span of each segment's format
   Activation activation = Activation::kNone;
   int segments = 0;
   BlockSegment segment[kMaxSegments];

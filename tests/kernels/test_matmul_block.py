@@ -24,10 +24,18 @@ TOLERANCE = 2e-6
 
 
 def random_blocks(rng: np.random.Generator, form: BlockFormat, rows: int, width: int) -> Blocks:
-    shape = (rows, width // BLOCK)
-    scales = (rng.uniform(0.5, 2, shape) / 1000).astype(np.float16) * rng.choice([-1, 1], shape).astype(np.float16)
-    minima = (rng.normal(size=shape) / 100).astype(np.float16) if form is BlockFormat.Q4_1 else None
-    return Blocks(form, rng.integers(0, 1 << form.bits, (*shape, BLOCK), np.uint8), scales, minima)
+    """Of about the same size in every format."""
+    blocks = width // BLOCK
+    shape = (rows, width // form.span)
+    size = 1000 * (20 if form.has_steps else 1) * (1 if form.bits < 8 else 16)
+    scales = (rng.uniform(0.5, 2, shape) * 16 / size).astype(np.float16) * rng.choice([-1, 1], shape).astype(np.float16)
+    minima = (rng.normal(size=shape) * 10 / size).astype(np.float16) if form.has_minima else None
+    steps: np.ndarray | None = None
+    if form is BlockFormat.Q6_K:
+        steps = rng.integers(-128, 128, (rows, blocks, 2), np.int8)
+    elif form.has_steps:
+        steps = rng.integers(0, 64, (rows, blocks, 2), np.uint8)
+    return Blocks(form, rng.integers(0, 1 << form.bits, (rows, blocks, BLOCK), np.uint8), scales, minima, steps)
 
 
 def native(x: np.ndarray, products: list[BlockProduct], **options: Any) -> list[np.ndarray]:
@@ -47,7 +55,7 @@ def assert_close(found: np.ndarray, wanted: np.ndarray, x: np.ndarray, products:
 )  # fmt: skip
 def test_it_agrees_with_the_definition(form, rows, blocks, tokens, bias, residual, norm, threads, seed):
     rng = np.random.default_rng(seed)
-    x = rng.normal(size=(tokens, blocks * BLOCK)).astype(np.float32)
+    x = rng.normal(size=(tokens, blocks * form.span)).astype(np.float32)
     product = BlockProduct(
         random_blocks(rng, form, rows, x.shape[1]), rng.normal(size=rows).astype(np.float32) if bias else None
     )
@@ -67,9 +75,9 @@ def test_it_agrees_with_the_definition(form, rows, blocks, tokens, bias, residua
 @pytest.mark.parametrize("form", FORMATS)
 def test_segments_of_different_formats_and_sizes(form):
     rng = np.random.default_rng(1)
-    x = rng.normal(size=(19, 96)).astype(np.float32)
+    x = rng.normal(size=(19, 256)).astype(np.float32)
     products = [
-        BlockProduct(random_blocks(rng, other, rows, 96), rng.normal(size=rows).astype(np.float32))
+        BlockProduct(random_blocks(rng, other, rows, 256), rng.normal(size=rows).astype(np.float32))
         for other, rows in ((form, 33), (BlockFormat.Q8_0, 16), (BlockFormat.Q4_1, 5), (form, 100))
     ]
     for found, wanted in zip(native(x, products, threads=2), matmul_block(x, products), strict=True):
@@ -81,8 +89,8 @@ def test_segments_of_different_formats_and_sizes(form):
 @pytest.mark.parametrize("activation", [Activation.SILU, Activation.GELU_TANH])
 def test_gated(form, tokens, activation):
     rng = np.random.default_rng(2)
-    x = rng.normal(size=(tokens, 64)).astype(np.float32)
-    products = [BlockProduct(random_blocks(rng, form, 40, 64)) for _ in range(2)]
+    x = rng.normal(size=(tokens, 256)).astype(np.float32)
+    products = [BlockProduct(random_blocks(rng, form, 40, 256)) for _ in range(2)]
     (found,) = native(x, products, activation=activation, threads=2)
     np.testing.assert_allclose(found, matmul_block(x, products, activation=activation)[0], rtol=1e-4, atol=1e-6)
 
@@ -103,9 +111,9 @@ def test_an_activation_is_right_at_every_size(activation):
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_token_has_the_same_bits_in_any_company_and_on_any_number_of_threads(form):
     rng = np.random.default_rng(3)
-    x = rng.normal(size=(203, 576)).astype(np.float32)
-    products = [BlockProduct(random_blocks(rng, form, rows, 576)) for rows in (192, 70)]
-    options = {"norm": rng.uniform(0.5, 1.5, 576).astype(np.float32), "epsilon": 1e-6}
+    x = rng.normal(size=(203, 768)).astype(np.float32)
+    products = [BlockProduct(random_blocks(rng, form, rows, 768)) for rows in (192, 70)]
+    options = {"norm": rng.uniform(0.5, 1.5, 768).astype(np.float32), "epsilon": 1e-6}
     whole = native(x, products, **options)
     for threads in (2, 3, 5):
         for found, wanted in zip(native(x, products, threads=threads, **options), whole):
@@ -150,12 +158,12 @@ def test_activation_codes_are_those_of_the_definition():
 @given(st.sampled_from(FORMATS), st.integers(1, 50), st.integers(1, 6), st.integers(0, 99))
 def test_packing_loses_nothing_and_rows_can_be_gathered(form, rows, blocks, seed):
     rng = np.random.default_rng(seed)
-    matrix = random_blocks(rng, form, rows, blocks * BLOCK)
+    matrix = random_blocks(rng, form, rows, blocks * form.span)
     packed = pack(matrix)
     assert packed.size == packed_bytes(form, rows, matrix.width)
     again = unpack(packed, form, rows, matrix.width)
     np.testing.assert_array_equal(again.codes, matrix.codes)
-    np.testing.assert_array_equal(again.scales, matrix.scales)
+    np.testing.assert_array_equal(again.dequantized(), matrix.dequantized())
     ids = rng.integers(0, rows, 9).astype(np.int32)
     found = _native.gather_block(ids, (packed, rows, int(form), None), matrix.width)
     np.testing.assert_array_equal(found, matrix.dequantized()[ids])
@@ -175,7 +183,8 @@ def test_bad_input_is_refused():
     packed, x = pack(matrix), np.zeros((2, 64), np.float32)
     for segments, options, words in (
         ([(packed[:-1], 20, 0, None)], {}, "weight"),
-        ([(packed, 20, 3, None)], {}, "format 3"),
+        ([(packed, 20, 8, None)], {}, "format 8"),
+        ([(packed, 20, 5, None)], {}, "20 rows of 64 elements in format 5"),
         ([(packed, 0, 0, None)], {}, "0 rows"),
         ([], {}, "segments"),
         ([(packed, 20, 0, None)] * 5, {}, "5 segments"),
@@ -217,8 +226,8 @@ def test_every_instruction_set(isa: str, tmp_path: Path):
     for other in (isa, ""):
         code = (
             "import hashlib, sys; sys.path.insert(0, sys.argv[1]); import numpy as np, test_matmul_block as t;"
-            "rng = np.random.default_rng(8); x = rng.normal(size=(5, 160)).astype(np.float32);"
-            "p = [t.BlockProduct(t.random_blocks(rng, f, 37, 160)) for f in t.FORMATS];"
+            "rng = np.random.default_rng(8); x = rng.normal(size=(5, 256)).astype(np.float32);"
+            "p = [t.BlockProduct(t.random_blocks(rng, f, 37, 256)) for f in t.FORMATS];"
             "print(hashlib.sha256(b''.join(o.tobytes() for o in t.native(x, p))).hexdigest())"
         )
         ran = subprocess.run(

@@ -99,7 +99,7 @@ def driver(request: pytest.FixtureRequest, program: Path) -> Driver:
 @pytest.mark.parametrize(("tokens", "rows", "blocks"), [(1, 33, 5), (7, 48, 18), (40, 16, 3)])
 def test_block_product(driver: Driver, form: BlockFormat, tokens: int, rows: int, blocks: int) -> None:
     rng = np.random.default_rng(tokens)
-    width = 32 * blocks
+    width = form.span * blocks
     x, bias, residual = (rng.normal(size=size).astype(np.float32) for size in ((tokens, width), rows, (tokens, rows)))
     product = BlockProduct(random_blocks(rng, form, rows, width), bias)
     numbers = np.array([tokens, width, rows, int(form), 0, 0], np.int64)

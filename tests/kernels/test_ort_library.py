@@ -51,7 +51,7 @@ def session_of(model: bytes, threads: int = 2) -> Any:
 def op_inputs(case) -> list[np.ndarray]:
     """The cache as pages."""
     arrays = case.arrays()
-    arrays[3] = to_pages(arrays[3])
+    arrays[3] = to_pages(arrays[3], "f32.k16t")
     return arrays
 
 
@@ -70,7 +70,7 @@ def test_attention_equals_the_direct_call(attention_case, threads):
     out, kv = session.run(None, inputs)
     expected, expected_kv = case.run()
     np.testing.assert_array_equal(out, expected)
-    np.testing.assert_array_equal(kv, to_pages(expected_kv))
+    np.testing.assert_array_equal(kv, to_pages(expected_kv, "f32.k16t"))
 
 
 def test_attributes_have_defaults(attention_case):
@@ -96,7 +96,7 @@ def test_bound_cache_is_one_buffer(attention_case):
     binding.bind_output("o", "cpu")
     session.run_with_iobinding(binding)
     out, expected_kv = case.run()
-    np.testing.assert_array_equal(kv, to_pages(expected_kv))
+    np.testing.assert_array_equal(kv, to_pages(expected_kv, "f32.k16t"))
     np.testing.assert_array_equal(binding.get_outputs()[1].numpy(), out)
     assert binding.get_outputs()[0].data_ptr() == kv.ctypes.data
 
@@ -105,7 +105,7 @@ def test_plain_run_leaves_the_input_alone(attention_case):
     case = attention_case(np.random.default_rng(3), AttentionShape(2, 2, 64, 0.125, rotary_dim=64), [(40, 40)])
     session, inputs = attention_session(case)
     session.run(None, inputs)
-    np.testing.assert_array_equal(inputs["kv"], to_pages(case.kv))
+    np.testing.assert_array_equal(inputs["kv"], to_pages(case.kv, "f32.k16t"))
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_block_product_refuses(name: str, value: np.ndarray, message: str) -> No
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"width": 95}, "rows of 95 elements"), ({"formats": [0, 7]}, "segment 1 has unknown format 7"),
+        ({"width": 95}, "rows of 95 elements"), ({"formats": [0, 8]}, "segment 1 has unknown format 8"),
         ({"formats": [0]}, "length of formats is 1, expected 2"), ({"rows": [33, 0]}, "segment 1 has 0 rows"),
         ({"activation": 1}, "a gated product takes two segments of equal rows"),
         ({"rows": [1] * 9, "formats": [0] * 9}, "segments, 1 to 4 are possible"),
