@@ -111,7 +111,7 @@ def measure_engine(
     bundle = seal_engine(subject, texts, engine, target, staging, options, qualified=False)
     runner = open_runner(bundle, options.threads, max(len(ids) for ids, _ in rows))
     options.progress("load reference", 0, 1)
-    parity = measure(load_reference(subject.source), runner, rows, options.progress)
+    parity = measure(load_reference(subject.stored), runner, rows, options.progress)
     refused = gate.problems(parity, engine.precision, subject.parity_nll)
     document = {**parity.to_json(), "precision": engine.precision, "text": texts.origin}
     verdict = {"passed": not refused, "reasons": refused, "limits": asdict(gate.LIMITS[engine.precision])}

@@ -135,6 +135,17 @@ class SplitSource:
         return None if found is None else found.permuted(np.arange(first, last))
 
 
+class ShiftedNorms(SplitSource):
+    """Gemma stores the weights of its norms less 1: they multiply by 1 + w (Gemma3RMSNorm in transformers)."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__(source, {})
+
+    def tensor(self, name: str) -> np.ndarray:
+        array = super().tensor(name)
+        return array + np.float32(1) if name.endswith("norm.weight") else array
+
+
 def _shards(path: Path) -> list[Path]:
     whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if whole.is_file():

@@ -2,27 +2,29 @@
 
 Covers SmolLM2 and Llama 3.x, Qwen2 and Qwen2.5 (biases on q, k, v), Qwen3 (norms on the heads of q and k), Mistral (one
 sliding window for all layers), SmolLM3 (some layers without positions) and Phi-3 (q, k, v in one matrix, gate and up in
-another; `fused_rows` takes them apart).
+another; `fused_rows` takes them apart; Phi-4-mini rotates a part of each head).
 Hugging Face keeps q and k in the rotate-half order (element i pairs with i + R/2), which is what the op expects with
 `interleaved = 0`.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from skerry.core.errors import InputError
 from skerry.core.model import ModelSpec
 from skerry.exporter.blocks import Attention, Decoder, Dense, Layer, Mlp
+from skerry.exporter.rope import Rope, rope_of
 
 
-def check(config: dict[str, Any]) -> None:
+def check(spec: ModelSpec, config: dict[str, Any]) -> None:
     """Refuses what these blocks would silently get wrong. Raises InputError naming the config's field."""
-    rope = config.get("rope_parameters") or {}
+    whole = rope_of(spec, config).size == spec.head_size
     facts = {
         "hidden_act": (config.get("hidden_act", "silu") in ("silu", "swish"), "only silu"),
         "mlp_bias": (not config.get("mlp_bias"), "only MLPs without biases"),
-        "partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0) == 1.0, "only whole heads rotated"),
+        "partial_rotary_factor": (whole or spec.family == "phi3", "only whole heads rotated"),
         "pretraining_tp": (config.get("pretraining_tp", 1) in (0, 1), "only 1"),
         "layer_types": (len(set(config.get("layer_types") or [])) <= 1, "only one window for all layers"),
     }
@@ -34,9 +36,10 @@ def check(config: dict[str, Any]) -> None:
 def blocks(spec: ModelSpec, config: dict[str, Any]) -> Decoder:
     """Raises InputError where the config's list of rotated layers is not one flag a layer."""
     head = "model.embed_tokens.weight" if spec.tied_embeddings else "lm_head.weight"
+    rope = rope_of(spec, config)
     return Decoder(
         embedding="model.embed_tokens.weight",
-        layers=tuple(_layer(spec, index, rotary) for index, rotary in enumerate(_rotated(spec, config))),
+        layers=tuple(_layer(spec, index, rope, rotary) for index, rotary in enumerate(_rotated(spec, config))),
         norm="model.norm.weight",
         head=Dense(head, spec.vocab_size, spec.hidden_size),
     )
@@ -69,7 +72,7 @@ def _rotated(spec: ModelSpec, config: dict[str, Any]) -> list[bool]:
     return [bool(flag) for flag in flags]
 
 
-def _layer(spec: ModelSpec, index: int, rotary: bool) -> Layer:
+def _layer(spec: ModelSpec, index: int, rope: Rope, rotary: bool) -> Layer:
     prefix, hidden, mlp = f"model.layers.{index}", spec.hidden_size, spec.intermediate_size
     queries, keys = spec.heads * spec.head_size, spec.kv_heads * spec.head_size
 
@@ -87,7 +90,10 @@ def _layer(spec: ModelSpec, index: int, rotary: bool) -> Layer:
             o=projection("o_proj", hidden, queries, spec.qkv_bias and spec.family != "qwen2"),
             q_norm=f"{prefix}.self_attn.q_norm.weight" if spec.family == "qwen3" else None,
             k_norm=f"{prefix}.self_attn.k_norm.weight" if spec.family == "qwen3" else None,
+            rope=rope,
             rotary=rotary,
+            scale=1 / math.sqrt(spec.head_size),
+            window=spec.window,
         ),
         mlp_norm=f"{prefix}.post_attention_layernorm.weight",
         mlp=Mlp(
@@ -95,5 +101,4 @@ def _layer(spec: ModelSpec, index: int, rotary: bool) -> Layer:
             up=Dense(f"{prefix}.mlp.up_proj.weight", mlp, hidden),
             down=Dense(f"{prefix}.mlp.down_proj.weight", hidden, mlp),
         ),
-        window=spec.window,
     )

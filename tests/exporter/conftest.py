@@ -20,7 +20,7 @@ SHAPE: dict[str, Any] = {
 }  # fmt: skip
 FAMILIES = {
     "llama": "LlamaConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config", "mistral": "MistralConfig",
-    "phi3": "Phi3Config",    "smollm3": "SmolLM3Config",
+    "phi3": "Phi3Config", "smollm3": "SmolLM3Config", "gemma2": "Gemma2Config", "gemma3": "Gemma3TextConfig",
 }  # fmt: skip
 WORDS = ("tide", "rock", "gull", "buoy", "kelp", "foam", "reef", "skiff")
 

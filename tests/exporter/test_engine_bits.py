@@ -18,12 +18,20 @@ from skerry.kernels.runner import Row, Runner, pack_rows
 
 LENGTHS = (1, 37, 300, 17, 64)
 PAGES = 100
+# Windows on some layers, shorter than the longest sequence and no whole number of pages.
+MORE = {
+    "gemma2": {"sliding_window": 40},
+    "gemma3": {"sliding_window": 90, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+}
 
 
-@pytest.fixture(params=["qwen2-int8", "qwen2-int4", "qwen3-int8", "smollm3-int8"])
+@pytest.fixture(params=["qwen2-int8", "qwen2-int4", "qwen3-int8", "smollm3-int8", "gemma2-int4", "gemma3-int8"])
 def engine(request: pytest.FixtureRequest, make_model: Callable[..., Path], tmp_path: Path) -> Bundle:
     family, precision = request.param.split("-")
-    subject, options = open_subject(make_model(family, peaked=True, pad_token_id=None)), Options()
+    subject, options = (
+        open_subject(make_model(family, peaked=True, pad_token_id=None, **MORE.get(family, {}))),
+        Options(),
+    )
     built = build_engine(subject, Target("ort-cpu"), precision, tmp_path, options.progress)
     texts = open_texts(None, None)
     return seal_engine(subject, texts, built, Target("ort-cpu"), tmp_path, options, qualified=False)
@@ -34,11 +42,16 @@ def sequences() -> list[list[int]]:
     return [rng.integers(0, 256, length).tolist() for length in LENGTHS]
 
 
+def tables(runner: Runner, pages: list[int]) -> list[list[int]]:
+    """A sequence's pages in each KV group: the second group, if there is one, has its own."""
+    return [pages, [PAGES - 1 - page for page in pages]][: runner.groups]
+
+
 def alone(runner: Runner, ids: list[int], pages: list[int], cuts: tuple[int, ...] = ()) -> np.ndarray:
     """Logits [len(ids), V] of one sequence, its prompt cut at `cuts`."""
     parts = []
     for first, last in zip((0, *cuts), (*cuts, len(ids))):
-        row = Row(ids[first:last], first, [pages], range(last - first))
+        row = Row(ids[first:last], first, tables(runner, pages), range(last - first))
         parts.append(runner.step(pack_rows([row], runner.page_size)))
     return np.concatenate(parts)
 
@@ -60,7 +73,7 @@ def test_company_cuts_pages_and_threads_change_no_bit(engine: Bundle) -> None:
         with Runner.open(engine, threads=threads, pages=PAGES) as runner:
             for order in (rng.permutation(len(ids)).tolist() for _ in range(2)):
                 pages = pages_of(rng)
-                rows = [Row(ids[i], 0, [pages[i]], range(len(ids[i]))) for i in order]
+                rows = [Row(ids[i], 0, tables(runner, pages[i]), range(len(ids[i]))) for i in order]
                 found = runner.step(pack_rows(rows, runner.page_size))
                 ends = np.cumsum([len(ids[i]) for i in order])
                 for i, end in zip(order, ends.tolist()):
@@ -73,7 +86,8 @@ def test_decoding_beside_a_prefill_gives_the_same_bits(engine: Bundle) -> None:
     with Runner.open(engine, threads=2, pages=PAGES) as runner:
         wanted = alone(runner, ids[4], pages[4])
         for at in range(40, 64):
-            prefix = Row(ids[4][:at], 0, [pages[4]], "none")
+            prefix = Row(ids[4][:at], 0, tables(runner, pages[4]), "none")
             runner.step(pack_rows([prefix], runner.page_size))
-            rows = [Row(ids[2], 0, [pages[2]], "none"), Row(ids[4][at : at + 1], at, [pages[4]])]
+            beside = Row(ids[2], 0, tables(runner, pages[2]), "none")
+            rows = [beside, Row(ids[4][at : at + 1], at, tables(runner, pages[4]))]
             np.testing.assert_array_equal(runner.step(pack_rows(rows, runner.page_size))[0], wanted[at])

@@ -93,7 +93,30 @@ def test_what_no_block_expresses_is_refused(make_model: Make, changes: dict[str,
     path = make_model()
     _edit_config(path, **changes)
     with pytest.raises(InputError, match=named):
-        rope_tables(open_subject(path).spec, 8)
+        rope_tables(open_subject(path).decoder.layers[0].attention.rope, 8)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "named"),
+    [
+        ("gemma2", {"hidden_activation": "relu"}, "hidden_activation: 'relu' is not supported, only gelu_pytorch_tanh"),
+        ("gemma2", {"attention_bias": True}, "attention_bias"),
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: 50.0 is not supported, only Gemma 2"),
+        ("gemma3", {"layer_types": ["full_attention"] * 2}, "layer_types"),
+        ("gemma3", {"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "chunked_attention"),
+        ("gemma2", {"sliding_window": None}, "sliding_window: None is not supported, a window for layers"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("phi3", {"partial_rotary_factor": 0.01}, "0.01 of a head of 16 is no pairs"),
+    ],
+)
+def test_what_a_family_does_not_express_is_refused(
+    make_model: Make, family: str, changes: dict[str, object], named: str
+) -> None:
+    path = make_model(family, pad_token_id=None)
+    _edit_config(path, rope_parameters=None, **changes)
+    with pytest.raises(InputError, match=named):
+        open_subject(path)
 
 
 def test_a_tensor_nobody_reads_is_refused(make_model: Make) -> None:
