@@ -14,6 +14,8 @@ from skerry.core.target import Target
 from skerry.exporter.export import Options, build_engine, export, seal_engine
 from skerry.exporter.subject import Subject, open_subject
 from skerry.exporter.texts import open_texts
+from tests.exporter.conftest import write_tokenizer
+from tests.exporter.test_weights import write_gguf
 
 LLAMA3 = {
     "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -122,6 +124,32 @@ def test_int8_logits_are_near_the_float32_ones(make_model: Callable[..., Path], 
             logits[precision] = runner.logits_for(ids)
     error = logits["int8"] - logits["fp32"]
     assert np.sqrt((error**2).mean()) < 0.05 * logits["fp32"].std()
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_a_gguf_as_it_is_stored_is_near_what_transformers_makes_of_it(
+    make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, kind: str
+) -> None:
+    import torch
+
+    from skerry.exporter.gguf_source import GgufSource
+    from skerry.exporter.reference import load_reference
+    from skerry.exporter.weights import SafetensorsSource
+    from skerry.kernels.runner import Runner
+
+    checkpoint = make_model(family, head_dim=32, query_pre_attn_scalar=32, sliding_window=40)
+    write_gguf(SafetensorsSource(checkpoint), tmp_path / "m.gguf", family, kind)
+    monkeypatch.setattr(GgufSource, "save_tokenizer", lambda source, out: write_tokenizer(out))
+    subject = open_subject(tmp_path / "m.gguf")
+    assert subject.precision("auto") == "stored"
+    ids = np.random.default_rng(4).integers(0, 384, 120).tolist()
+    with torch.inference_mode():
+        wanted = load_reference(subject.stored)(input_ids=torch.tensor([ids])).logits[0].numpy()
+    for precision, limit in (("fp32", 1e-4), ("stored", 0.05)):
+        with Runner.open(ungated(subject, precision, tmp_path / precision), threads=2, pages=16) as runner:
+            error = runner.logits_for(ids) - wanted
+        assert np.sqrt((error**2).mean()) < limit * wanted.std()
 
 
 def test_batches_keep_every_row_and_the_token_limit() -> None:
