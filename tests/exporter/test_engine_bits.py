@@ -15,6 +15,10 @@ from skerry.exporter.export import Options, build_engine, seal_engine
 from skerry.exporter.subject import open_subject
 from skerry.exporter.texts import open_texts
 from skerry.kernels.runner import Row, Runner, pack_rows
+from skerry.runtime.engine import run_to_completion
+from skerry.runtime.engine_ort import OrtEngine
+from skerry.runtime.request import Request, SamplingParams
+from skerry.runtime.scheduler import Limits
 
 LENGTHS = (1, 37, 300, 17, 64)
 PAGES = 100
@@ -91,3 +95,18 @@ def test_decoding_beside_a_prefill_gives_the_same_bits(engine: Bundle) -> None:
             beside = Row(ids[2], 0, tables(runner, pages[2]), "none")
             rows = [beside, Row(ids[4][at : at + 1], at, tables(runner, pages[4]))]
             np.testing.assert_array_equal(runner.step(pack_rows(rows, runner.page_size))[0], wanted[at])
+
+
+def test_what_is_served_does_not_depend_on_the_cache_being_short(engine: Bundle) -> None:
+    """Continuous batching over every KV group, with sequences that are put off and begun again, beyond the windows."""
+    rng = np.random.default_rng(3)
+    requests = [
+        Request(tuple(rng.integers(0, 256, length).tolist()), 40, SamplingParams(temperature=9.0, seed=length))
+        for length in (90, 7, 120, 33)
+    ]
+    texts = []
+    for pages in (PAGES, 12):
+        with Runner.open(engine, threads=2, pages=pages) as runner:
+            texts.append(run_to_completion(OrtEngine(runner), requests, Limits(prefill_tokens=50)))
+    assert texts[0] == texts[1]
+    assert all(len(text) == 40 and len(set(text)) > 3 for text in texts[0])
