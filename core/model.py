@@ -20,8 +20,24 @@ SLIDING = ("mistral", "phi3", "gemma2", "gemma3")
 # What config.json may leave out, where the family's value is not everybody's.
 TIED = ("gemma2", "gemma3")
 THETAS = {"gemma3": 1_000_000.0}
+# Models of more than text, by the architecture of their text. transformers writes only what differs from these.
+TEXT_OF = {"Gemma3ForConditionalGeneration": "Gemma3ForCausalLM"}
+GEMMA3_TEXT = {
+    "vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-6, "sliding_window": 4096, "bos_token_id": 2, "eos_token_id": 1,
+}  # fmt: skip
 LINEAGE = "checkpoint.json"
 HEX_DIGITS = frozenset("0123456789abcdef")
+
+
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The config of the language model alone, where the checkpoint holds more (Gemma 3 reads images too)."""
+    name = (config.get("architectures") or ["missing"])[0]
+    if name not in TEXT_OF:
+        return config
+    special = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config.get(key) is not None}
+    return {**GEMMA3_TEXT, **(config.get("text_config") or {}), **special, "architectures": [TEXT_OF[name]]}
 
 
 @dataclass(frozen=True)
@@ -53,10 +69,12 @@ class ModelSpec:
     @classmethod
     def from_hf_config(cls, config: dict[str, Any]) -> ModelSpec:
         """Reads a Hugging Face `config.json`, both the transformers 5 form (`rope_parameters`) and the older one."""
+        config = text_config(config)
         name = (config.get("architectures") or ["missing"])[0]
         family = FAMILIES.get(name)
         if family is None:
-            raise InputError("read model config", name, "unknown architecture", f"one of {', '.join(sorted(FAMILIES))}")
+            known = ", ".join(sorted({**FAMILIES, **TEXT_OF}))
+            raise InputError("read model config", name, "unknown architecture", f"one of {known}")
         rope = config.get("rope_parameters") or {}
         rope = rope.get("full_attention") or rope
         scaling = config.get("rope_scaling") or (rope if rope.get("rope_type", "default") != "default" else None)

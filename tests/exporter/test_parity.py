@@ -61,6 +61,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {**GEMMA, "rope_parameters": FAR, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
     ),
     "gemma3-wide-heads": ("gemma3", {**GEMMA, "head_dim": 256, "final_logit_softcapping": 5.0}),
+    "gemma3-images": ("gemma3-images", GEMMA),
     "mistral-window": ("mistral", {"sliding_window": 24}),
     "mistral-no-window": ("mistral", {"sliding_window": None}),
     "one-kv-head": ("llama", {"num_key_value_heads": 1}),

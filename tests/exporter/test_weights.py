@@ -119,6 +119,31 @@ def test_what_a_family_does_not_express_is_refused(
         open_subject(path)
 
 
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_text_of_a_model_that_reads_images(make_model: Make, prefix: str) -> None:
+    """The names of the release and those that transformers 5 writes; other parts are left out, strays are not."""
+    path = make_model("gemma3-images")
+    wanted = open_source(path)
+
+    def rename(tensors: dict) -> None:
+        for name in list(tensors):
+            for known in ("language_model.model.", "model.language_model."):
+                if name.startswith(known):
+                    tensors[prefix + name.removeprefix(known)] = tensors.pop(name)
+
+    _rewrite(path, rename)
+    found = open_source(path)
+    assert found.names() == wanted.names() and "model.layers.2.self_attn.k_norm.weight" in found.names()
+    name = "model.layers.1.mlp.up_proj.weight"
+    np.testing.assert_array_equal(found.tensor(name), wanted.tensor(name))
+    assert open_subject(path).decoder.head.weight == "model.embed_tokens.weight"
+    _rewrite(path, lambda tensors: tensors.update({"audio_tower.weight": tensors[prefix + "norm.weight"].clone()}))
+    with pytest.raises(InputError, match=r"does not use, first audio_tower\.weight"):
+        open_subject(path)
+    with pytest.raises(InputError, match=r"tensor model\.absent is missing"):
+        found.tensor("model.absent")
+
+
 def test_a_tensor_nobody_reads_is_refused(make_model: Make) -> None:
     import torch
 
