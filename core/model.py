@@ -13,7 +13,7 @@ from skerry.core.files import canonical_json, read_json, sha256_bytes, sha256_fi
 FAMILIES = {
     "LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3",
     "MistralForCausalLM": "mistral", "Phi3ForCausalLM": "phi3", "SmolLM3ForCausalLM": "smollm3",
-    "Gemma2ForCausalLM": "gemma2", "Gemma3ForCausalLM": "gemma3",
+    "Gemma2ForCausalLM": "gemma2", "Gemma3ForCausalLM": "gemma3", "GraniteForCausalLM": "granite",
 }  # fmt: skip
 # Families whose `sliding_window` counts without a `use_sliding_window` beside it.
 SLIDING = ("mistral", "phi3", "gemma2", "gemma3")

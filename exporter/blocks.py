@@ -53,7 +53,7 @@ class Mlp:
 @dataclass(frozen=True)
 class Layer:
     """Pre-norm residual layer: `x += attention(norm(x)); x += mlp(norm(x))`; norms by the name of their weight. The
-    post norms, where there are any, apply to what attention and MLP give before it is added."""
+    post norms, where there are any, and `residual_scale` apply to what attention and MLP give before it is added."""
 
     attention_norm: str
     attention: Attention
@@ -61,6 +61,7 @@ class Layer:
     mlp: Mlp
     post_attention_norm: str | None = None
     post_mlp_norm: str | None = None
+    residual_scale: float = 1.0
 
     @property
     def hidden_norms(self) -> list[str]:
@@ -71,13 +72,14 @@ class Layer:
 @dataclass(frozen=True)
 class Decoder:
     """`head.weight == embedding` when the two are tied. Gathered rows are multiplied by `embedding_scale`; logits are
-    bent under `logit_softcap` by tanh (0: not)."""
+    divided by `logit_divisor`, or bent under `logit_softcap` by tanh (0: not)."""
 
     embedding: str
     layers: tuple[Layer, ...]
     norm: str
     head: Dense
     embedding_scale: float = 1.0
+    logit_divisor: float = 1.0
     logit_softcap: float = 0.0
 
     def shapes(self, vocab_size: int, hidden_size: int, head_size: int) -> dict[str, tuple[int, ...]]:

@@ -1,6 +1,6 @@
 """GGUF as a Source: dequantized to float32, tensors renamed to Hugging Face's names, q and k rows put back in order.
 
-llama.cpp's converter interleaves the rows of q and k of the `llama` architecture (element 2i pairs with 2i + 1); the
+llama.cpp's converter interleaves the rows of q and k of `llama` and `granite` (element 2i pairs with 2i + 1); the
 rest of this code wants rotate-half (i with i + R/2), so the interleaving is undone here. Qwen's and Gemma's are stored
 unpermuted. It also adds the 1 to the weights of Gemma's norms that Hugging Face leaves to the model; it is taken off.
 """
@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 
 from skerry.core.errors import InputError
-from skerry.exporter.gguf_gemma import GEMMA, GEMMA_NORMS, gemma_config
+from skerry.exporter.gguf_families import GEMMA, GEMMA_NORMS, family_config
 from skerry.exporter.weights import checked
 from skerry.kernels.blocks import BLOCK, BlockFormat, Blocks
 
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
     "gemma2": "Gemma2ForCausalLM", "gemma3": "Gemma3ForCausalLM",
+    "granite": "GraniteForCausalLM",
 }  # fmt: skip
 _TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -54,8 +55,8 @@ class GgufSource:
             self._rope_factors = next((np.array(t.data) for t in reader.tensors if t.name == "rope_freqs.weight"), None)
         except (ValueError, IndexError, KeyError, OSError, OverflowError) as error:
             raise InputError("read weights", path, f"truncated or no GGUF: {error}", "copy the file again") from error
+        self._permuted = self._architecture in ("llama", "granite")
         self.config = self._config()
-        self._permuted = self._architecture == "llama"
 
     def names(self) -> list[str]:
         return sorted(self._tensors)
@@ -139,9 +140,9 @@ class GgufSource:
             "rope_theta": theta, "rope_parameters": {"rope_theta": theta, **self._rope_scaling(value)},
             "tie_word_embeddings": "lm_head.weight" not in self._tensors,
             "bos_token_id": self._fields.get("tokenizer.ggml.bos_token_id"), "eos_token_id": eos,
-            "attention_bias": architecture == "llama" and "model.layers.0.self_attn.q_proj.bias" in self._tensors,
+            "attention_bias": self._permuted and "model.layers.0.self_attn.q_proj.bias" in self._tensors,
         }  # fmt: skip
-        return {**config, **gemma_config(config, self._fields)} if architecture in GEMMA else config
+        return {**config, **family_config(config, self._fields)}
 
     def _rope_scaling(self, value: Any) -> dict[str, Any]:
         """llama3 scaling is stored as its result, one divisor per pair; the parameters that make it are tried again."""

@@ -58,20 +58,24 @@ def emit(spec: ModelSpec, decoder: Decoder, kv_layout: str = "f32.k16t") -> Emit
     ropes = _ropes(decoder)
     writer = _Writer(spec, groups, ropes, kv_layout)
     x = writer.gather(decoder.embedding, (spec.vocab_size, spec.hidden_size), writer.inputs["input_ids"], "embedding")
-    if decoder.embedding_scale != 1.0:
-        scale = writer.constant(decoder.embedding_scale)
-        x = writer.op("Mul", [x, scale], "embedding.scaled", ("T", spec.hidden_size))
+    x = writer.scaled(x, decoder.embedding_scale, "embedding.scaled", ("T", spec.hidden_size))
     for index, layer in enumerate(decoder.layers):
         x = _layer(writer, spec, index, layer, x)
     # Rows are picked before the last norm: prefill then pays for the head only where logits are wanted.
     rows = writer.op("Gather", [x, writer.inputs["sample_rows"]], "final.rows", ("S", spec.hidden_size), axis=0)
     hidden = writer.norm(decoder.norm, rows, "hidden", ("S", spec.hidden_size))
+    return Emitted(writer.finish([_logits(writer, decoder, hidden), hidden]), groups, decoder, ropes)
+
+
+def _logits(writer: _Writer, decoder: Decoder, hidden: ir.Value) -> ir.Value:
+    shape = ("S", decoder.head.outputs)
     if decoder.logit_softcap:
-        logits = writer.dense(decoder.head, hidden, "logits.straight", rows="S")
-        logits = writer.soft_cap(logits, decoder.logit_softcap, "logits", ("S", spec.vocab_size))
-    else:
-        logits = writer.dense(decoder.head, hidden, "logits", rows="S")
-    return Emitted(writer.finish([logits, hidden]), groups, decoder, ropes)
+        straight = writer.dense(decoder.head, hidden, "logits.straight", rows="S")
+        return writer.soft_cap(straight, decoder.logit_softcap, "logits", shape)
+    if decoder.logit_divisor != 1.0:
+        large = writer.dense(decoder.head, hidden, "logits.undivided", rows="S")
+        return writer.op("Div", [large, writer.constant(decoder.logit_divisor)], "logits", shape)
+    return writer.dense(decoder.head, hidden, "logits", rows="S")
 
 
 def _ropes(decoder: Decoder) -> dict[str, Rope]:
@@ -97,10 +101,12 @@ def _layer(writer: _Writer, spec: ModelSpec, index: int, layer: Layer, x: ir.Val
     o = writer.dense(layer.attention.o, attended, f"{at}.attention.o")
     if layer.post_attention_norm:
         o = writer.norm(layer.post_attention_norm, o, f"{at}.attention.post_norm", shape)
+    o = writer.scaled(o, layer.residual_scale, f"{at}.attention.scaled", shape)
     x = writer.op("Add", [x, o], f"{at}.attention.add", shape)
     down = _mlp(writer, layer.mlp, f"{at}.mlp", writer.norm(layer.mlp_norm, x, f"{at}.mlp.norm", shape))
     if layer.post_mlp_norm:
         down = writer.norm(layer.post_mlp_norm, down, f"{at}.mlp.post_norm", shape)
+    down = writer.scaled(down, layer.residual_scale, f"{at}.mlp.scaled", shape)
     return writer.op("Add", [x, down], f"{at}.mlp.add", shape)
 
 
@@ -181,6 +187,9 @@ class _Writer:
             tensor = ir.tensor(np.array(value, np.float32), name=name)
             self.initializers[name] = ir.val(name, FLOAT, (), const_value=tensor)
         return self.initializers[name]
+
+    def scaled(self, x: ir.Value, by: float, name: str, shape: tuple[int | str, ...]) -> ir.Value:
+        return x if by == 1.0 else self.op("Mul", [x, self.constant(by)], name, shape)
 
     def soft_cap(self, x: ir.Value, cap: float, name: str, shape: tuple[int | str, ...]) -> ir.Value:
         """cap * tanh(x / cap): nearly x where it is small, and never beyond the cap."""

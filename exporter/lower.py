@@ -106,14 +106,18 @@ def rules_for(target: Target, precision: str) -> list[Rule]:
         Rule("block-embedding", lambda e: 1, _block_embedding),
         Rule("block-qkv", lambda e: len(e.decoder.layers), _block_qkv),
         Rule("block-gated", lambda e: len(e.decoder.layers), _block_gated),
-        Rule("block-residual", lambda e: 2 * len(e.decoder.layers) - _post_norms(e), _block_residual),
-        Rule("block-plain", lambda e: 1 + _post_norms(e), _block_plain),
+        Rule("block-residual", lambda e: 2 * len(e.decoder.layers) - _apart(e), _block_residual),
+        Rule("block-plain", lambda e: 1 + _apart(e), _block_plain),
     ]
 
 
-def _post_norms(emitted: Emitted) -> int:
-    """How many products are normalized before they are added, so that they cannot add the residual themselves."""
-    return sum(bool(n) for layer in emitted.decoder.layers for n in (layer.post_attention_norm, layer.post_mlp_norm))
+def _apart(emitted: Emitted) -> int:
+    """How many products are normalized or scaled before they are added, and so cannot add the residual themselves."""
+    return sum(
+        norm is not None or layer.residual_scale != 1.0
+        for layer in emitted.decoder.layers
+        for norm in (layer.post_attention_norm, layer.post_mlp_norm)
+    )
 
 
 def _block_embedding(graph: ir.Graph, lowering: Lowering) -> int:
@@ -184,8 +188,8 @@ def _block_residual(graph: ir.Graph, lowering: Lowering) -> int:
 
 
 def _block_plain(graph: ir.Graph, lowering: Lowering) -> int:
-    """The products that are left: the head, and those that a norm follows. The norm before the head stays a node: its
-    output is one of the graph's."""
+    """The products that are left: the head, and those that a norm or a scale follows. The norm before the head stays a
+    node: its output is one of the graph's."""
     count = 0
     for node in [n for n in graph if n.op_type == "Gemm" and _parameter(n, 1) is not None]:
         _fuse(graph, lowering, [node], None, head=str(node.outputs[0].name).startswith("logits"))

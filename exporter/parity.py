@@ -104,7 +104,9 @@ def reference_logprobs(model: Any, batch: list[Sequence]) -> tuple[torch.Tensor,
 
 
 def _head(model: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """What the model's own forward makes of hidden states [N, D]: the head, and the cap that Gemma 2 puts on it."""
-    logits = model.get_output_embeddings()(hidden).float()
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    """What the model's own forward makes of hidden states [N, D]: the head, what Granite divides it by and the cap that
+    Gemma 2 puts on it."""
+    config = model.config.get_text_config()
+    logits = model.get_output_embeddings()(hidden).float() / getattr(config, "logits_scaling", 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
     return logits if cap is None else cap * (logits / cap).tanh()

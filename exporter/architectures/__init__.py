@@ -11,7 +11,7 @@ from skerry.exporter.blocks import Decoder
 from skerry.exporter.weights import ShiftedNorms, Source, SplitSource
 
 _FILES = {
-    **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral", "phi3", "smollm3"), llama),
+    **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral", "phi3", "smollm3", "granite"), llama),
     **dict.fromkeys(("gemma2", "gemma3"), gemma),
 }
 

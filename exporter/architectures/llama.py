@@ -2,7 +2,8 @@
 
 Covers SmolLM2 and Llama 3.x, Qwen2 and Qwen2.5 (biases on q, k, v), Qwen3 (norms on the heads of q and k), Mistral (one
 sliding window for all layers), SmolLM3 (some layers without positions) and Phi-3 (q, k, v in one matrix, gate and up in
-another; `fused_rows` takes them apart; Phi-4-mini rotates a part of each head).
+another; `fused_rows` takes them apart; Phi-4-mini rotates a part of each head), and Granite (what is
+embedded, scored, added and answered, each by a multiplier of its own).
 Hugging Face keeps q and k in the rotate-half order (element i pairs with i + R/2), which is what the op expects with
 `interleaved = 0`.
 """
@@ -39,10 +40,17 @@ def blocks(spec: ModelSpec, config: dict[str, Any]) -> Decoder:
     rope = rope_of(spec, config)
     return Decoder(
         embedding="model.embed_tokens.weight",
-        layers=tuple(_layer(spec, index, rope, rotary) for index, rotary in enumerate(_rotated(spec, config))),
+        layers=tuple(_layer(spec, config, index, rope, rotary) for index, rotary in enumerate(_rotated(spec, config))),
         norm="model.norm.weight",
         head=Dense(head, spec.vocab_size, spec.hidden_size),
+        embedding_scale=_multiplier(spec, config, "embedding_multiplier"),
+        logit_divisor=_multiplier(spec, config, "logits_scaling"),
     )
+
+
+def _multiplier(spec: ModelSpec, config: dict[str, Any], name: str) -> float:
+    """Granite's; 1 where its config is silent, as in transformers."""
+    return float(config.get(name, 1.0)) if spec.family == "granite" else 1.0
 
 
 def fused_rows(spec: ModelSpec) -> dict[str, tuple[str, int, int]]:
@@ -72,9 +80,10 @@ def _rotated(spec: ModelSpec, config: dict[str, Any]) -> list[bool]:
     return [bool(flag) for flag in flags]
 
 
-def _layer(spec: ModelSpec, index: int, rope: Rope, rotary: bool) -> Layer:
+def _layer(spec: ModelSpec, config: dict[str, Any], index: int, rope: Rope, rotary: bool) -> Layer:
     prefix, hidden, mlp = f"model.layers.{index}", spec.hidden_size, spec.intermediate_size
     queries, keys = spec.heads * spec.head_size, spec.kv_heads * spec.head_size
+    usual = 1 / math.sqrt(spec.head_size)
 
     def projection(name: str, outputs: int, inputs: int, bias: bool) -> Dense:
         stem = f"{prefix}.self_attn.{name}"
@@ -92,7 +101,7 @@ def _layer(spec: ModelSpec, index: int, rope: Rope, rotary: bool) -> Layer:
             k_norm=f"{prefix}.self_attn.k_norm.weight" if spec.family == "qwen3" else None,
             rope=rope,
             rotary=rotary,
-            scale=1 / math.sqrt(spec.head_size),
+            scale=_multiplier(spec, config, "attention_multiplier") if spec.family == "granite" else usual,
             window=spec.window,
         ),
         mlp_norm=f"{prefix}.post_attention_layernorm.weight",
@@ -101,4 +110,5 @@ def _layer(spec: ModelSpec, index: int, rope: Rope, rotary: bool) -> Layer:
             up=Dense(f"{prefix}.mlp.up_proj.weight", mlp, hidden),
             down=Dense(f"{prefix}.mlp.down_proj.weight", hidden, mlp),
         ),
+        residual_scale=_multiplier(spec, config, "residual_multiplier"),
     )

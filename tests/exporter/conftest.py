@@ -21,7 +21,7 @@ SHAPE: dict[str, Any] = {
 FAMILIES = {
     "llama": "LlamaConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config", "mistral": "MistralConfig",
     "phi3": "Phi3Config", "smollm3": "SmolLM3Config", "gemma2": "Gemma2Config", "gemma3": "Gemma3TextConfig",
-    "gemma3-images": "Gemma3Config",
+    "gemma3-images": "Gemma3Config", "granite": "GraniteConfig",
 }  # fmt: skip
 VISION = {
     "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,

@@ -62,6 +62,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma3-wide-heads": ("gemma3", {**GEMMA, "head_dim": 256, "final_logit_softcapping": 5.0}),
     "gemma3-images": ("gemma3-images", GEMMA),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 6.0,
+            "attention_multiplier": 0.125,
+            "residual_multiplier": 0.3,
+            "logits_scaling": 0.5,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "granite-silent": ("granite", {}),
     "mistral-window": ("mistral", {"sliding_window": 24}),
     "mistral-no-window": ("mistral", {"sliding_window": None}),
     "one-kv-head": ("llama", {"num_key_value_heads": 1}),
@@ -112,7 +123,9 @@ def test_longrope_beyond_the_trained_length(make_model: Callable[..., Path], tmp
     np.testing.assert_allclose(found, wanted, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "smollm3", "phi3", "gemma2", "gemma3"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen2", "qwen3", "mistral", "smollm3", "phi3", "gemma2", "gemma3", "granite"]
+)
 def test_int8_logits_are_near_the_float32_ones(make_model: Callable[..., Path], tmp_path: Path, family: str) -> None:
     """Fused or not, the same function: what differs is the rounding of weights, activations and stored keys."""
     from skerry.kernels.runner import Runner

@@ -187,6 +187,11 @@ def write_gguf(source: SafetensorsSource, out: Path, architecture: str = "llama"
     writer.add_layer_norm_rms_eps(spec.norm_eps)
     writer.add_rope_freq_base(spec.rope_theta)
     norms = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    if architecture == "granite":
+        writer.add_embedding_scale(source.config["embedding_multiplier"])
+        writer.add_residual_scale(source.config["residual_multiplier"])
+        writer.add_attention_scale(source.config["attention_multiplier"])
+        writer.add_logit_scale(source.config["logits_scaling"])
     if architecture.startswith("gemma"):
         norms |= {"post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
                   "post_feedforward_layernorm": "post_ffw_norm"}  # fmt: skip
@@ -206,7 +211,7 @@ def write_gguf(source: SafetensorsSource, out: Path, architecture: str = "llama"
         for long, brief in names.items():
             short = short.replace(long, brief)
         for part, heads in (("attn_q.weight", spec.heads), ("attn_k.weight", spec.kv_heads)):
-            if short.endswith(part) and architecture == "llama":
+            if short.endswith(part) and architecture in ("llama", "granite"):
                 array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
         array, stored = np.ascontiguousarray(array), gguf.GGMLQuantizationType[kind if array.ndim == 2 else "F32"]
         if stored != gguf.GGMLQuantizationType.F32:
@@ -223,7 +228,7 @@ def write_gguf(source: SafetensorsSource, out: Path, architecture: str = "llama"
     ("family", "more"),
     [
         ("llama", {"tie_word_embeddings": True}), ("llama", {}), ("qwen2", {}), ("qwen3", {"head_dim": 32}),
-        ("gemma2", {"head_dim": 32}), ("gemma3", {"head_dim": 32}),
+        ("gemma2", {"head_dim": 32}), ("gemma3", {"head_dim": 32}), ("granite", {}),
     ],
 )  # fmt: skip
 def test_gguf_gives_the_same_tensors_and_shape(
@@ -256,6 +261,19 @@ def test_what_a_gguf_of_gemma_leaves_to_its_loader(
     write_gguf(source, tmp_path / "m.gguf", family)
     found, wanted = (open_subject(path).decoder for path in (tmp_path / "m.gguf", source.path))
     assert found == wanted
+
+
+def test_multipliers_of_a_gguf(make_model: Make, tmp_path: Path) -> None:
+    more = {
+        "embedding_multiplier": 6.0,
+        "attention_multiplier": 0.125,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 4.0,
+    }
+    source = SafetensorsSource(make_model("granite", **more))
+    write_gguf(source, tmp_path / "m.gguf", "granite")
+    found, wanted = (open_subject(path).decoder for path in (tmp_path / "m.gguf", source.path))
+    assert found == wanted and found.logit_divisor == 4.0
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1"])

@@ -1,7 +1,9 @@
-"""What GGUF says of Gemma in other words than of Llama: names of norms, and a config of which half is in the loader."""
+"""What GGUF says of Gemma and Granite in other words than of Llama: names of norms, and configs of which a part is in
+llama.cpp's loader and not in the file."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 GEMMA = ("gemma2", "gemma3")
@@ -12,7 +14,24 @@ GEMMA_NORMS = {
 }  # fmt: skip
 
 
-def gemma_config(config: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+def family_config(config: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """What is to be added to the config that all architectures have."""
+    if config["model_type"] in GEMMA:
+        return _gemma_config(config, fields)
+    return _granite_config(config, fields) if config["model_type"] == "granite" else {}
+
+
+def _granite_config(config: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """Four multipliers under llama.cpp's names; without one of its own, scores have the usual scale."""
+    return {
+        "embedding_multiplier": float(fields.get("granite.embedding_scale", 1.0)),
+        "residual_multiplier": float(fields.get("granite.residual_scale", 1.0)),
+        "attention_multiplier": float(fields.get("granite.attention.scale", 1 / math.sqrt(config["head_dim"]))),
+        "logits_scaling": float(fields.get("granite.logit_scale", 1.0)),
+    }
+
+
+def _gemma_config(config: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     """What llama.cpp keeps beside the fields of all architectures, or knows by the architecture and takes from nowhere:
     which layers have the window, the local theta, and that only 27B scales scores by another number than the head's
     size (its loaders of gemma2 and gemma3)."""
