@@ -156,7 +156,7 @@ def _block_gated(graph: ir.Graph, lowering: Lowering) -> int:
     for node in [n for n in graph if n.op_type in ("Sigmoid", "Gelu")]:
         chain, activation = _activation(node)
         gate, product = _product(node.inputs[0]), _only_use(chain[-1].outputs[0])
-        if gate is None or product is None or product.op_type != "Mul":
+        if activation is Activation.NONE or gate is None or product is None or product.op_type != "Mul":
             continue
         up = _product(next((v for v in product.inputs if v is not chain[-1].outputs[0]), None))
         norm = _shared_norm([gate, up], {gate: set(chain)})

@@ -18,12 +18,12 @@ from skerry.exporter.weights import SafetensorsSource, check_names, open_source
 Make = Callable[..., Path]
 
 
-def _edit_config(path: Path, **changes: object) -> None:
+def edit_config(path: Path, **changes: object) -> None:
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, **changes}))
 
 
-def _rewrite(path: Path, change: Callable[[dict], None]) -> None:
+def rewrite(path: Path, change: Callable[[dict], None]) -> None:
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(path / "model.safetensors")
@@ -69,7 +69,7 @@ def test_shard_outside_the_directory(make_model: Make) -> None:
 
 def test_unknown_architecture_names_the_known_ones(make_model: Make) -> None:
     path = make_model()
-    _edit_config(path, architectures=["MambaForCausalLM"])
+    edit_config(path, architectures=["MambaForCausalLM"])
     with pytest.raises(InputError, match="MambaForCausalLM") as caught:
         open_subject(path)
     assert "LlamaForCausalLM" in caught.value.hint and "Qwen2ForCausalLM" in caught.value.hint
@@ -91,71 +91,23 @@ def test_what_no_block_expresses_is_refused(make_model: Make, changes: dict[str,
     from skerry.exporter.rope import rope_tables
 
     path = make_model()
-    _edit_config(path, **changes)
+    edit_config(path, **changes)
     with pytest.raises(InputError, match=named):
         rope_tables(open_subject(path).decoder.layers[0].attention.rope, 8)
-
-
-@pytest.mark.parametrize(
-    ("family", "changes", "named"),
-    [
-        ("gemma2", {"hidden_activation": "relu"}, "hidden_activation: 'relu' is not supported, only gelu_pytorch_tanh"),
-        ("gemma2", {"attention_bias": True}, "attention_bias"),
-        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
-        ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: 50.0 is not supported, only Gemma 2"),
-        ("gemma3", {"layer_types": ["full_attention"] * 2}, "layer_types"),
-        ("gemma3", {"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "chunked_attention"),
-        ("gemma2", {"sliding_window": None}, "sliding_window: None is not supported, a window for layers"),
-        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ("phi3", {"partial_rotary_factor": 0.01}, "0.01 of a head of 16 is no pairs"),
-    ],
-)
-def test_what_a_family_does_not_express_is_refused(
-    make_model: Make, family: str, changes: dict[str, object], named: str
-) -> None:
-    path = make_model(family, pad_token_id=None)
-    _edit_config(path, rope_parameters=None, **changes)
-    with pytest.raises(InputError, match=named):
-        open_subject(path)
-
-
-@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
-def test_text_of_a_model_that_reads_images(make_model: Make, prefix: str) -> None:
-    """The names of the release and those that transformers 5 writes; other parts are left out, strays are not."""
-    path = make_model("gemma3-images")
-    wanted = open_source(path)
-
-    def rename(tensors: dict) -> None:
-        for name in list(tensors):
-            for known in ("language_model.model.", "model.language_model."):
-                if name.startswith(known):
-                    tensors[prefix + name.removeprefix(known)] = tensors.pop(name)
-
-    _rewrite(path, rename)
-    found = open_source(path)
-    assert found.names() == wanted.names() and "model.layers.2.self_attn.k_norm.weight" in found.names()
-    name = "model.layers.1.mlp.up_proj.weight"
-    np.testing.assert_array_equal(found.tensor(name), wanted.tensor(name))
-    assert open_subject(path).decoder.head.weight == "model.embed_tokens.weight"
-    _rewrite(path, lambda tensors: tensors.update({"audio_tower.weight": tensors[prefix + "norm.weight"].clone()}))
-    with pytest.raises(InputError, match=r"does not use, first audio_tower\.weight"):
-        open_subject(path)
-    with pytest.raises(InputError, match=r"tensor model\.absent is missing"):
-        found.tensor("model.absent")
 
 
 def test_a_tensor_nobody_reads_is_refused(make_model: Make) -> None:
     import torch
 
     path = make_model()
-    _rewrite(path, lambda tensors: tensors.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(16)}))
+    rewrite(path, lambda tensors: tensors.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(16)}))
     with pytest.raises(InputError, match="q_norm"):
         open_subject(path)
 
 
 def test_nan_is_named(make_model: Make) -> None:
     path = make_model()
-    _rewrite(path, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].view(-1)[5:6].fill_(float("nan")))
+    rewrite(path, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].view(-1)[5:6].fill_(float("nan")))
     source = open_source(path)
     with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj\.weight: holds NaN"):
         source.tensor("model.layers.1.mlp.up_proj.weight")
@@ -247,33 +199,6 @@ def test_gguf_gives_the_same_tensors_and_shape(
     assert (found.layers, found.kv_heads, found.head_size, found.tied_embeddings, found.rope_theta) == (
         wanted.layers, wanted.kv_heads, wanted.head_size, tied, wanted.rope_theta,
     )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("family", "layers", "scalar"), [("gemma2", 3, 32), ("gemma2", 46, 16), ("gemma3", 7, 32), ("gemma3", 62, 16)]
-)
-def test_what_a_gguf_of_gemma_leaves_to_its_loader(
-    make_model: Make, tmp_path: Path, family: str, layers: int, scalar: int
-) -> None:
-    """Windows by the architecture's pattern, the local theta, and the scale of scores: the largest has its own."""
-    more = {"num_hidden_layers": layers, "head_dim": 32, "query_pre_attn_scalar": scalar, "sliding_window": 40}
-    source = SafetensorsSource(make_model(family, **more))
-    write_gguf(source, tmp_path / "m.gguf", family)
-    found, wanted = (open_subject(path).decoder for path in (tmp_path / "m.gguf", source.path))
-    assert found == wanted
-
-
-def test_multipliers_of_a_gguf(make_model: Make, tmp_path: Path) -> None:
-    more = {
-        "embedding_multiplier": 6.0,
-        "attention_multiplier": 0.125,
-        "residual_multiplier": 0.5,
-        "logits_scaling": 4.0,
-    }
-    source = SafetensorsSource(make_model("granite", **more))
-    write_gguf(source, tmp_path / "m.gguf", "granite")
-    found, wanted = (open_subject(path).decoder for path in (tmp_path / "m.gguf", source.path))
-    assert found == wanted and found.logit_divisor == 4.0
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1"])
