@@ -13,14 +13,40 @@ from skerry.core.files import canonical_json, read_json, sha256_bytes, sha256_fi
 FAMILIES = {
     "LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3",
     "MistralForCausalLM": "mistral", "Phi3ForCausalLM": "phi3", "SmolLM3ForCausalLM": "smollm3",
+    "Gemma2ForCausalLM": "gemma2", "Gemma3ForCausalLM": "gemma3", "GraniteForCausalLM": "granite",
+}  # fmt: skip
+# Families whose `sliding_window` counts without a `use_sliding_window` beside it.
+SLIDING = ("mistral", "phi3", "gemma2", "gemma3")
+# What config.json may leave out, where the family's value is not everybody's.
+TIED = ("gemma2", "gemma3")
+THETAS = {"gemma3": 1_000_000.0}
+# Models of more than text, by the architecture of their text. transformers writes only what differs from these.
+TEXT_OF = {"Gemma3ForConditionalGeneration": "Gemma3ForCausalLM"}
+GEMMA3_TEXT = {
+    "vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-6, "sliding_window": 4096, "bos_token_id": 2, "eos_token_id": 1,
 }  # fmt: skip
 LINEAGE = "checkpoint.json"
 HEX_DIGITS = frozenset("0123456789abcdef")
 
 
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The config of the language model alone, where the checkpoint holds more (Gemma 3 reads images too)."""
+    name = (config.get("architectures") or ["missing"])[0]
+    if name not in TEXT_OF:
+        return config
+    special = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config.get(key) is not None}
+    return {**GEMMA3_TEXT, **(config.get("text_config") or {}), **special, "architectures": [TEXT_OF[name]]}
+
+
 @dataclass(frozen=True)
 class ModelSpec:
-    """Sizes are counts of elements; `window` is the sliding attention window in tokens, 0 for none."""
+    """Sizes are counts of elements; `window` is the sliding attention window in tokens, 0 for none.
+
+    Where only some layers have the window, or turn by other angles (Gemma), `window` is theirs and `rope_theta` and
+    `rope_scaling` are those of the layers that see everything.
+    """
 
     family: str
     vocab_size: int
@@ -43,20 +69,19 @@ class ModelSpec:
     @classmethod
     def from_hf_config(cls, config: dict[str, Any]) -> ModelSpec:
         """Reads a Hugging Face `config.json`, both the transformers 5 form (`rope_parameters`) and the older one."""
+        config = text_config(config)
         name = (config.get("architectures") or ["missing"])[0]
         family = FAMILIES.get(name)
         if family is None:
-            raise InputError("read model config", name, "unknown architecture", f"one of {', '.join(sorted(FAMILIES))}")
+            known = ", ".join(sorted({**FAMILIES, **TEXT_OF}))
+            raise InputError("read model config", name, "unknown architecture", f"one of {known}")
         rope = config.get("rope_parameters") or {}
+        rope = rope.get("full_attention") or rope
         scaling = config.get("rope_scaling") or (rope if rope.get("rope_type", "default") != "default" else None)
         try:
             heads = int(config["num_attention_heads"])
             eos = config.get("eos_token_id")
-            sliding = (
-                config.get("sliding_window")
-                if config.get("use_sliding_window", family in ("mistral", "phi3"))
-                else None
-            )
+            sliding = config.get("sliding_window") if config.get("use_sliding_window", family in SLIDING) else None
             spec = cls(
                 family=family,
                 vocab_size=int(config["vocab_size"]),
@@ -68,9 +93,9 @@ class ModelSpec:
                 intermediate_size=int(config["intermediate_size"]),
                 max_context=int(config["max_position_embeddings"]),
                 norm_eps=float(config["rms_norm_eps"]),
-                rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+                rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or THETAS.get(family, 10000.0)),
                 rope_scaling=dict(scaling) if scaling else None,
-                tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+                tied_embeddings=bool(config.get("tie_word_embeddings", family in TIED)),
                 qkv_bias=family == "qwen2" or bool(config.get("attention_bias", False)),
                 window=int(sliding or 0),
                 bos_token_id=config.get("bos_token_id"),

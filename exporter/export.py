@@ -119,7 +119,7 @@ def measure_engine(
     candidates = [with_layout(layout) for layout in layouts(options.kv_cache, engine.precision)]
     options.progress("load reference", 0, 1)
     runners = [runner for _, runner in candidates]
-    parities = measure(load_reference(subject.source), runners, rows, options.progress)
+    parities = measure(load_reference(subject.stored), runners, rows, options.progress)
     refusals = [gate.problems(parity, engine.precision, subject.parity_nll) for parity in parities]
     loss = KvLoss.between(*parities) if len(parities) == 2 else None
     chosen = 1 if loss is not None and loss.small and not refusals[1] else 0

@@ -1,7 +1,8 @@
 """GGUF as a Source: dequantized to float32, tensors renamed to Hugging Face's names, q and k rows put back in order.
 
-llama.cpp's converter interleaves the rows of q and k of the `llama` architecture (element 2i pairs with 2i + 1); the
-rest of this code wants rotate-half (i with i + R/2), so the interleaving is undone here. Qwen's are stored unpermuted.
+llama.cpp's converter interleaves the rows of q and k of `llama` and `granite` (element 2i pairs with 2i + 1); the
+rest of this code wants rotate-half (i with i + R/2), so the interleaving is undone here. Qwen's and Gemma's are stored
+unpermuted. It also adds the 1 to the weights of Gemma's norms that Hugging Face leaves to the model; it is taken off.
 """
 
 from __future__ import annotations
@@ -13,10 +14,15 @@ from typing import Any
 import numpy as np
 
 from skerry.core.errors import InputError
+from skerry.exporter.gguf_families import GEMMA, GEMMA_NORMS, family_config
 from skerry.exporter.weights import checked
 from skerry.kernels.blocks import BLOCK, BlockFormat, Blocks
 
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM", "gemma3": "Gemma3ForCausalLM",
+    "granite": "GraniteForCausalLM",
+}  # fmt: skip
 _TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -42,12 +48,15 @@ class GgufSource:
             self._fields = {
                 name: field.contents() for name, field in reader.fields.items() if "tokenizer.ggml.t" not in name
             }
-            self._tensors = {hf_name(t.name): t for t in reader.tensors if t.name != "rope_freqs.weight"}
+            self._architecture = str(self._fields.get("general.architecture"))
+            self._tensors = {
+                hf_name(t.name, self._architecture): t for t in reader.tensors if t.name != "rope_freqs.weight"
+            }
             self._rope_factors = next((np.array(t.data) for t in reader.tensors if t.name == "rope_freqs.weight"), None)
         except (ValueError, IndexError, KeyError, OSError, OverflowError) as error:
             raise InputError("read weights", path, f"truncated or no GGUF: {error}", "copy the file again") from error
+        self._permuted = self._architecture in ("llama", "granite")
         self.config = self._config()
-        self._permuted = self._fields["general.architecture"] == "llama"
 
     def names(self) -> list[str]:
         return sorted(self._tensors)
@@ -64,6 +73,8 @@ class GgufSource:
         except (NotImplementedError, ValueError) as error:
             cause = f"stored as {stored.tensor_type.name}, which cannot be read here: {error}"
             raise InputError("read weights", name, cause, "llama-quantize it to Q8_0 or Q4_0") from error
+        if self._architecture in GEMMA and name.endswith("norm.weight"):
+            array = array - np.float32(1)
         order = self._order(name)
         return checked(name, array if order is None else array[order])
 
@@ -101,7 +112,7 @@ class GgufSource:
         return self._tensors[name]
 
     def _config(self) -> dict[str, Any]:
-        architecture = self._fields.get("general.architecture")
+        architecture = self._architecture
         if architecture not in _ARCHITECTURES:
             raise InputError(
                 "read weights", self.path, f"unknown GGUF architecture {architecture!r}",
@@ -117,7 +128,7 @@ class GgufSource:
         heads, hidden = int(value("attention.head_count")), int(value("embedding_length"))
         theta = float(value("rope.freq_base", 10000.0))
         eos = self._fields.get("tokenizer.ggml.eos_token_id")
-        return {
+        config = {
             "architectures": [_ARCHITECTURES[architecture]], "model_type": architecture, "hidden_act": "silu",
             "vocab_size": self.shape("model.embed_tokens.weight")[0],
             "hidden_size": hidden, "num_hidden_layers": int(value("block_count")), "num_attention_heads": heads,
@@ -129,17 +140,18 @@ class GgufSource:
             "rope_theta": theta, "rope_parameters": {"rope_theta": theta, **self._rope_scaling(value)},
             "tie_word_embeddings": "lm_head.weight" not in self._tensors,
             "bos_token_id": self._fields.get("tokenizer.ggml.bos_token_id"), "eos_token_id": eos,
-            "attention_bias": architecture == "llama" and "model.layers.0.self_attn.q_proj.bias" in self._tensors,
+            "attention_bias": self._permuted and "model.layers.0.self_attn.q_proj.bias" in self._tensors,
         }  # fmt: skip
+        return {**config, **family_config(config, self._fields)}
 
     def _rope_scaling(self, value: Any) -> dict[str, Any]:
         """llama3 scaling is stored as its result, one divisor per pair; the parameters that make it are tried again."""
-        kind = self._fields.get(f"{self._fields['general.architecture']}.rope.scaling.type", "none")
+        kind = self._fields.get(f"{self._architecture}.rope.scaling.type", "none")
         if self._rope_factors is not None:
             return {"rope_type": "factors", "factors": [float(factor) for factor in self._rope_factors]}
         if kind == "none":
             return {"rope_type": "default"}
-        original = self._fields.get(f"{self._fields['general.architecture']}.rope.scaling.original_context_length")
+        original = self._fields.get(f"{self._architecture}.rope.scaling.original_context_length")
         scaling = {"rope_type": kind, "factor": float(value("rope.scaling.factor"))}
         return {**scaling, "original_max_position_embeddings": int(original)} if original else scaling
 
@@ -159,11 +171,11 @@ class GgufSource:
             (out / "chat_template.jinja").write_text(str(template), encoding="utf-8")
 
 
-def hf_name(name: str) -> str:
+def hf_name(name: str, architecture: str = "llama") -> str:
     """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; unknown names stay, and are refused later."""
     if name in _TOP:
         return _TOP[name]
-    parts = name.split(".")
-    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _BLOCK:
-        return f"model.layers.{parts[1]}.{_BLOCK[parts[2]]}.{parts[3]}"
+    parts, known = name.split("."), {**_BLOCK, **(GEMMA_NORMS if architecture in GEMMA else {})}
+    if len(parts) == 4 and parts[0] == "blk" and parts[2] in known:
+        return f"model.layers.{parts[1]}.{known[parts[2]]}.{parts[3]}"
     return name

@@ -13,7 +13,6 @@ without data (`Parameter` tells where each comes from); `lower` rewrites the gra
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +20,8 @@ import onnx_ir as ir
 
 from skerry.core.bundle import KvGroup
 from skerry.core.model import ModelSpec
-from skerry.exporter.blocks import Decoder, Dense, Layer
+from skerry.exporter.blocks import Attention, Decoder, Dense, Layer, Mlp
+from skerry.exporter.rope import Rope
 from skerry.kernels.pages import DTYPES, LAYOUTS, PAGE_TOKENS, page_bytes
 
 OPSET, IR_VERSION = 23, 11
@@ -31,19 +31,21 @@ FLOAT, INT, BYTES = ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.UINT8
 
 @dataclass(frozen=True)
 class Emitted:
-    """The target-neutral graph, its KV groups, and counts that lowering rules are held to."""
+    """The target-neutral graph, its KV groups, the decoder that lowering rules are held to, and what the rotary tables
+    hold, by the suffix of their names."""
 
     model: ir.Model
     groups: tuple[KvGroup, ...]
-    layers: int
+    decoder: Decoder
+    ropes: dict[str, Rope]
 
 
 def kv_groups(spec: ModelSpec, decoder: Decoder, layout: str) -> tuple[KvGroup, ...]:
     """Layers with the same window share one block table."""
-    windows = sorted({layer.window for layer in decoder.layers})
+    windows = sorted({layer.attention.window for layer in decoder.layers})
     return tuple(
         KvGroup(
-            layers=tuple(i for i, layer in enumerate(decoder.layers) if layer.window == window),
+            layers=tuple(i for i, layer in enumerate(decoder.layers) if layer.attention.window == window),
             kv_heads=spec.kv_heads, head_size=spec.head_size, page_size=PAGE_TOKENS,
             dtype=DTYPES[layout], layout=layout, window=window,
         )
@@ -53,15 +55,36 @@ def kv_groups(spec: ModelSpec, decoder: Decoder, layout: str) -> tuple[KvGroup, 
 
 def emit(spec: ModelSpec, decoder: Decoder, kv_layout: str = "f32.k16t") -> Emitted:
     groups = kv_groups(spec, decoder, kv_layout)
-    writer = _Writer(spec, groups, kv_layout)
+    ropes = _ropes(decoder)
+    writer = _Writer(spec, groups, ropes, kv_layout)
     x = writer.gather(decoder.embedding, (spec.vocab_size, spec.hidden_size), writer.inputs["input_ids"], "embedding")
+    x = writer.scaled(x, decoder.embedding_scale, "embedding.scaled", ("T", spec.hidden_size))
     for index, layer in enumerate(decoder.layers):
         x = _layer(writer, spec, index, layer, x)
     # Rows are picked before the last norm: prefill then pays for the head only where logits are wanted.
     rows = writer.op("Gather", [x, writer.inputs["sample_rows"]], "final.rows", ("S", spec.hidden_size), axis=0)
     hidden = writer.norm(decoder.norm, rows, "hidden", ("S", spec.hidden_size))
-    logits = writer.dense(decoder.head, hidden, "logits", rows="S")
-    return Emitted(writer.finish([logits, hidden]), groups, len(decoder.layers))
+    return Emitted(writer.finish([_logits(writer, decoder, hidden), hidden]), groups, decoder, ropes)
+
+
+def _logits(writer: _Writer, decoder: Decoder, hidden: ir.Value) -> ir.Value:
+    shape = ("S", decoder.head.outputs)
+    if decoder.logit_softcap:
+        straight = writer.dense(decoder.head, hidden, "logits.straight", rows="S")
+        return writer.soft_cap(straight, decoder.logit_softcap, "logits", shape)
+    if decoder.logit_divisor != 1.0:
+        large = writer.dense(decoder.head, hidden, "logits.undivided", rows="S")
+        return writer.op("Div", [large, writer.constant(decoder.logit_divisor)], "logits", shape)
+    return writer.dense(decoder.head, hidden, "logits", rows="S")
+
+
+def _ropes(decoder: Decoder) -> dict[str, Rope]:
+    """Each rotation once, in order of first use; the first one's tables have no suffix."""
+    found: list[Rope] = []
+    for layer in decoder.layers:
+        if layer.attention.rope not in found:
+            found.append(layer.attention.rope)
+    return {f".{index}" if index else "": rope for index, rope in enumerate(found)}
 
 
 def _layer(writer: _Writer, spec: ModelSpec, index: int, layer: Layer, x: ir.Value) -> ir.Value:
@@ -74,24 +97,36 @@ def _layer(writer: _Writer, spec: ModelSpec, index: int, layer: Layer, x: ir.Val
         q = writer.head_norm(layer.attention.q_norm, q, spec.heads, f"{at}.attention.q_norm")
     if layer.attention.k_norm:
         k = writer.head_norm(layer.attention.k_norm, k, spec.kv_heads, f"{at}.attention.k_norm")
-    attended = writer.attention(index, layer, q, k, v)
-    x = writer.op(
-        "Add", [x, writer.dense(layer.attention.o, attended, f"{at}.attention.o")], f"{at}.attention.add", shape
-    )
-    normed = writer.norm(layer.mlp_norm, x, f"{at}.mlp.norm", shape)
-    gate = writer.dense(layer.mlp.gate, normed, f"{at}.mlp.gate")
-    up = writer.dense(layer.mlp.up, normed, f"{at}.mlp.up")
-    wide = ("T", spec.intermediate_size)
-    silu = writer.op("Mul", [gate, writer.op("Sigmoid", [gate], f"{at}.mlp.sigmoid", wide)], f"{at}.mlp.silu", wide)
-    product = writer.op("Mul", [silu, up], f"{at}.mlp.product", wide)
-    return writer.op("Add", [x, writer.dense(layer.mlp.down, product, f"{at}.mlp.down")], f"{at}.mlp.add", shape)
+    attended = writer.attention(index, layer.attention, q, k, v)
+    o = writer.dense(layer.attention.o, attended, f"{at}.attention.o")
+    if layer.post_attention_norm:
+        o = writer.norm(layer.post_attention_norm, o, f"{at}.attention.post_norm", shape)
+    o = writer.scaled(o, layer.residual_scale, f"{at}.attention.scaled", shape)
+    x = writer.op("Add", [x, o], f"{at}.attention.add", shape)
+    down = _mlp(writer, layer.mlp, f"{at}.mlp", writer.norm(layer.mlp_norm, x, f"{at}.mlp.norm", shape))
+    if layer.post_mlp_norm:
+        down = writer.norm(layer.post_mlp_norm, down, f"{at}.mlp.post_norm", shape)
+    down = writer.scaled(down, layer.residual_scale, f"{at}.mlp.scaled", shape)
+    return writer.op("Add", [x, down], f"{at}.mlp.add", shape)
+
+
+def _mlp(writer: _Writer, mlp: Mlp, at: str, normed: ir.Value) -> ir.Value:
+    gate, up = writer.dense(mlp.gate, normed, f"{at}.gate"), writer.dense(mlp.up, normed, f"{at}.up")
+    wide = ("T", mlp.gate.outputs)
+    if mlp.activation == "silu":
+        active = writer.op("Mul", [gate, writer.op("Sigmoid", [gate], f"{at}.sigmoid", wide)], f"{at}.silu", wide)
+    else:
+        active = writer.op("Gelu", [gate], f"{at}.gelu", wide, approximate="tanh")
+    return writer.dense(mlp.down, writer.op("Mul", [active, up], f"{at}.product", wide), f"{at}.down")
 
 
 class _Writer:
     """Collects nodes and initializers; every value is named, so two runs give the same bytes."""
 
-    def __init__(self, spec: ModelSpec, groups: tuple[KvGroup, ...], kv_layout: str) -> None:
-        self.kv_layout = kv_layout
+    def __init__(
+        self, spec: ModelSpec, groups: tuple[KvGroup, ...], ropes: dict[str, Rope], kv_layout: str
+    ) -> None:  # fmt: skip
+        self.ropes, self.kv_layout = ropes, kv_layout
         self.spec, self.nodes, self.initializers = spec, list[ir.Node](), dict[str, ir.Value]()
         self.kv_out: list[ir.Value] = []
         self.group_of = {layer: g for g, group in enumerate(groups) for layer in group.layers}
@@ -113,7 +148,7 @@ class _Writer:
 
     def op(
         self, kind: str, inputs: list[ir.Value | None], name: str, shape: tuple[int | str, ...], domain: str = "",
-        **attributes: int | float,
+        **attributes: int | float | str,
     ) -> ir.Value:  # fmt: skip
         output = ir.val(name, FLOAT, shape)
         self.nodes.append(ir.node(kind, inputs, attributes, domain=domain, outputs=[output], name=name))
@@ -145,18 +180,36 @@ class _Writer:
             self.initializers[name] = ir.val(name, ir.DataType.INT64, (len(sizes),), const_value=value)
         return self.initializers[name]
 
+    def constant(self, value: float) -> ir.Value:
+        """A float32 scalar."""
+        name = f"constant.{value!r}"
+        if name not in self.initializers:
+            tensor = ir.tensor(np.array(value, np.float32), name=name)
+            self.initializers[name] = ir.val(name, FLOAT, (), const_value=tensor)
+        return self.initializers[name]
+
+    def scaled(self, x: ir.Value, by: float, name: str, shape: tuple[int | str, ...]) -> ir.Value:
+        return x if by == 1.0 else self.op("Mul", [x, self.constant(by)], name, shape)
+
+    def soft_cap(self, x: ir.Value, cap: float, name: str, shape: tuple[int | str, ...]) -> ir.Value:
+        """cap * tanh(x / cap): nearly x where it is small, and never beyond the cap."""
+        small = self.op("Div", [x, self.constant(cap)], f"{name}.divided", shape)
+        return self.op("Mul", [self.op("Tanh", [small], f"{name}.tanh", shape), self.constant(cap)], name, shape)
+
     def dense(self, dense: Dense, x: ir.Value, name: str, rows: str = "T") -> ir.Value:
         inputs: list[ir.Value | None] = [x, self.parameter(dense.weight, (dense.outputs, dense.inputs))]
         if dense.bias:
             inputs.append(self.parameter(dense.bias, (dense.outputs,)))
         return self.op("Gemm", inputs, name, (rows, dense.outputs), transB=1)
 
-    def attention(self, index: int, layer: Layer, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
+    def attention(self, index: int, attention: Attention, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
         """One `skerry::PagedAttention`: rotates, appends to the pages, attends to what is stored."""
         spec, group = self.spec, self.group_of[index]
-        table = (spec.max_context, spec.head_size // 2)
+        table = (spec.max_context, attention.rope.size // 2)
+        suffix = next(suffix for suffix, rope in self.ropes.items() if rope == attention.rope)
+        cos, sin = (self.parameter(f"{name}{suffix}", table) for name in (COS, SIN))
         inputs = [
-            q, k, v, self.inputs[f"kv.{index}"], self.parameter(COS, table), self.parameter(SIN, table),
+            q, k, v, self.inputs[f"kv.{index}"], cos, sin,
             self.inputs["positions"], self.inputs["query_start"], self.inputs["context_len"],
             self.inputs[f"block_table.{group}"], self.inputs[f"slot.{group}"], self.inputs["plan"],
         ]  # fmt: skip
@@ -164,8 +217,8 @@ class _Writer:
         kv_out = ir.val(f"kv_out.{index}", BYTES, self.inputs[f"kv.{index}"].shape)
         attributes = {
             "num_heads": spec.heads, "num_kv_heads": spec.kv_heads, "head_size": spec.head_size,
-            "scale": 1 / math.sqrt(spec.head_size), "softcap": 0.0, "window": layer.window,
-            "rotary_dim": spec.head_size if layer.attention.rotary else 0, "interleaved": 0,
+            "scale": attention.scale, "softcap": attention.softcap, "window": attention.window,
+            "rotary_dim": attention.rope.size if attention.rotary else 0, "interleaved": 0,
             "kv_layout": LAYOUTS.index(self.kv_layout),
         }  # fmt: skip
         self.nodes.append(

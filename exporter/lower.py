@@ -24,6 +24,7 @@ from skerry.exporter.rope import rope_tables
 from skerry.exporter.targets import MISSING
 from skerry.exporter.weights import Source
 from skerry.kernels.blocks import BlockFormat, pack
+from skerry.kernels.reference import Activation
 
 MICROSOFT, SKERRY = "com.microsoft", "skerry"
 BODY = {"int8": BlockFormat.Q8_0, "int4": BlockFormat.Q4_1}
@@ -85,7 +86,7 @@ def lower(emitted: Emitted, target: Target, lowering: Lowering) -> ir.Model:
         lowering.counts[rule.name] = found
         if found != wanted:
             raise SkerryError("lower graph", f"rule {rule.name}", f"matched {found} times, the model needs {wanted}")
-    place(emitted.model.graph, lowering)
+    place(emitted, lowering)
     return emitted.model
 
 
@@ -95,19 +96,28 @@ def rules_for(target: Target, precision: str) -> list[Rule]:
         raise IncompatibleError("export for", target, cause, "--target ort-cpu")
     if precision == "fp32":
         return [
-            Rule("fuse-silu", lambda e: e.layers, _fuse_silu),
-            Rule("fuse-skip-norm", lambda e: 2 * e.layers - 1, _fuse_skip_norm),
+            Rule("fuse-silu", lambda e: sum(layer.mlp.activation == "silu" for layer in e.decoder.layers), _fuse_silu),
+            Rule("fuse-skip-norm", lambda e: 2 * len(e.decoder.layers) - 1, _fuse_skip_norm),
         ]
     if precision not in (*BODY, "stored"):
         known = "fp32, int8, int4 or stored"
         raise IncompatibleError("export for", target, f"no rules for precision {precision}", known)
     return [
         Rule("block-embedding", lambda e: 1, _block_embedding),
-        Rule("block-qkv", lambda e: e.layers, _block_qkv),
-        Rule("block-gated", lambda e: e.layers, _block_gated),
-        Rule("block-residual", lambda e: 2 * e.layers, _block_residual),
-        Rule("block-head", lambda e: 1, _block_head),
+        Rule("block-qkv", lambda e: len(e.decoder.layers), _block_qkv),
+        Rule("block-gated", lambda e: len(e.decoder.layers), _block_gated),
+        Rule("block-residual", lambda e: 2 * len(e.decoder.layers) - _apart(e), _block_residual),
+        Rule("block-plain", lambda e: 1 + _apart(e), _block_plain),
     ]
+
+
+def _apart(emitted: Emitted) -> int:
+    """How many products are normalized or scaled before they are added, and so cannot add the residual themselves."""
+    return sum(
+        norm is not None or layer.residual_scale != 1.0
+        for layer in emitted.decoder.layers
+        for norm in (layer.post_attention_norm, layer.post_mlp_norm)
+    )
 
 
 def _block_embedding(graph: ir.Graph, lowering: Lowering) -> int:
@@ -141,19 +151,29 @@ def _block_qkv(graph: ir.Graph, lowering: Lowering) -> int:
 
 
 def _block_gated(graph: ir.Graph, lowering: Lowering) -> int:
-    """silu(gate(norm(x))) * up(norm(x)) -> one MatMulBlock."""
+    """act(gate(norm(x))) * up(norm(x)) -> one MatMulBlock."""
     count = 0
-    for sigmoid in [n for n in graph if n.op_type == "Sigmoid"]:
-        silu, gate = _only_use(sigmoid.outputs[0]), _product(sigmoid.inputs[0])
-        product = _only_use(silu.outputs[0]) if silu is not None and silu.op_type == "Mul" else None
-        if silu is None or gate is None or product is None or product.op_type != "Mul":
+    for node in [n for n in graph if n.op_type in ("Sigmoid", "Gelu")]:
+        chain, activation = _activation(node)
+        gate, product = _product(node.inputs[0]), _only_use(chain[-1].outputs[0])
+        if activation is Activation.NONE or gate is None or product is None or product.op_type != "Mul":
             continue
-        up = _product(next((v for v in product.inputs if v is not silu.outputs[0]), None))
-        norm = _shared_norm([gate, up], {gate: {sigmoid, silu}})
-        if norm is not None and up is not None and sigmoid.inputs[0] in silu.inputs:
-            _fuse(graph, lowering, [gate, up], norm, [sigmoid, silu, product])
+        up = _product(next((v for v in product.inputs if v is not chain[-1].outputs[0]), None))
+        norm = _shared_norm([gate, up], {gate: set(chain)})
+        if norm is not None and up is not None:
+            _fuse(graph, lowering, [gate, up], norm, [*chain, product], activation=activation)
             count += 1
     return count
+
+
+def _activation(node: ir.Node) -> tuple[list[ir.Node], Activation]:
+    """The nodes of an activation from its first one on: x * sigmoid(x) is two."""
+    if node.op_type == "Gelu":
+        return [node], Activation.GELU_TANH
+    silu = _only_use(node.outputs[0])
+    if silu is None or silu.op_type != "Mul" or node.inputs[0] not in silu.inputs:
+        return [node], Activation.NONE
+    return [node, silu], Activation.SILU
 
 
 def _block_residual(graph: ir.Graph, lowering: Lowering) -> int:
@@ -167,11 +187,12 @@ def _block_residual(graph: ir.Graph, lowering: Lowering) -> int:
     return count
 
 
-def _block_head(graph: ir.Graph, lowering: Lowering) -> int:
-    """The product that is left. The norm before it stays a node: its output is one of the graph's."""
+def _block_plain(graph: ir.Graph, lowering: Lowering) -> int:
+    """The products that are left: the head, and those that a norm or a scale follows. The norm before the head stays a
+    node: its output is one of the graph's."""
     count = 0
     for node in [n for n in graph if n.op_type == "Gemm" and _parameter(n, 1) is not None]:
-        _fuse(graph, lowering, [node], None, head=node.outputs[0].name == "logits")
+        _fuse(graph, lowering, [node], None, head=str(node.outputs[0].name).startswith("logits"))
         count += 1
     return count
 
@@ -179,6 +200,7 @@ def _block_head(graph: ir.Graph, lowering: Lowering) -> int:
 def _fuse(
     graph: ir.Graph, lowering: Lowering, products: list[ir.Node], norm: ir.Node | None,
     rest: Sequence[ir.Node] = (), residual: ir.Value | None = None, head: bool = False,
+    activation: Activation = Activation.NONE,
 ) -> None:  # fmt: skip
     """One MatMulBlock in the place of `products`, of the `norm` before them and of the `rest` after them, the last of
     which gives its output: the gated product or the sum with the residual."""
@@ -195,7 +217,7 @@ def _fuse(
         "width": matrices[0][0].columns, "rows": [matrix.rows for matrix, _ in matrices],
         "formats": [int(packed.format) for _, packed in matrices],
         "epsilon": norm.attributes["epsilon"].as_float() if norm is not None else 0.0,
-        "activation": int(bool(rest) and residual is None),
+        "activation": int(activation),
     }  # fmt: skip
     old = [rest[-1].outputs[0]] if rest else [product.outputs[0] for product in products]
     new = [_like(value) for value in old]
@@ -327,14 +349,15 @@ def _blocks(graph: ir.Graph, packed: Packed, name: str) -> ir.Value:
     return _initializer(graph, packed.tensor, f"{name}.blocks", (int(packed.tensor.length or 0),))
 
 
-def place(graph: ir.Graph, lowering: Lowering) -> None:
+def place(emitted: Emitted, lowering: Lowering) -> None:
     """Writes every parameter that is still read, as float32, and drops those that are not."""
+    graph = emitted.model.graph
     for name, value in list(graph.initializers.items()):
         if not value.uses():
             del graph.initializers[name]
     tables: dict[str, np.ndarray] = {}
-    if COS in graph.initializers:
-        tables[COS], tables[SIN] = rope_tables(lowering.spec, lowering.spec.max_context)
+    for suffix, rope in emitted.ropes.items():
+        tables[f"{COS}{suffix}"], tables[f"{SIN}{suffix}"] = rope_tables(rope, lowering.spec.max_context)
     for name, value in graph.initializers.items():
         if value.const_value is None:
             array = tables[name] if name in tables else lowering.source.tensor(name)

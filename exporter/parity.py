@@ -104,5 +104,14 @@ def reference_logprobs(model: Any, batch: list[Sequence]) -> tuple[torch.Tensor,
     with torch.inference_mode():
         hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
         picked = [hidden[row, start - 1 : len(tokens) - 1] for row, (tokens, start) in enumerate(batch)]
-        logits = model.get_output_embeddings()(torch.cat(picked)).float()
+        logits = _head(model, torch.cat(picked))
     return logits.log_softmax(-1), torch.cat([torch.tensor(tokens[start:]) for tokens, start in batch])
+
+
+def _head(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """What the model's own forward makes of hidden states [N, D]: the head, what Granite divides it by and the cap that
+    Gemma 2 puts on it."""
+    config = model.config.get_text_config()
+    logits = model.get_output_embeddings()(hidden).float() / getattr(config, "logits_scaling", 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * (logits / cap).tanh()

@@ -23,8 +23,10 @@ INT4_FROM = 300_000_000
 
 @dataclass(frozen=True)
 class Subject:
-    """`lineage` is the checkpoint's own, or a stub that names the file it was imported from."""
+    """`stored` has the weights as the file means them, `source` as the blocks do. `lineage` is the checkpoint's own, or
+    a stub that names the file it was imported from."""
 
+    stored: Source
     source: Source
     spec: ModelSpec
     decoder: Decoder
@@ -43,7 +45,7 @@ class Subject:
     def precision(self, asked: str) -> str:
         """`auto`: a GGUF's blocks as they are, else 8 bits for a small model and 4 for others. Raises InputError for
         `stored` where nothing is stored in blocks."""
-        if asked == "stored" and not isinstance(self.source, GgufSource):
+        if asked == "stored" and not isinstance(self.stored, GgufSource):
             raise InputError("export as stored", self.source.path, "only a GGUF holds blocks", "--precision int8")
         if asked != "auto":
             return asked
@@ -68,15 +70,15 @@ def open_subject(path: Path, max_context: int | None = None) -> Subject:
         lineage, digest = checkpoint.lineage, checkpoint.digest
     else:
         lineage, digest = {}, ""
-    source = open_source(path)
-    spec = _shortened(ModelSpec.from_hf_config(source.config), max_context)
-    decoder, source = decoder_of(spec, source.config), source_of(source, spec)
+    stored = open_source(path)
+    spec = _shortened(ModelSpec.from_hf_config(stored.config), max_context)
+    decoder, source = decoder_of(spec, stored.config), source_of(stored, spec)
     check_names(source, decoder.shapes(spec.vocab_size, spec.hidden_size, spec.head_size), spec.tied_embeddings)
     if not digest:
         files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), path / "config.json"])
         lineage = {"name": plain_name(path.stem), "imported": {file.name: sha256_file(file) for file in files}}
         digest = sha256_of(lineage)
-    return Subject(source, spec, decoder, lineage, digest)
+    return Subject(stored, source, spec, decoder, lineage, digest)
 
 
 def sha256_of(document: Any) -> str:
@@ -97,8 +99,8 @@ def _shortened(spec: ModelSpec, max_context: int | None) -> ModelSpec:
 
 def write_text_files(subject: Subject, out: Path) -> dict[str, Any]:
     """tokenizer.json, chat_template.jinja and generation.json; returns the last one's content."""
-    if isinstance(subject.source, GgufSource):
-        subject.source.save_tokenizer(out)
+    if isinstance(subject.stored, GgufSource):
+        subject.stored.save_tokenizer(out)
     else:
         _copy_tokenizer(subject.source.path, out)
     if not (out / "chat_template.jinja").is_file():

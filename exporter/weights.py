@@ -13,6 +13,7 @@ import numpy as np
 
 from skerry.core.errors import InputError
 from skerry.core.files import read_json
+from skerry.core.model import text_config
 from skerry.kernels.blocks import Blocks
 
 # Buffers that old checkpoints carry and no graph reads.
@@ -46,7 +47,10 @@ def open_source(path: Path | str) -> Source:
     """A directory with config.json and safetensors, or a .gguf file. Raises InputError."""
     path = Path(path)
     if path.is_dir():
-        return SafetensorsSource(path)
+        from skerry.exporter.text_source import TextSource
+
+        source = SafetensorsSource(path)
+        return source if text_config(source.config) is source.config else TextSource(source)
     if path.suffix == ".gguf" and path.is_file():
         from skerry.exporter.gguf_source import GgufSource
 
@@ -133,6 +137,17 @@ class SplitSource:
         whole, first, last = self._parts[name]
         found = self._source.blocks(whole)
         return None if found is None else found.permuted(np.arange(first, last))
+
+
+class ShiftedNorms(SplitSource):
+    """Gemma stores the weights of its norms less 1: they multiply by 1 + w (Gemma3RMSNorm in transformers)."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__(source, {})
+
+    def tensor(self, name: str) -> np.ndarray:
+        array = super().tensor(name)
+        return array + np.float32(1) if name.endswith("norm.weight") else array
 
 
 def _shards(path: Path) -> list[Path]:

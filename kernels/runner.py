@@ -157,6 +157,8 @@ class Runner:
             ("input_ids", batch.input_ids), ("positions", batch.positions), ("query_start", batch.query_start),
             ("context_len", batch.context_len), ("sample_rows", rows),
         ]  # fmt: skip
+        if len(batch.block_tables) != self.groups:
+            raise InputError("bind step", "", f"pages of {len(batch.block_tables)} KV groups, not of {self.groups}")
         if self._graph.has_plan:
             found.append(("plan", _NO_PLAN))
         for group, (table, slot) in enumerate(zip(batch.block_tables, batch.slots, strict=True)):

@@ -6,23 +6,28 @@ from typing import Any
 
 from skerry.core.errors import InputError
 from skerry.core.model import ModelSpec
-from skerry.exporter.architectures import llama
+from skerry.exporter.architectures import gemma, llama
 from skerry.exporter.blocks import Decoder
-from skerry.exporter.weights import Source, SplitSource
+from skerry.exporter.weights import ShiftedNorms, Source, SplitSource
 
-_BLOCKS = dict.fromkeys(("llama", "qwen2", "qwen3", "mistral", "phi3", "smollm3"), llama.blocks)
+_FILES = {
+    **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral", "phi3", "smollm3", "granite"), llama),
+    **dict.fromkeys(("gemma2", "gemma3"), gemma),
+}
 
 
 def source_of(source: Source, spec: ModelSpec) -> Source:
-    """The source with the names that the architecture file uses."""
-    return SplitSource(source, llama.fused_rows(spec)) if spec.family == "phi3" else source
+    """The source with the names and the values that the architecture file's blocks mean."""
+    if spec.family == "phi3":
+        return SplitSource(source, llama.fused_rows(spec))
+    return ShiftedNorms(source) if spec.family in ("gemma2", "gemma3") else source
 
 
 def decoder_of(spec: ModelSpec, config: dict[str, Any] | None = None) -> Decoder:
     """Raises InputError that names the known families, or what in the Hugging Face config no block can express."""
-    if spec.family not in _BLOCKS:
+    if spec.family not in _FILES:
         raise InputError(
-            "emit graph", spec.family, "no architecture file for this family", f"one of {', '.join(sorted(_BLOCKS))}"
+            "emit graph", spec.family, "no architecture file for this family", f"one of {', '.join(sorted(_FILES))}"
         )
-    llama.check(config or {})
-    return _BLOCKS[spec.family](spec, config or {})
+    _FILES[spec.family].check(spec, config or {})
+    return _FILES[spec.family].blocks(spec, config or {})

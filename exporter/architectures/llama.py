@@ -2,27 +2,30 @@
 
 Covers SmolLM2 and Llama 3.x, Qwen2 and Qwen2.5 (biases on q, k, v), Qwen3 (norms on the heads of q and k), Mistral (one
 sliding window for all layers), SmolLM3 (some layers without positions) and Phi-3 (q, k, v in one matrix, gate and up in
-another; `fused_rows` takes them apart).
+another; `fused_rows` takes them apart; Phi-4-mini rotates a part of each head), and Granite (what is
+embedded, scored, added and answered, each by a multiplier of its own).
 Hugging Face keeps q and k in the rotate-half order (element i pairs with i + R/2), which is what the op expects with
 `interleaved = 0`.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from skerry.core.errors import InputError
 from skerry.core.model import ModelSpec
 from skerry.exporter.blocks import Attention, Decoder, Dense, Layer, Mlp
+from skerry.exporter.rope import Rope, rope_of
 
 
-def check(config: dict[str, Any]) -> None:
+def check(spec: ModelSpec, config: dict[str, Any]) -> None:
     """Refuses what these blocks would silently get wrong. Raises InputError naming the config's field."""
-    rope = config.get("rope_parameters") or {}
+    whole = rope_of(spec, config).size == spec.head_size
     facts = {
         "hidden_act": (config.get("hidden_act", "silu") in ("silu", "swish"), "only silu"),
         "mlp_bias": (not config.get("mlp_bias"), "only MLPs without biases"),
-        "partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0) == 1.0, "only whole heads rotated"),
+        "partial_rotary_factor": (whole or spec.family == "phi3", "only whole heads rotated"),
         "pretraining_tp": (config.get("pretraining_tp", 1) in (0, 1), "only 1"),
         "layer_types": (len(set(config.get("layer_types") or [])) <= 1, "only one window for all layers"),
     }
@@ -34,12 +37,20 @@ def check(config: dict[str, Any]) -> None:
 def blocks(spec: ModelSpec, config: dict[str, Any]) -> Decoder:
     """Raises InputError where the config's list of rotated layers is not one flag a layer."""
     head = "model.embed_tokens.weight" if spec.tied_embeddings else "lm_head.weight"
+    rope = rope_of(spec, config)
     return Decoder(
         embedding="model.embed_tokens.weight",
-        layers=tuple(_layer(spec, index, rotary) for index, rotary in enumerate(_rotated(spec, config))),
+        layers=tuple(_layer(spec, config, index, rope, rotary) for index, rotary in enumerate(_rotated(spec, config))),
         norm="model.norm.weight",
         head=Dense(head, spec.vocab_size, spec.hidden_size),
+        embedding_scale=_multiplier(spec, config, "embedding_multiplier"),
+        logit_divisor=_multiplier(spec, config, "logits_scaling"),
     )
+
+
+def _multiplier(spec: ModelSpec, config: dict[str, Any], name: str) -> float:
+    """Granite's; 1 where its config is silent, as in transformers."""
+    return float(config.get(name, 1.0)) if spec.family == "granite" else 1.0
 
 
 def fused_rows(spec: ModelSpec) -> dict[str, tuple[str, int, int]]:
@@ -69,9 +80,10 @@ def _rotated(spec: ModelSpec, config: dict[str, Any]) -> list[bool]:
     return [bool(flag) for flag in flags]
 
 
-def _layer(spec: ModelSpec, index: int, rotary: bool) -> Layer:
+def _layer(spec: ModelSpec, config: dict[str, Any], index: int, rope: Rope, rotary: bool) -> Layer:
     prefix, hidden, mlp = f"model.layers.{index}", spec.hidden_size, spec.intermediate_size
     queries, keys = spec.heads * spec.head_size, spec.kv_heads * spec.head_size
+    usual = 1 / math.sqrt(spec.head_size)
 
     def projection(name: str, outputs: int, inputs: int, bias: bool) -> Dense:
         stem = f"{prefix}.self_attn.{name}"
@@ -87,7 +99,10 @@ def _layer(spec: ModelSpec, index: int, rotary: bool) -> Layer:
             o=projection("o_proj", hidden, queries, spec.qkv_bias and spec.family != "qwen2"),
             q_norm=f"{prefix}.self_attn.q_norm.weight" if spec.family == "qwen3" else None,
             k_norm=f"{prefix}.self_attn.k_norm.weight" if spec.family == "qwen3" else None,
+            rope=rope,
             rotary=rotary,
+            scale=_multiplier(spec, config, "attention_multiplier") if spec.family == "granite" else usual,
+            window=spec.window,
         ),
         mlp_norm=f"{prefix}.post_attention_layernorm.weight",
         mlp=Mlp(
@@ -95,5 +110,5 @@ def _layer(spec: ModelSpec, index: int, rotary: bool) -> Layer:
             up=Dense(f"{prefix}.mlp.up_proj.weight", mlp, hidden),
             down=Dense(f"{prefix}.mlp.down_proj.weight", hidden, mlp),
         ),
-        window=spec.window,
+        residual_scale=_multiplier(spec, config, "residual_multiplier"),
     )

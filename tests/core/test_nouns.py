@@ -34,6 +34,20 @@ def test_model_spec_from_config() -> None:
     assert ModelSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
 
+def test_a_config_of_text_and_images_gives_its_text() -> None:
+    """As Gemma 3 4B was released: what equals the defaults of transformers' class is not in the file."""
+    text = {
+        "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+    }  # fmt: skip
+    config = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": text, "eos_token_id": [1, 106]}
+    spec = ModelSpec.from_hf_config(config)
+    assert (spec.family, spec.heads, spec.kv_heads, spec.head_size) == ("gemma3", 8, 4, 256)
+    assert (spec.vocab_size, spec.max_context, spec.window, spec.rope_theta) == (262208, 131072, 1024, 1e6)
+    assert (spec.tied_embeddings, spec.eos_token_ids, spec.rope_scaling) == (True, (1, 106), text["rope_scaling"])
+    assert 3.7e9 < spec.parameters < 4.0e9
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

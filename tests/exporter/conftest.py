@@ -20,7 +20,12 @@ SHAPE: dict[str, Any] = {
 }  # fmt: skip
 FAMILIES = {
     "llama": "LlamaConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config", "mistral": "MistralConfig",
-    "phi3": "Phi3Config",    "smollm3": "SmolLM3Config",
+    "phi3": "Phi3Config", "smollm3": "SmolLM3Config", "gemma2": "Gemma2Config", "gemma3": "Gemma3TextConfig",
+    "gemma3-images": "Gemma3Config", "granite": "GraniteConfig",
+}  # fmt: skip
+VISION = {
+    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14,
 }  # fmt: skip
 WORDS = ("tide", "rock", "gull", "buoy", "kelp", "foam", "reef", "skiff")
 
@@ -64,7 +69,10 @@ def make_model(tmp_path: Path) -> Make:
         import transformers
 
         torch.manual_seed(7)
-        config = getattr(transformers, FAMILIES[family])(**{**SHAPE, "initializer_range": 0.08, **overrides})
+        shape = {**SHAPE, "initializer_range": 0.08, **overrides}
+        if family == "gemma3-images":
+            shape = {"text_config": shape, "vision_config": VISION, "initializer_range": 0.08}
+        config = getattr(transformers, FAMILIES[family])(**shape)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         with torch.no_grad():  # norms and biases start as ones and zeros: a test could not see them missing
             for key, value in model.named_parameters():

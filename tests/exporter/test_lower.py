@@ -48,7 +48,7 @@ def test_every_rule_matches_as_often_as_the_model_says(make_model: Make, tmp_pat
         assert lowering.counts == {"fuse-silu": 3, "fuse-skip-norm": 5}
     else:
         assert lowering.counts == {
-            "block-embedding": 1, "block-qkv": 3, "block-gated": 3, "block-residual": 6, "block-head": 1,
+            "block-embedding": 1, "block-qkv": 3, "block-gated": 3, "block-residual": 6, "block-plain": 1,
         }  # fmt: skip
         assert lowering.formats() == ({"Q8_0": 22} if precision == "int8" else {"Q4_1": 21, "Q8_0": 1})
     kinds = {node.op_type for node in model.graph}
@@ -60,6 +60,36 @@ def test_a_layer_is_five_nodes(make_model: Make, tmp_path: Path) -> None:
     layer = ["MatMulBlock", "PagedAttention", "MatMulBlock", "MatMulBlock", "MatMulBlock"]
     kinds = [node.op_type for node in model.graph]
     assert kinds == ["GatherBlock", *layer * 3, "Gather", "RMSNormalization", "MatMulBlock"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_gemma_layer_norms_before_it_adds(make_model: Make, tmp_path: Path, precision: str) -> None:
+    """Products whose norm comes before the residual stay apart from it; all else is fused as elsewhere."""
+    model, lowering = _lowered(make_model("gemma2"), precision, tmp_path)
+    kinds = [node.op_type for node in model.graph]
+    if precision == "fp32":
+        assert lowering.counts == {"fuse-silu": 0, "fuse-skip-norm": 5}
+        assert kinds.count("Gelu") == 3 and "Sigmoid" not in kinds
+        return
+    half = ["MatMulBlock", "RMSNormalization", "Add"]
+    layer = ["MatMulBlock", "PagedAttention", *half, "MatMulBlock", *half]
+    end = ["Gather", "RMSNormalization", "MatMulBlock", "Div", "Tanh", "Mul"]
+    assert kinds == ["GatherBlock", "Mul", *layer * 3, *end]
+    gates = [node for node in model.graph if node.op_type == "MatMulBlock" and node.attributes["activation"].value]
+    assert [node.attributes["activation"].value for node in gates] == [2, 2, 2]
+    assert lowering.formats() == {"Q8_0": 22}
+
+
+def test_layers_of_one_window_share_a_block_table_and_of_one_angle_the_tables(make_model: Make, tmp_path: Path) -> None:
+    more = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 48}
+    subject = open_subject(make_model("gemma3", **more))
+    emitted = emit(subject.spec, subject.decoder)
+    assert [(group.window, group.layers) for group in emitted.groups] == [(0, (1, 3)), (48, (0, 2))]
+    inputs = [[value.name for value in n.inputs] for n in emitted.model.graph if n.op_type == "PagedAttention"]
+    local, far = ["rope.cos", "rope.sin"], ["rope.cos.1", "rope.sin.1"]
+    assert [names[4:6] for names in inputs] == [local, far, local, far]
+    assert [names[9:11] for names in inputs] == [["block_table.1", "slot.1"], ["block_table.0", "slot.0"]] * 2
+    assert [rope.theta for rope in emitted.ropes.values()] == [10000.0, 1000000.0]
 
 
 @pytest.mark.parametrize("kind", ["block-qkv", "block-gated", "block-residual"])

@@ -67,7 +67,7 @@ def test_the_files_own_blocks_lose_nothing_but_what_activations_cost(gguf: Path,
     tokenizer, template = open_texts_files(tmp_path, read_json(tmp_path / "generation.json"))
     rows = encode_rows(texts.parity[:8], tokenizer, template, 2048)
     with open_runner(bundle, None, 512) as runner:
-        parity = measure(load_reference(subject.source), [runner], rows, lambda stage, done, total: None)[0]
+        parity = measure(load_reference(subject.stored), [runner], rows, lambda stage, done, total: None)[0]
     assert parity.ppl_ratio < 1.015 and parity.kl < 0.006 and parity.top1 > 0.955
 
 

@@ -145,6 +145,7 @@ def test_bad_steps_are_errors_and_the_runner_goes_on(runner):
     for change, message in [
         ({"positions": good.positions + 320}, "position 320 of token 0 is outside the rotary tables of 320 rows"),
         ({"block_tables": [good.block_tables[0] + 40]}, "is page 40, the cache has 40 pages"),
+        ({"block_tables": good.block_tables * 2, "slots": good.slots * 2}, "pages of 2 KV groups, not of 1"),
         ({"slots": [good.slots[0] + 10**6]}, "slot 1000000 of token 0"),
         ({"context_len": np.array([9999], np.int32)}, "needs 625 pages"),
         ({"input_ids": good.input_ids + 96}, "96"),
