@@ -36,8 +36,8 @@ _ROPE_FACTORS = "rope_freqs.weight"
 
 
 class GgufSource:
-    """Raises InputError on a file that is cut or contradicts itself (`gguf_header`), an architecture that has no emitter
-    or a type that nobody reads, and metadata that is missing or of another type than llama.cpp writes."""
+    """Raises InputError on a file that is cut or contradicts itself (`gguf_header`), an architecture without emitter, a
+    type that nobody reads, and metadata that is missing or of another type than llama.cpp writes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

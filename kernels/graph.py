@@ -9,7 +9,7 @@ from typing import Any
 from skerry.core.bundle import Bundle, KvGroup
 from skerry.core.errors import IncompatibleError
 from skerry.kernels.library import library_path
-from skerry.kernels.pages import LAYOUTS, PAGE_TOKENS, page_bytes
+from skerry.kernels.pages import check_pages, page_bytes
 
 _INT32, _BYTES = "tensor(int32)", "tensor(uint8)"
 
@@ -27,13 +27,7 @@ class Graph:
 def open_graph(bundle: Bundle, threads: int) -> Graph:
     """Raises IncompatibleError: unknown ops, missing or unknown inputs, wrong types, other KV shapes than stated."""
     name = bundle.short
-    for group in bundle.manifest.kv:
-        if group.layout not in LAYOUTS or group.page_size != PAGE_TOKENS:
-            cause = (
-                f"KV layout {group.layout} in pages of {group.page_size}, this runner reads {' and '.join(LAYOUTS)} in "
-                f"pages of {PAGE_TOKENS}"
-            )
-            raise IncompatibleError("open engine", name, cause, "export the bundle again with this version")
+    check_pages(bundle.manifest.kv, name)
     own = any(op.startswith("skerry.MatMulBlock:") for op in bundle.manifest.ops)
     session = _session(bundle.file("graph.onnx"), name, 1 if own else threads)
     inputs = {item.name: item for item in session.get_inputs()}

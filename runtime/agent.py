@@ -18,10 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from skerry.core.errors import AuthError, InputError, SkerryError, StorageError
+from skerry.core.errors import AuthError, IncompatibleError, InputError, SkerryError, StorageError
 from skerry.core.files import read_json
 from skerry.core.target import Device, local_device
 from skerry.core.wire import Desired
+from skerry.kernels.memory import needed_bytes
 from skerry.runtime import identity
 from skerry.runtime.control import ControlPlane, Transport
 from skerry.runtime.jobs import Jobs
@@ -84,7 +85,7 @@ class Agent:
         self.supervisor = Supervisor(
             Responder(self.public), self.public, orphans, self.slots.bundle_path, self._worker_options,
             self._post_worker, settings.worker_command or None, settings.threads or self.device.cores,
-            settings.warm_seconds, settings.drain_seconds,
+            settings.warm_seconds, settings.drain_seconds, needs=self._memory_needs,
         )  # fmt: skip
         self._transport, self._fetch_transport = Transport(self.node.url), Transport(self.node.url)
         trusted = TrustedManifests(directory / "tuf", self._fetch_transport, (directory / "root.json").read_bytes())
@@ -311,6 +312,14 @@ class Agent:
         window = desired.window_requests if desired else 16
         options = ["--window-requests", str(window), "--hash-seed", str(seed)]
         return options + (["--memory-bytes", str(self.settings.memory_bytes)] if self.settings.memory_bytes else [])
+
+    def _memory_needs(self, installed: Installed) -> int:
+        """As the worker will count it. 0 where the slot holds nothing that can be run: its worker will say so."""
+        bundle = self.slots.manifest_of(installed.slot)
+        try:
+            return needed_bytes(bundle.manifest, self.settings.memory_bytes) if bundle else 0
+        except IncompatibleError:
+            return 0
 
     def _shut_down(self) -> None:
         log.info("stopping: draining workers")

@@ -210,7 +210,7 @@ def test_a_type_that_nobody_can_read_is_named(
         raise NotImplementedError("no such type")
 
     monkeypatch.setattr("gguf.dequantize", refuse)
-    with pytest.raises(InputError, match="stored as F32, which cannot be read here|stored as Q4_0, which cannot"):
+    with pytest.raises(InputError, match=r"stored as \w+, which cannot be read here"):
         open_source(tmp_path / "m.gguf")
 
 
@@ -285,7 +285,7 @@ def test_any_config_gives_a_decoder_or_an_input_error(changes: dict[str, Any]) -
     assert len(decoder.layers) == spec.layers and np.isfinite(cos).all() and np.isfinite(sin).all()
 
 
-@pytest.mark.parametrize("at", [*range(0, 9), 12, 40, 400])
+@pytest.mark.parametrize("at", [*range(9), 12, 40, 400])
 @pytest.mark.parametrize("byte", [0, 0x7F, 0xFF])
 def test_safetensors_with_a_byte_changed(make_model: Make, at: int, byte: int) -> None:
     """Its own library checks the header; what it says becomes an InputError, and sizes are held against the file."""
