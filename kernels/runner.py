@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from skerry.core.bundle import Bundle, Manifest, open_bundle
-from skerry.core.errors import InputError, SkerryError, UsageError
+from skerry.core.errors import IncompatibleError, InputError, SkerryError, UsageError
 from skerry.core.memory import available_memory
 from skerry.core.target import usable_cores
 from skerry.kernels.batch import Batch, Row, pack_rows
@@ -77,7 +78,9 @@ class Runner:
         if threads < 1 or count < 1:
             raise UsageError("open engine", bundle.short, f"{threads} threads, {count} pages", "both at least 1")
         check_memory(bundle.manifest, bundle.short, count)
-        return cls(bundle, threads, count)
+        runner = cls(bundle, threads, count)
+        runner._try_last_position()
+        return runner
 
     @property
     def manifest(self) -> Manifest:
@@ -153,6 +156,19 @@ class Runner:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _try_last_position(self) -> None:
+        """One token at the last position that the manifest promises, written nowhere: rotary tables that end before it
+        would otherwise fail the first long request. Raises IncompatibleError."""
+        last = self.manifest.max_context - 1
+        batch = pack_rows([Row([0], 0, [[0]] * self.groups, "last", shared=1)], self.page_size)
+        try:
+            self.step(replace(batch, positions=np.array([last], np.int32)))
+        except StepError as error:
+            self.close()
+            cause = f"its manifest promises a context of {last + 1} tokens, the graph does not run there: {error.cause}"
+            hint = "export the bundle again, with --max-context if the model's tables are shorter"
+            raise IncompatibleError("open engine", self.bundle.short, cause, hint) from error
 
     def _inputs(self, batch: Batch, rows: npt.NDArray[np.int32]) -> list[tuple[str, Any]]:
         found: list[tuple[str, Any]] = [

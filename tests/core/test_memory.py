@@ -15,7 +15,9 @@ MIB = 1 << 20
 
 def machine(root: Path, cgroup: str = "", available: int = 800) -> tuple[Path, Path]:
     (root / "proc" / "self").mkdir(parents=True)
-    (root / "proc" / "meminfo").write_text(f"MemTotal: {1000 << 10} kB\nMemFree: 1 kB\nMemAvailable: {available << 10} kB\n")
+    (root / "proc" / "meminfo").write_text(
+        f"MemTotal: {1000 << 10} kB\nMemFree: 1 kB\nMemAvailable: {available << 10} kB\n"
+    )
     (root / "proc" / "self" / "cgroup").write_text(cgroup)
     (root / "cgroup").mkdir()
     return root / "proc", root / "cgroup"
