@@ -166,7 +166,7 @@ class Runner:
             self.step(replace(batch, positions=np.array([last], np.int32)))
         except StepError as error:
             self.close()
-            cause = f"its manifest promises a context of {last + 1} tokens, the graph does not run there: {error.cause}"
+            cause = f"a token at the end of its context of {last + 1} tokens does not run: {error.cause}"
             hint = "export the bundle again, with --max-context if the model's tables are shorter"
             raise IncompatibleError("open engine", self.bundle.short, cause, hint) from error
 

@@ -270,6 +270,27 @@ def test_serve_names_what_is_wrong(bundles, tmp_path, free_port):
     assert process.returncode == 3 and "golden" in errors
 
 
+@pytest.mark.parametrize("precision", ["int8", "fp32"])
+def test_a_processor_without_vector_extensions_serves_the_same(bundles, precision, monkeypatch):
+    """`base` is what a machine without AVX2 picks. Its sums round otherwise, so figures are close and not equal."""
+    chosen = {}
+    for isa in ("", "base"):
+        monkeypatch.setenv("SKERRY_ISA", isa)
+        process = start_serve(bundles(precision), "--port", "0")
+        try:
+            answer = ask(url_of(process), temperature=0, logprobs=True, max_tokens=4).json()
+        finally:
+            process.kill()
+            process.communicate()
+        assert answer["usage"]["completion_tokens"] == 4
+        chosen[isa] = answer["choices"][0]["logprobs"]["content"][0]
+    assert chosen["base"]["logprob"] == pytest.approx(chosen[""]["logprob"], abs=0.05)
+    monkeypatch.setenv("SKERRY_ISA", "sse9")
+    process = start_serve(bundles(precision), "--port", "0")
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 2 and "'sse9' is no instruction set" in errors
+
+
 def test_interrupted_before_it_was_ready_is_130(bundles):
     process = start_serve(bundles(), "--port", "0")
     time.sleep(0.6)
