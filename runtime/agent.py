@@ -82,6 +82,7 @@ class Agent:
         orphans = Orphans(directory / "workers.json")
         self.public = bind_public(settings.host, settings.port, orphans)
         self.port = int(self.public.getsockname()[1])
+        self._needs: dict[Installed, int] = {}
         self.supervisor = Supervisor(
             Responder(self.public), self.public, orphans, self.slots.bundle_path, self._worker_options,
             self._post_worker, settings.worker_command or None, settings.threads or self.device.cores,
@@ -314,12 +315,16 @@ class Agent:
         return options + (["--memory-bytes", str(self.settings.memory_bytes)] if self.settings.memory_bytes else [])
 
     def _memory_needs(self, installed: Installed) -> int:
-        """As the worker will count it. 0 where the slot holds nothing that can be run: its worker will say so."""
-        bundle = self.slots.manifest_of(installed.slot)
-        try:
-            return needed_bytes(bundle.manifest, self.settings.memory_bytes) if bundle else 0
-        except IncompatibleError:
-            return 0
+        """As the worker will count it; read once, as a manifest can be megabytes. 0 where the slot holds nothing that
+        can be run: its worker will say so."""
+        if installed not in self._needs:
+            bundle = self.slots.manifest_of(installed.slot)
+            try:
+                need = needed_bytes(bundle.manifest, self.settings.memory_bytes) if bundle else 0
+            except IncompatibleError:
+                need = 0
+            self._needs = {installed: need}
+        return self._needs[installed]
 
     def _shut_down(self) -> None:
         log.info("stopping: draining workers")
