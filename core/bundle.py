@@ -16,7 +16,7 @@ from typing import Any
 from skerry.core.errors import BundleError, InputError, NotFound
 from skerry.core.files import canonical_json, parse_json, sha256_bytes, write_atomic
 from skerry.core.model import ModelSpec
-from skerry.core.target import OPS, Target
+from skerry.core.target import OPS, OPSET, Target
 
 MANIFEST = "manifest.json"
 MANIFEST_LIMIT = 16 << 20
@@ -297,18 +297,21 @@ def _problems(bundle: Bundle, deep: bool) -> Iterator[str]:
 
 
 def graph_problems(bundle: Bundle) -> Iterator[str]:
-    """Unknown ops that the manifest is silent about. For whoever looks at a bundle before a node does: on a node the
-    engine itself refuses such a graph, which quarantines it and turns its rollout back. So does a file that is none.
+    """What the graph itself uses that is unknown here, whatever its manifest says: ops, or a later version of ours.
+
+    A file that is no graph is left to whoever loads it.
     """
-    from skerry.core.graph_ops import custom_ops
+    from skerry.core.graph_ops import custom_ops, opset_version
 
     graph = bundle.path / "graph.onnx"
     if not graph.is_file():
         return
     told = {op.rpartition(":")[0] for op in (*OPS, *bundle.manifest.ops)}
     try:
-        unknown = sorted(custom_ops(graph) - told)
+        unknown, version = sorted(custom_ops(graph) - told), opset_version(graph, "skerry")
     except ValueError:
         return
     if unknown:
         yield f"graph.onnx uses unknown ops its manifest does not tell of: {', '.join(unknown[:5])}"
+    if version is not None and version > OPSET:
+        yield f"graph.onnx is written for version {version} of skerry's ops, this version has {OPSET}"

@@ -22,6 +22,7 @@ class Check:
 
 
 def core_checks() -> list[Check]:
+    from skerry.core.memory import available_memory, mib
     from skerry.core.target import local_device
 
     device = local_device()
@@ -29,6 +30,7 @@ def core_checks() -> list[Check]:
     return [
         Check("python", (int(version[0]), int(version[1])) >= (3, 11), platform.python_version(), "install 3.11"),
         Check("machine", True, f"{device.arch}, {device.cores} cores, {device.memory_bytes >> 30} GiB, {device.os}"),
+        Check("free memory", True, f"{mib(available_memory())} MiB for engines and their KV pages"),
     ]
 
 

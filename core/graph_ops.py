@@ -7,9 +7,11 @@ control plane carries: a model is protobuf, and nodes lie at a handful of its fi
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
+T = TypeVar("T")
 # Domains that every ONNX Runtime brings along; what of them it lacks shows when the graph is loaded.
 STANDARD_DOMAINS = ("", "ai.onnx", "com.microsoft")
 # Message -> field number -> the message in it, as far as nodes can hide: functions, branches and loop bodies included.
@@ -21,21 +23,50 @@ _INSIDE = {
     "attribute": {6: "graph", 11: "graph"},
 }
 _OP_TYPE, _DOMAIN = 4, 7
+_OPSET_IMPORT, _OPSET_DOMAIN, _OPSET_VERSION = 8, 1, 2
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 def custom_ops(path: Path) -> set[str]:
     """`domain.Op` of every node outside of the standard domains. Raises ValueError where the file is no protobuf."""
+    return _read(path, lambda message: set(_ops(message, "model"))) or set()
+
+
+def opset_version(path: Path, domain: str) -> int | None:
+    """The version of `domain` that the graph was written for; None where it imports none. Raises ValueError likewise.
+
+    ONNX Runtime opens a graph of a later version of a custom domain without a word.
+    """
+    return _read(path, lambda message: _opset(message, domain))
+
+
+def _read(path: Path, look: Callable[[memoryview], T]) -> T | None:
     if not path.stat().st_size:
-        return set()
+        return None
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         view = memoryview(mapped)
         try:
-            return set(_ops(view, "model"))
+            return look(view)
         except (IndexError, RecursionError) as error:
             raise ValueError("cut short or nested without end") from error
         finally:
             view.release()
+
+
+def _opset(message: memoryview, domain: str) -> int | None:
+    for number, wire, start, end in _entries(message):
+        if (number, wire) != (_OPSET_IMPORT, _BYTES):
+            continue
+        name, version = "", 0
+        with message[start:end] as part:
+            for field, kind, first, last in _entries(part):
+                if (field, kind) == (_OPSET_DOMAIN, _BYTES):
+                    name = bytes(part[first:last]).decode("utf-8")
+                elif (field, kind) == (_OPSET_VERSION, _VARINT):
+                    version, _ = _varint(part, first)
+        if name == domain:
+            return version
+    return None
 
 
 def _ops(message: memoryview, kind: str) -> list[str]:
@@ -54,20 +85,25 @@ def _ops(message: memoryview, kind: str) -> list[str]:
 
 def _fields(message: memoryview) -> Iterator[tuple[int, int, int]]:
     """(field number, start, end) of every length-delimited field; the others are stepped over."""
+    return ((number, start, end) for number, wire, start, end in _entries(message) if wire == _BYTES)
+
+
+def _entries(message: memoryview) -> Iterator[tuple[int, int, int, int]]:
+    """(field number, wire type, start, end) of every field."""
     at, size = 0, len(message)
     while at < size:
         tag, at = _varint(message, at)
-        wire = tag & 7
+        wire, start = tag & 7, at
         if wire == _VARINT:
             _, at = _varint(message, at)
         elif wire in (_FIXED64, _FIXED32):
             at += 8 if wire == _FIXED64 else 4
         elif wire == _BYTES:
-            length, at = _varint(message, at)
-            yield tag >> 3, at, at + length
-            at += length
+            length, start = _varint(message, at)
+            at = start + length
         else:
             raise ValueError(f"wire type {wire} is none of protobuf's")
+        yield tag >> 3, wire, start, at
         if at > size:
             raise ValueError("a field reaches beyond the end")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,20 @@ GEMMA3_TEXT = {
     "rms_norm_eps": 1e-6, "sliding_window": 4096, "bos_token_id": 2, "eos_token_id": 1,
 }  # fmt: skip
 LINEAGE = "checkpoint.json"
+# Beyond every model there is; a file that claims more would cost memory and time before anything else refuses it.
+MOST = {"layers": 4096, "heads": 4096, "kv_heads": 4096, "head_size": 4096}
+MOST_OTHERS = (1 << 31) - 1
+_SIZES = ("vocab_size", "hidden_size", "layers", "heads", "kv_heads", "head_size", "intermediate_size", "max_context")
 HEX_DIGITS = frozenset("0123456789abcdef")
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
     """The config of the language model alone, where the checkpoint holds more (Gemma 3 reads images too)."""
-    name = (config.get("architectures") or ["missing"])[0]
+    name = _architecture(config)
     if name not in TEXT_OF:
         return config
+    if not isinstance(config.get("text_config") or {}, dict):
+        raise InputError("read model config", "text_config", f"{str(config['text_config'])[:60]} is no object")
     special = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config.get(key) is not None}
     return {**GEMMA3_TEXT, **(config.get("text_config") or {}), **special, "architectures": [TEXT_OF[name]]}
 
@@ -70,7 +77,7 @@ class ModelSpec:
     def from_hf_config(cls, config: dict[str, Any]) -> ModelSpec:
         """Reads a Hugging Face `config.json`, both the transformers 5 form (`rope_parameters`) and the older one."""
         config = text_config(config)
-        name = (config.get("architectures") or ["missing"])[0]
+        name = _architecture(config)
         family = FAMILIES.get(name)
         if family is None:
             known = ", ".join(sorted({**FAMILIES, **TEXT_OF}))
@@ -101,13 +108,34 @@ class ModelSpec:
                 bos_token_id=config.get("bos_token_id"),
                 eos_token_ids=tuple(eos) if isinstance(eos, list) else (() if eos is None else (int(eos),)),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
             raise InputError("read model config", name, f"missing or malformed field {error}") from error
-        if min(spec.layers, spec.heads, spec.kv_heads, spec.head_size, spec.vocab_size) < 1 or heads % spec.kv_heads:
-            raise InputError(
-                "read model config", name, f"impossible shape: {heads} heads over {spec.kv_heads} KV heads"
-            )
+        spec._check_sizes("read model config")
+        spec._check_numbers(name)
         return spec
+
+    def _check_sizes(self, operation: str) -> None:
+        """Raises InputError that names the first size which no model has."""
+        for name in _SIZES:
+            size, most = getattr(self, name), MOST.get(name, MOST_OTHERS)
+            if type(size) is not int or not 1 <= size <= most:
+                raise InputError(operation, name, f"out of range: {size!r}, not 1 to {most}")
+        if self.heads % self.kv_heads:
+            raise InputError(operation, "heads", f"impossible shape: {self.heads} heads over {self.kv_heads} KV heads")
+
+    def _check_numbers(self, name: str) -> None:
+        """What is no size: numbers that make every token the same, or ids that are none."""
+        ids = (*self.eos_token_ids, *(() if self.bos_token_id is None else (self.bos_token_id,)))
+        facts = {
+            "head_dim": self.head_size % 2 == 0,  # rotary embedding turns pairs
+            "rms_norm_eps": math.isfinite(self.norm_eps) and self.norm_eps >= 0,
+            "rope_theta": math.isfinite(self.rope_theta) and self.rope_theta > 0,
+            "sliding_window": 0 <= self.window <= MOST_OTHERS,
+            "bos_token_id or eos_token_id": all(type(id) is int and 0 <= id <= MOST_OTHERS for id in ids),
+        }
+        for field, sound in facts.items():
+            if not sound:
+                raise InputError("read model config", name, f"impossible {field}", "correct config.json")
 
     @property
     def parameters(self) -> int:
@@ -127,10 +155,22 @@ class ModelSpec:
             spec = cls(**{**known, "eos_token_ids": tuple(int(token) for token in raw["eos_token_ids"])})
         except (KeyError, TypeError, ValueError) as error:
             raise InputError("read model spec", "", f"missing or malformed field {error}") from error
-        for name in ("vocab_size", "hidden_size", "layers", "heads", "kv_heads", "head_size", "max_context"):
-            if not isinstance(known[name], int) or not 1 <= known[name] < 1 << 31:
-                raise InputError("read model spec", name, f"out of range: {known[name]!r}")
+        spec._check_sizes("read model spec")
         return spec
+
+
+def _architecture(config: dict[str, Any]) -> str:
+    """The first of `architectures`; and the fields that are looked into are what can be looked into."""
+    names = config.get("architectures") or ["missing"]
+    if not isinstance(names, list) or not isinstance(names[0], str):
+        raise InputError("read model config", "architectures", f"{str(names)[:60]} is no list of names")
+    for field in ("rope_parameters", "rope_scaling"):
+        if not isinstance(config.get(field) or {}, dict):
+            raise InputError("read model config", field, f"{str(config[field])[:60]} is no object")
+    kinds = config.get("layer_types") or []
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+        raise InputError("read model config", "layer_types", f"{str(kinds)[:60]} is no list of names")
+    return names[0]
 
 
 @dataclass(frozen=True)

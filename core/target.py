@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skerry.core.errors import InputError, UsageError
+from skerry.core.memory import total_memory
 
 if TYPE_CHECKING:
     from skerry.core.bundle import Manifest
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 BACKENDS = ("ort-cpu", "ort-cuda", "tensorrt", "tensorrt-rtx")
 # Ops of the `skerry` domain with the version of their contract; a manifest lists those its graph uses.
 OPS = ("skerry.GatherBlock:1", "skerry.MatMulBlock:1", "skerry.PagedAttention:1", "skerry.Sample:1")
+OPSET = max(int(op.rpartition(":")[2]) for op in OPS)
+# Layouts of a KV page, in the order of PagedAttention's attribute `kv_layout`.
+KV_LAYOUTS = ("f32.k16t", "f16.k16t", "i8.k16t")
+OLD_KV_LAYOUTS = KV_LAYOUTS[:2]  # of nodes that do not tell
 # What a worker needs besides weights and KV pages: interpreter, ONNX Runtime, HTTP server.
 WORKER_BYTES = 256 << 20
 
@@ -57,6 +62,7 @@ class Device:
     gpus: tuple[Gpu, ...] = ()
     backends: tuple[str, ...] = ("ort-cpu",)
     ops: tuple[str, ...] = OPS
+    kv_layouts: tuple[str, ...] = KV_LAYOUTS
     runtime_version: str = ""
     labels: dict[str, str] = field(default_factory=dict)
 
@@ -64,7 +70,7 @@ class Device:
         return {
             "arch": self.arch, "os": self.os, "cores": self.cores, "memory_bytes": self.memory_bytes,
             "gpus": [vars(gpu) for gpu in self.gpus], "backends": list(self.backends), "ops": list(self.ops),
-            "runtime_version": self.runtime_version, "labels": dict(self.labels),
+            "kv_layouts": list(self.kv_layouts), "runtime_version": self.runtime_version, "labels": dict(self.labels),
         }  # fmt: skip
 
     @classmethod
@@ -81,6 +87,7 @@ class Device:
                 ),
                 backends=tuple(str(name)[:64] for name in raw["backends"][:16]),
                 ops=tuple(str(name)[:128] for name in raw["ops"][:256]),
+                kv_layouts=tuple(str(name)[:64] for name in raw.get("kv_layouts", OLD_KV_LAYOUTS)[:64]),
                 runtime_version=str(raw.get("runtime_version", ""))[:64],
                 labels={str(k)[:64]: str(v)[:256] for k, v in list(raw.get("labels", {}).items())[:64]},
             )
@@ -99,11 +106,11 @@ def usable_cores() -> int:
 
 
 def local_device(runtime_version: str = "", labels: dict[str, str] | None = None) -> Device:
-    """This machine. Only the CPU backend is offered so far: the CUDA and TensorRT engines are not built yet."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """This machine, as much of it as its cgroup allows. Only the CPU backend is offered so far: the CUDA and TensorRT
+    engines are not built yet."""
     return Device(
         arch=platform.machine(), os=f"{platform.system()} {platform.release()}", cores=usable_cores(),
-        memory_bytes=memory, runtime_version=runtime_version, labels=labels or {},
+        memory_bytes=total_memory(), runtime_version=runtime_version, labels=labels or {},
     )  # fmt: skip
 
 
@@ -117,6 +124,9 @@ def incompatibility(manifest: Manifest, device: Device) -> str | None:
     missing = sorted(set(manifest.ops) - set(device.ops))
     if missing:
         return f"its graph uses ops the node's runtime lacks: {', '.join(missing)}"
+    unread = sorted({group.layout for group in manifest.kv} - set(device.kv_layouts))
+    if unread:
+        return f"its KV pages are laid out as {', '.join(unread)}, the node reads {', '.join(device.kv_layouts)}"
     needed = manifest.engine_bytes + WORKER_BYTES
     available = max((gpu.memory_bytes for gpu in device.gpus), default=0) if target.sm else device.memory_bytes
     if needed > available:

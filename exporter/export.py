@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from skerry.core.bundle import Bundle, KvGroup, open_bundle, seal
 from skerry.core.chat import ChatTemplate
 from skerry.core.files import write_json
+from skerry.core.memory import require_memory
 from skerry.core.target import Target
 from skerry.core.tokenizer import Tokenizer
 from skerry.exporter import gate, provenance
@@ -25,6 +26,7 @@ from skerry.exporter.reference import load_reference
 from skerry.exporter.staging import check_out, staged
 from skerry.exporter.subject import Subject, open_subject, plain_name, write_text_files
 from skerry.exporter.texts import Texts, encode_prompts, encode_rows, open_texts
+from skerry.kernels.memory import PACKED_ANEW
 
 if TYPE_CHECKING:
     from skerry.kernels.runner import Runner
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 SAMPLE_OP = "skerry.Sample:1"
 # Prompts of golden and baseline rows longer than this are left out: they would only make the export slow.
 PROMPT_LIMIT = 1024
+# Blocks of 32 with their scales; ONNX Runtime packs float32 matrices anew. `stored` may be all Q8_0.
+BYTES_A_WEIGHT = {"fp32": 4 * PACKED_ANEW, "int8": 34 / 32, "int4": 20 / 32, "stored": 34 / 32}
 
 Progress = Callable[[str, int, int], None]
 
@@ -72,6 +76,7 @@ def export(checkpoint: Path, target: Target, precision: str, out: Path, options:
     check_out(out)
     rules_for(target, "fp32")
     subject = open_subject(checkpoint, options.max_context)
+    check_room(subject, precision)
     texts = open_texts(subject.directory, options.eval_dir)
     with staged(out) as staging:
         engine = build_engine(subject, target, precision, staging, options.progress)
@@ -80,6 +85,19 @@ def export(checkpoint: Path, target: Target, precision: str, out: Path, options:
         seal_engine(subject, texts, engine, target, staging, options, qualified=not refused)
     gate.refuse(f"{bundle_name(subject, options)} (kept at {out}, unqualified)", refused)
     return open_bundle(out, verify=False)
+
+
+def check_room(subject: Subject, precision: str) -> None:
+    """Raises IncompatibleError before anything is read: the float32 reference holds every weight at once, beside the
+    engine; rotary tables are made in extended precision."""
+    spec, precision = subject.spec, subject.precision(precision)
+    parts = {
+        "float32 reference": 4 * spec.parameters,
+        "engine": int(spec.parameters * BYTES_A_WEIGHT[precision]),
+        "largest matrix": 12 * spec.hidden_size * max(spec.vocab_size, spec.intermediate_size),
+        "rotary tables": 28 * spec.max_context * spec.head_size,
+    }
+    require_memory("export", subject.name, parts, "a smaller model, --max-context, or a machine with more memory")
 
 
 def build_engine(subject: Subject, target: Target, precision: str, out: Path, progress: Progress) -> Engine:

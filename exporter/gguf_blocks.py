@@ -58,8 +58,8 @@ def _with_steps(form: BlockFormat, raw: np.ndarray) -> Blocks:
 
 
 def _six_bits(packed: np.ndarray) -> np.ndarray:
-    """Twelve bytes: steps of scales and of minima, [..., 8, 2]. Those of the last four blocks have their low bits in the
-    last four bytes and their high bits on top of the first eight."""
+    """Twelve bytes: steps of scales and of minima, [..., 8, 2]. Those of the last four blocks have their low bits in
+    the last four bytes and their high bits on top of the first eight."""
     first, second, low = packed[..., :4], packed[..., 4:8], packed[..., 8:]
     scales = np.concatenate([first & 63, (low & 15) | (first >> 6 << 4)], axis=-1)
     minima = np.concatenate([second & 63, (low >> 4) | (second >> 6 << 4)], axis=-1)

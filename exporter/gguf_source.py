@@ -7,6 +7,7 @@ unpermuted. It also adds the 1 to the weights of Gemma's norms that Hugging Face
 
 from __future__ import annotations
 
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from typing import Any
 import numpy as np
 
 from skerry.core.errors import InputError
+from skerry.exporter.gguf_blocks import blocks_of
 from skerry.exporter.gguf_families import GEMMA, GEMMA_NORMS, family_config
+from skerry.exporter.gguf_header import Long, Tensor, read_header
 from skerry.exporter.weights import checked
-from skerry.kernels.blocks import BLOCK, BlockFormat, Blocks
+from skerry.kernels.blocks import BlockFormat, Blocks
 
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
@@ -36,25 +39,27 @@ _BLOCK = {
 }  # fmt: skip
 
 
+_ROPE_FACTORS = "rope_freqs.weight"
+
+
 class GgufSource:
-    """Raises InputError on a truncated file or an architecture that has no emitter."""
+    """Raises InputError on a file that is cut or contradicts itself (`gguf_header`), an architecture without emitter, a
+    type that nobody reads, and metadata that is missing or of another type than llama.cpp writes."""
 
     def __init__(self, path: Path) -> None:
-        import gguf
-
         self.path = path
-        try:
-            reader = gguf.GGUFReader(str(path))
-            self._fields = {
-                name: field.contents() for name, field in reader.fields.items() if "tokenizer.ggml.t" not in name
-            }
-            self._architecture = str(self._fields.get("general.architecture"))
-            self._tensors = {
-                hf_name(t.name, self._architecture): t for t in reader.tensors if t.name != "rope_freqs.weight"
-            }
-            self._rope_factors = next((np.array(t.data) for t in reader.tensors if t.name == "rope_freqs.weight"), None)
-        except (ValueError, IndexError, KeyError, OSError, OverflowError) as error:
-            raise InputError("read weights", path, f"truncated or no GGUF: {error}", "copy the file again") from error
+        header = read_header(path)
+        self._fields = header.fields
+        self._architecture = self._field("general.architecture", str)
+        self._tensors = {
+            hf_name(name, self._architecture): tensor
+            for name, tensor in header.tensors.items()
+            if name != _ROPE_FACTORS
+        }
+        if len(self._tensors) != len(header.tensors.keys() - {_ROPE_FACTORS}):
+            raise InputError("read weights", path, "two tensors stand for the same weight", "convert the file again")
+        self._check_types()
+        self._rope_factors = self._factors(header.tensors.get(_ROPE_FACTORS))
         self._permuted = self._architecture in ("llama", "granite")
         self.config = self._config()
 
@@ -68,15 +73,23 @@ class GgufSource:
         import gguf
 
         stored = self._tensor(name)
-        try:
+        with np.errstate(invalid="ignore", over="ignore"):  # `checked` finds what comes of it
             array = gguf.dequantize(stored.data, stored.tensor_type).astype(np.float32).reshape(self.shape(name))
-        except (NotImplementedError, ValueError) as error:
-            cause = f"stored as {stored.tensor_type.name}, which cannot be read here: {error}"
-            raise InputError("read weights", name, cause, "llama-quantize it to Q8_0 or Q4_0") from error
         if self._architecture in GEMMA and name.endswith("norm.weight"):
             array = array - np.float32(1)
         order = self._order(name)
         return checked(name, array if order is None else array[order])
+
+    def _check_types(self) -> None:
+        """Reads a block of zeros of each type, so that one which nobody can read is told before anything is."""
+        import gguf
+
+        for kind, name in {tensor.tensor_type: tensor.name for tensor in self._tensors.values()}.items():
+            try:
+                gguf.dequantize(np.zeros(gguf.GGML_QUANT_SIZES[kind][1], np.uint8), kind)
+            except (NotImplementedError, ValueError) as error:
+                cause = f"tensor {name} is stored as {kind.name}, which cannot be read here: {error}"
+                raise InputError("read weights", self.path, cause, "llama-quantize it to Q8_0 or Q4_0") from error
 
     def in_blocks(self, name: str) -> bool:
         return self._tensor(name).tensor_type.name in BlockFormat.__members__
@@ -86,16 +99,7 @@ class GgufSource:
         if not self.in_blocks(name):
             return None
         form = BlockFormat[self._tensor(name).tensor_type.name]
-        rows, width = self.shape(name)
-        raw: Any = np.asarray(self._tensor(name).data, np.uint8).reshape(rows, width // BLOCK, -1)
-        halves = 2 if form is BlockFormat.Q4_1 else 1
-        head = np.ascontiguousarray(raw[..., : 2 * halves]).view("<f2")
-        codes = raw[..., 2 * halves :]
-        if form is BlockFormat.Q8_0:
-            codes = codes ^ 128  # two's complement to an offset of 128
-        else:
-            codes = np.concatenate([codes & 15, codes >> 4], axis=-1)
-        matrix = Blocks(form, codes, head[..., 0], head[..., 1] if halves == 2 else None)
+        matrix = blocks_of(form, np.asarray(self._tensor(name).data), self.shape(name)[0])
         order = self._order(name)
         return matrix if order is None else matrix.permuted(order)
 
@@ -106,7 +110,7 @@ class GgufSource:
         heads = self.config["num_attention_heads" if "q_proj." in name else "num_key_value_heads"]
         return np.arange(self.shape(name)[0]).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
-    def _tensor(self, name: str) -> Any:
+    def _tensor(self, name: str) -> Tensor:
         if name not in self._tensors:
             raise InputError("read weights", self.path, f"tensor {name} is missing")
         return self._tensors[name]
@@ -118,42 +122,83 @@ class GgufSource:
                 "read weights", self.path, f"unknown GGUF architecture {architecture!r}",
                 f"one of {', '.join(sorted(_ARCHITECTURES))}",
             )  # fmt: skip
-
-        def value(key: str, default: Any = None) -> Any:
-            found = self._fields.get(f"{architecture}.{key}", default)
-            if found is None:
-                raise InputError("read weights", self.path, f"GGUF field {architecture}.{key} is missing")
-            return found
-
-        heads, hidden = int(value("attention.head_count")), int(value("embedding_length"))
-        theta = float(value("rope.freq_base", 10000.0))
-        eos = self._fields.get("tokenizer.ggml.eos_token_id")
+        heads, hidden = self._count("attention.head_count"), self._count("embedding_length")
+        theta = self._real("rope.freq_base", 10000.0)
         config = {
             "architectures": [_ARCHITECTURES[architecture]], "model_type": architecture, "hidden_act": "silu",
-            "vocab_size": self.shape("model.embed_tokens.weight")[0],
-            "hidden_size": hidden, "num_hidden_layers": int(value("block_count")), "num_attention_heads": heads,
-            "num_key_value_heads": int(value("attention.head_count_kv", heads)),
-            "head_dim": int(value("attention.key_length", hidden // heads)),
-            "intermediate_size": int(value("feed_forward_length")),
-            "max_position_embeddings": int(value("context_length")),
-            "rms_norm_eps": float(value("attention.layer_norm_rms_epsilon")),
-            "rope_theta": theta, "rope_parameters": {"rope_theta": theta, **self._rope_scaling(value)},
+            "vocab_size": self._vocabulary(), "hidden_size": hidden, "num_hidden_layers": self._count("block_count"),
+            "num_attention_heads": heads, "num_key_value_heads": self._count("attention.head_count_kv", heads),
+            "head_dim": self._count("attention.key_length", hidden // heads),
+            "intermediate_size": self._count("feed_forward_length"),
+            "max_position_embeddings": self._count("context_length"),
+            "rms_norm_eps": self._real("attention.layer_norm_rms_epsilon"),
+            "rope_theta": theta, "rope_parameters": {"rope_theta": theta, **self._rope_scaling()},
             "tie_word_embeddings": "lm_head.weight" not in self._tensors,
-            "bos_token_id": self._fields.get("tokenizer.ggml.bos_token_id"), "eos_token_id": eos,
+            "bos_token_id": self._token("bos"), "eos_token_id": self._token("eos"),
             "attention_bias": self._permuted and "model.layers.0.self_attn.q_proj.bias" in self._tensors,
         }  # fmt: skip
         return {**config, **family_config(config, self._fields)}
 
-    def _rope_scaling(self, value: Any) -> dict[str, Any]:
+    def _key(self, key: str) -> str:
+        return f"{self._fields['general.architecture']}.{key}"
+
+    def _field(self, key: str, kind: type, default: Any = None) -> Any:
+        """`kind`: int, float (which takes an int as well) or str. A bool is none of them."""
+        found = self._fields.get(key, default)
+        if found is None:
+            raise InputError("read weights", self.path, f"GGUF field {key} is missing", "convert the model again")
+        if type(found) is not kind and not (kind is float and type(found) is int):
+            cause = f"GGUF field {key} is {str(found)[:60]}, which is no {kind.__name__}"
+            raise InputError("read weights", self.path, cause, "convert the model again")
+        return found
+
+    def _count(self, key: str, default: int | None = None) -> int:
+        """At least 1: ModelSpec says what is too much."""
+        found: int = self._field(self._key(key), int, default)
+        if found < 1:
+            raise InputError("read weights", self.path, f"GGUF field {self._key(key)} is {found}, less than 1")
+        return found
+
+    def _real(self, key: str, default: float | None = None) -> float:
+        found = float(self._field(self._key(key), float, default))
+        if not math.isfinite(found) or found <= 0:
+            raise InputError("read weights", self.path, f"GGUF field {self._key(key)} is {found}, not above 0")
+        return found
+
+    def _token(self, name: str) -> int | None:
+        key = f"tokenizer.ggml.{name}_token_id"
+        return self._field(key, int) if key in self._fields else None
+
+    def _vocabulary(self) -> int:
+        """Rows of the embedding. A tokenizer that knows more would ask for rows that are not there."""
+        rows, tokens = self.shape("model.embed_tokens.weight")[0], self._fields.get("tokenizer.ggml.tokens")
+        if isinstance(tokens, Long) and tokens.count > rows:
+            cause = f"its tokenizer has {tokens.count} tokens, its embedding {rows} rows"
+            raise InputError("read weights", self.path, cause, "convert the model again")
+        return rows
+
+    def _factors(self, tensor: Tensor | None) -> list[float] | None:
+        """Divisors of the rotary frequencies, one per pair."""
+        if tensor is None:
+            return None
+        factors = tensor.data.reshape(-1).view("<f4") if tensor.tensor_type.name == "F32" else np.zeros(1, np.float32)
+        if not np.isfinite(factors).all() or factors.min() <= 0:
+            cause = f"{tensor.name} is not made of positive numbers in float32"
+            raise InputError("read weights", self.path, cause, "convert the model again")
+        return [float(factor) for factor in factors]
+
+    def _rope_scaling(self) -> dict[str, Any]:
         """llama3 scaling is stored as its result, one divisor per pair; the parameters that make it are tried again."""
-        kind = self._fields.get(f"{self._architecture}.rope.scaling.type", "none")
         if self._rope_factors is not None:
-            return {"rope_type": "factors", "factors": [float(factor) for factor in self._rope_factors]}
+            return {"rope_type": "factors", "factors": self._rope_factors}
+        kind = self._field(self._key("rope.scaling.type"), str, "none")
         if kind == "none":
             return {"rope_type": "default"}
-        original = self._fields.get(f"{self._architecture}.rope.scaling.original_context_length")
-        scaling = {"rope_type": kind, "factor": float(value("rope.scaling.factor"))}
-        return {**scaling, "original_max_position_embeddings": int(original)} if original else scaling
+        scaling = {"rope_type": kind, "factor": self._real("rope.scaling.factor")}
+        original = self._key("rope.scaling.original_context_length")
+        if original not in self._fields:
+            return scaling
+        return {**scaling, "original_max_position_embeddings": self._count("rope.scaling.original_context_length")}
 
     def save_tokenizer(self, out: Path) -> None:
         """Writes tokenizer.json (and the chat template, when the file has one) as transformers converts them."""
@@ -163,12 +208,13 @@ class GgufSource:
             try:
                 tokenizer = AutoTokenizer.from_pretrained(str(self.path.parent), gguf_file=self.path.name)
                 tokenizer.save_pretrained(scratch)
-            except (ValueError, KeyError, TypeError, NotImplementedError, OSError) as error:
-                raise InputError("convert tokenizer", self.path, str(error)) from error
+            except Exception as error:  # transformers and tokenizers raise whatever they fall over
+                cause = " ".join(str(error).split())[:300] or repr(error)
+                raise InputError("convert tokenizer", self.path, cause, "convert the model again") from error
             (out / "tokenizer.json").write_bytes((Path(scratch) / "tokenizer.json").read_bytes())
-        template = self._fields.get("tokenizer.chat_template")
+        template = self._field("tokenizer.chat_template", str, "")
         if template:
-            (out / "chat_template.jinja").write_text(str(template), encoding="utf-8")
+            (out / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def hf_name(name: str, architecture: str = "llama") -> str:

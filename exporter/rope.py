@@ -43,6 +43,8 @@ def rope_of(spec: ModelSpec, config: dict[str, Any]) -> Rope:
 def rope_tables(rope: Rope, rows: int) -> tuple[np.ndarray, np.ndarray]:
     """cos and sin, each float32 [rows, size / 2]; row p belongs to position p."""
     frequencies, factor = _frequencies(rope, rows)
+    if not (np.isfinite(frequencies).all() and math.isfinite(factor)):
+        raise InputError("build rotary tables", "rope_scaling", "a frequency is not finite", "correct config.json")
     # float32 products first: transformers rotates by the rounded angle, and the weights were trained with it.
     angles = np.arange(rows, dtype=np.float32)[:, None] * frequencies.astype(np.float32)[None, :]
     wide = angles.astype(np.longdouble)
@@ -68,7 +70,7 @@ def _frequencies(rope: Rope, rows: int) -> tuple[np.ndarray, float]:
             return _longrope(base, rope, rows)
         if kind == "factors":  # GGUF keeps llama3 scaling as one divisor per pair
             return base / np.array(scaling["factors"], np.longdouble).reshape(base.shape), 1.0
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
         raise InputError("build rotary tables", kind, f"missing or malformed rope_scaling field {error}") from error
     raise InputError(
         "build rotary tables", kind, "unknown rope scaling", "one of default, factors, linear, llama3, longrope, yarn"

@@ -93,7 +93,12 @@ def _shortened(spec: ModelSpec, max_context: int | None) -> ModelSpec:
     if max_context is None:
         return spec
     if not 16 <= max_context <= spec.max_context:
-        raise InputError("limit context", str(max_context), f"not between 16 and the model's {spec.max_context}")
+        raise InputError(
+            "limit context",
+            str(max_context),
+            f"not between 16 and the model's {spec.max_context}",
+            "--max-context within it",
+        )
     return replace(spec, max_context=max_context)
 
 

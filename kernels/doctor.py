@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 from skerry.core.doctor import Check, package_check
-from skerry.core.errors import NotFound
-from skerry.kernels.library import library_path
+from skerry.core.errors import ConfigError, NotFound
+from skerry.kernels.library import LOWERED, instruction_set, library_path
 
 
 def checks() -> list[Check]:
@@ -19,8 +21,17 @@ def checks() -> list[Check]:
 
     return [
         Check("native kernels", True, ", ".join(_native.OPS)),
-        Check("instruction set", True, {"base": "SSE2 or NEON"}.get(_native.isa(), _native.isa().upper())),
+        _instruction_set(),
         Check("custom-op library", True, f"{path.name}, {path.stat().st_size >> 10} KiB"),
         package_check("onnxruntime", "running engines"),
         Check("CUDA kernels", None, "not built yet: engines run on the CPU"),
     ]
+
+
+def _instruction_set() -> Check:
+    try:
+        name = instruction_set()
+    except ConfigError as error:
+        return Check("instruction set", False, f"{LOWERED}: {error.cause}", error.hint)
+    lowered = f", lowered by {LOWERED}" if os.environ.get(LOWERED) else ""
+    return Check("instruction set", True, {"base": "SSE2 or NEON"}.get(name, name.upper()) + lowered)

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from skerry.core.bundle import Bundle, KvGroup
+from skerry.core.bundle import Bundle, KvGroup, graph_problems
 from skerry.core.errors import IncompatibleError
-from skerry.kernels.library import library_path
-from skerry.kernels.pages import LAYOUTS, PAGE_TOKENS, page_bytes
+from skerry.core.target import OPS
+from skerry.kernels.library import instruction_set, library_path
+from skerry.kernels.pages import check_pages, page_bytes
 
 _INT32, _BYTES = "tensor(int32)", "tensor(uint8)"
 
@@ -25,15 +26,12 @@ class Graph:
 
 
 def open_graph(bundle: Bundle, threads: int) -> Graph:
-    """Raises IncompatibleError: unknown ops, missing or unknown inputs, wrong types, other KV shapes than stated."""
+    """Raises IncompatibleError: unknown ops, missing or unknown inputs, wrong types, other KV shapes than stated; and
+    ConfigError where the kernels cannot run on what SKERRY_ISA asks for."""
     name = bundle.short
-    for group in bundle.manifest.kv:
-        if group.layout not in LAYOUTS or group.page_size != PAGE_TOKENS:
-            cause = (
-                f"KV layout {group.layout} in pages of {group.page_size}, this runner reads {' and '.join(LAYOUTS)} in "
-                f"pages of {PAGE_TOKENS}"
-            )
-            raise IncompatibleError("open engine", name, cause, "export the bundle again with this version")
+    instruction_set()
+    _check_ops(bundle)
+    check_pages(bundle.manifest.kv, name)
     own = any(op.startswith("skerry.MatMulBlock:") for op in bundle.manifest.ops)
     session = _session(bundle.file("graph.onnx"), name, 1 if own else threads)
     inputs = {item.name: item for item in session.get_inputs()}
@@ -57,6 +55,14 @@ def open_graph(bundle: Bundle, threads: int) -> Graph:
         hint = "export the bundle again with this version"
         raise IncompatibleError("open engine", name, "; ".join(problems[:4]), hint)
     return Graph(session, bundle.manifest.model.vocab_size, "plan" in inputs, own)
+
+
+def _check_ops(bundle: Bundle) -> None:
+    """By name, and by version: ONNX Runtime would run a graph of later ops with what it has."""
+    unknown = sorted(set(bundle.manifest.ops) - set(OPS))
+    problems = [f"its graph uses ops this runtime lacks: {', '.join(unknown)}"] if unknown else []
+    for problem in (*problems, *graph_problems(bundle)):
+        raise IncompatibleError("open engine", bundle.short, problem, "export the bundle again with this version")
 
 
 def _session(graph: Path, name: str, threads: int) -> Any:

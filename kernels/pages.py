@@ -20,6 +20,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from skerry.core.bundle import KvGroup
+from skerry.core.errors import IncompatibleError
+
 PAGE_TOKENS, CODE_BLOCK = 16, 32
 FLOATS: dict[str, type[np.floating[Any]]] = {"f32.k16t": np.float32, "f16.k16t": np.float16}
 CODES = "i8.k16t"
@@ -35,6 +38,19 @@ def page_bytes(layout: str, kv_heads: int, head_size: int) -> int:
         key = _up(head_size, CODE_BLOCK) + 4 * (_up(head_size, CODE_BLOCK) // CODE_BLOCK)
         return kv_heads * PAGE_TOKENS * (key + _up(head_size, 16) + 4)
     return 2 * kv_heads * PAGE_TOKENS * head_size * np.dtype(FLOATS[layout]).itemsize
+
+
+def check_pages(groups: tuple[KvGroup, ...], name: str) -> None:
+    """Raises IncompatibleError on pages that this runner cannot read: other layouts, other sizes, or none at all."""
+    for group in groups:
+        if group.layout not in LAYOUTS or group.page_size != PAGE_TOKENS:
+            cause = (
+                f"KV layout {group.layout} in pages of {group.page_size}, this runner reads {' and '.join(LAYOUTS)} in "
+                f"pages of {PAGE_TOKENS}"
+            )
+            raise IncompatibleError("open engine", name, cause, "export the bundle again with this version")
+    if not sum(group.kv_heads * group.head_size * len(group.layers) for group in groups):
+        raise IncompatibleError("open engine", name, "its KV pages hold nothing", "export the bundle again")
 
 
 def round_blocks(x: npt.NDArray[np.floating[Any]], block: int) -> tuple[Float32, Float32]:

@@ -6,9 +6,9 @@ at a time may use a Runner. Pages are numbered 0..pages-1 in every KV group; all
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from skerry.core.bundle import Bundle, Manifest, open_bundle
-from skerry.core.errors import InputError, SkerryError, UsageError
+from skerry.core.errors import IncompatibleError, InputError, SkerryError, UsageError
+from skerry.core.memory import available_memory
 from skerry.core.target import usable_cores
 from skerry.kernels.batch import Batch, Row, pack_rows
 from skerry.kernels.graph import open_graph
 from skerry.kernels.library import StepThreads
-from skerry.kernels.pages import page_bytes
+from skerry.kernels.memory import bytes_of_pages, check_memory, default_kv_bytes, fixed_parts
+from skerry.kernels.pages import check_pages, page_bytes
 from skerry.kernels.sampling import Sampled, SampleParams, SampleRows
 from skerry.kernels.score import Scored, logits_of, score_sequences
 
@@ -30,8 +32,7 @@ __all__ = [
 ]  # fmt: skip
 
 Float32 = npt.NDArray[np.float32]
-DEFAULT_SEQUENCES = 4  # at full context, when neither pages nor bytes are given
-DEFAULT_MEMORY_SHARE = 0.25  # of the machine's memory, at most, for the same case
+LEAST_PAGES = 16  # with fewer an engine answers nothing worth having: better say that it does not fit
 
 
 class StepError(SkerryError):
@@ -68,14 +69,18 @@ class Runner:
         pages: int | None = None,
         memory_bytes: int | None = None,
     ) -> Runner:
-        """`pages` per KV group, or as many as fit in `memory_bytes`. Raises Bundle-, Incompatible- or UsageError."""
+        """`pages` per KV group, or as many as fit in `memory_bytes`. Raises Bundle-, Incompatible- or UsageError; where
+        memory is short, before anything is loaded."""
         if not isinstance(bundle, Bundle):
             bundle = open_bundle(bundle, verify=False)
         threads = usable_cores() if threads is None else threads
         count = _page_count(bundle.manifest, pages, memory_bytes)
         if threads < 1 or count < 1:
             raise UsageError("open engine", bundle.short, f"{threads} threads, {count} pages", "both at least 1")
-        return cls(bundle, threads, count)
+        check_memory(bundle.manifest, bundle.short, count)
+        runner = cls(bundle, threads, count)
+        runner._try_last_position()
+        return runner
 
     @property
     def manifest(self) -> Manifest:
@@ -152,6 +157,19 @@ class Runner:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _try_last_position(self) -> None:
+        """One token at the last position that the manifest promises, written nowhere: rotary tables that end before it
+        would otherwise fail the first long request. Raises IncompatibleError."""
+        last = self.manifest.max_context - 1
+        batch = pack_rows([Row([0], 0, [[0]] * self.groups, "last", shared=1)], self.page_size)
+        try:
+            self.step(replace(batch, positions=np.array([last], np.int32)))
+        except StepError as error:
+            self.close()
+            cause = f"a token at the end of its context of {last + 1} tokens does not run: {error.cause}"
+            hint = "export the bundle again, with --max-context if the model's tables are shorter"
+            raise IncompatibleError("open engine", self.bundle.short, cause, hint) from error
+
     def _inputs(self, batch: Batch, rows: npt.NDArray[np.int32]) -> list[tuple[str, Any]]:
         found: list[tuple[str, Any]] = [
             ("input_ids", batch.input_ids), ("positions", batch.positions), ("query_start", batch.query_start),
@@ -176,20 +194,13 @@ class Runner:
 _NO_PLAN = np.zeros(0, np.int32)
 
 
-def bytes_of_pages(manifest: Manifest) -> int:
-    """Bytes of one page in every layer of every KV group."""
-    return sum(page_bytes(g.layout, g.kv_heads, g.head_size) * len(g.layers) for g in manifest.kv)
-
-
 def _page_count(manifest: Manifest, pages: int | None, memory_bytes: int | None) -> int:
-    if len({group.page_size for group in manifest.kv}) != 1:
-        raise UsageError("open engine", manifest.name, "KV groups with different page sizes")
+    check_pages(manifest.kv, manifest.name)
     if pages is not None and memory_bytes is not None:
         raise UsageError("open engine", manifest.name, "both pages and memory_bytes given", "give one of them")
     if pages is not None:
         return pages
     if memory_bytes is None:
-        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        full = -(-manifest.max_context // manifest.kv[0].page_size) * bytes_of_pages(manifest)
-        memory_bytes = min(DEFAULT_SEQUENCES * full, int(machine * DEFAULT_MEMORY_SHARE))
+        left = available_memory() - sum(fixed_parts(manifest).values())
+        return max(min(default_kv_bytes(manifest), left) // bytes_of_pages(manifest), LEAST_PAGES)
     return memory_bytes // bytes_of_pages(manifest)

@@ -18,10 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from skerry.core.errors import AuthError, InputError, SkerryError, StorageError
+from skerry.core.errors import AuthError, IncompatibleError, InputError, SkerryError, StorageError
 from skerry.core.files import read_json
 from skerry.core.target import Device, local_device
 from skerry.core.wire import Desired
+from skerry.kernels.memory import needed_bytes
 from skerry.runtime import identity
 from skerry.runtime.control import ControlPlane, Transport
 from skerry.runtime.jobs import Jobs
@@ -81,10 +82,11 @@ class Agent:
         orphans = Orphans(directory / "workers.json")
         self.public = bind_public(settings.host, settings.port, orphans)
         self.port = int(self.public.getsockname()[1])
+        self._needs: dict[Installed, int] = {}
         self.supervisor = Supervisor(
             Responder(self.public), self.public, orphans, self.slots.bundle_path, self._worker_options,
             self._post_worker, settings.worker_command or None, settings.threads or self.device.cores,
-            settings.warm_seconds, settings.drain_seconds,
+            settings.warm_seconds, settings.drain_seconds, needs=self._memory_needs,
         )  # fmt: skip
         self._transport, self._fetch_transport = Transport(self.node.url), Transport(self.node.url)
         trusted = TrustedManifests(directory / "tuf", self._fetch_transport, (directory / "root.json").read_bytes())
@@ -311,6 +313,18 @@ class Agent:
         window = desired.window_requests if desired else 16
         options = ["--window-requests", str(window), "--hash-seed", str(seed)]
         return options + (["--memory-bytes", str(self.settings.memory_bytes)] if self.settings.memory_bytes else [])
+
+    def _memory_needs(self, installed: Installed) -> int:
+        """As the worker will count it; read once, as a manifest can be megabytes. 0 where the slot holds nothing that
+        can be run: its worker will say so."""
+        if installed not in self._needs:
+            bundle = self.slots.manifest_of(installed.slot)
+            try:
+                need = needed_bytes(bundle.manifest, self.settings.memory_bytes) if bundle else 0
+            except IncompatibleError:
+                need = 0
+            self._needs = {installed: need}
+        return self._needs[installed]
 
     def _shut_down(self) -> None:
         log.info("stopping: draining workers")

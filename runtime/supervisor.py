@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from skerry.core.errors import StorageError
+from skerry.core.memory import available_memory
 from skerry.runtime.process import (
     Counts,
     Orphans,
@@ -46,7 +47,8 @@ class Notice:
 
 
 class Supervisor:
-    """Owned by the agent's main thread. `post` is where workers' messages are to be put (thread-safe)."""
+    """Owned by the agent's main thread. `post` is where workers' messages are to be put (thread-safe); `needs` tells
+    the bytes of memory that an engine will ask for."""
 
     def __init__(
         self,
@@ -61,13 +63,14 @@ class Supervisor:
         warm_seconds: float = 120.0,
         drain_seconds: float = 30.0,
         memory: Callable[[], int] | None = None,
+        needs: Callable[[Installed], int] = lambda engine: 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._responder, self._public, self._orphans = responder, public, orphans
         self._bundle_path, self._extra, self._post = bundle_path, extra, post
         self._command = list(command or default_command())
         self._threads, self._warm_seconds, self._drain_seconds = threads, warm_seconds, drain_seconds
-        self._memory, self._clock = memory or available_memory, clock
+        self._memory, self._needs, self._clock = memory or available_memory, needs, clock
         self.target: Installed | None = None
         self.trial: Installed | None = None
         self.trial_failure = ""
@@ -158,10 +161,12 @@ class Supervisor:
         return self.target is not None and self._not_before - now < 2.0
 
     def _needed(self) -> int:
-        """A second worker takes about what the first one does."""
+        """Of a second worker: what its manifest tells, and not less than the first one takes."""
         if self.active is not None:
             self._last_rss = resident_bytes(self.active.pid) or self._last_rss
-        return self._last_rss
+        answers = self.active is not None and self.active.installed == self.target
+        wanted = self.trial if answers else self.target
+        return max(self._last_rss, self._needs(wanted) if wanted else 0)
 
     def _make(self, move: Move, now: float) -> None:
         if move in ("start-target", "start-trial"):
@@ -329,14 +334,3 @@ def resident_bytes(pid: int) -> int:
         return int(fields[1]) * 4096
     except (OSError, ValueError, IndexError):
         return 0
-
-
-def available_memory() -> int:
-    """MemAvailable of the machine; a very large number where it cannot be told (then nothing is held back)."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
-    except (OSError, ValueError, IndexError):
-        return 1 << 62
-    return 1 << 62

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skerry.core.graph_ops import custom_ops
+from skerry.core.graph_ops import custom_ops, opset_version
 
 onnx = pytest.importorskip("onnx")
 
@@ -61,3 +61,13 @@ def test_any_bytes_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory,
         custom_ops(path)
     except ValueError:
         return
+
+
+def test_versions_of_domains(tmp_path: Path) -> None:
+    path = write(tmp_path / "g.onnx", graph(node("acme", "Backdoor")))
+    assert [opset_version(path, domain) for domain in ("", "acme", "skerry")] == [21, 1, None]
+    (tmp_path / "empty").write_bytes(b"")
+    assert opset_version(tmp_path / "empty", "acme") is None
+    (tmp_path / "cut").write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"beyond the end|cut short"):
+        opset_version(tmp_path / "cut", "skerry")

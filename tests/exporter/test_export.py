@@ -214,3 +214,21 @@ def test_max_context_limits_tables_and_manifest(make_model: Make, tmp_path: Path
         runner.logits_for([1] * 129)
     with pytest.raises(InputError, match="not between"):
         export(path, CPU, "fp32", tmp_path / "more", Options(max_context=1024))
+
+
+def test_what_does_not_fit_into_memory_is_refused_before_it_is_read(
+    make_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_model()
+    monkeypatch.setattr("skerry.core.memory.available_memory", lambda: 1 << 20)
+    with pytest.raises(IncompatibleError, match=r"needs \d+ MiB of memory \(float32 reference 1, .* 1 are free"):
+        export(path, CPU, "int8", tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_context_that_no_table_can_hold_is_refused(make_model: Make, tmp_path: Path) -> None:
+    path = make_model()
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": (1 << 31) - 1}))
+    with pytest.raises(IncompatibleError, match=r"rotary tables 9\d{5}"):
+        export(path, CPU, "fp32", tmp_path / "out")

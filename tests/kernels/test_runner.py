@@ -175,6 +175,20 @@ def test_unknown_op(make_bundle, make_graph):
         Runner.open(make_bundle(make_graph(op="PagedAttentionNext")), pages=4)
 
 
+@pytest.mark.parametrize(
+    ("version", "ops", "said"),
+    [
+        (2, ("skerry.PagedAttention:1",), "written for version 2 of skerry's ops, this version has 1"),
+        (1, ("skerry.PagedAttention:2",), r"ops this runtime lacks: skerry\.PagedAttention:2"),
+    ],
+)
+def test_later_versions_of_ops_are_refused_by_name(make_bundle, make_graph, version, ops, said):
+    model = make_graph()
+    next(item for item in model.opset_import if item.domain == "skerry").version = version
+    with pytest.raises(IncompatibleError, match=said):
+        Runner.open(make_bundle(model, ops=ops), pages=4)
+
+
 def test_graph_from_garbage(make_bundle):
     sealed = make_bundle()
     sealed.file("graph.onnx").write_bytes(b"not a graph")

@@ -258,8 +258,8 @@ def write_checkpoint(path: Path, tokenizer: Tokenizer, seed: int = 0) -> Path:
 def build_bundle(
     path: Path, checkpoint: Path, precision: str = "fp32", claimed: int = 0, golden_offset: float = 0.0
 ) -> Path:
-    """A sealed bundle with golden prompts. `claimed`: a context longer than the rotary tables of 64 rows, which is a
-    defect that only traffic shows. `golden_offset` is added to every golden log-probability."""
+    """A sealed bundle with golden prompts. `claimed`: a context longer than the rotary tables of 64 rows.
+    `golden_offset` is added to every golden log-probability."""
     from skerry.core.bundle import open_bundle, seal
     from skerry.core.files import write_json
     from skerry.core.target import Target
@@ -279,6 +279,8 @@ def build_bundle(
 
     sealed()
     ids = [(list(b"<user>hello\n>abcd"), 13)]
+    if claimed:
+        return path
     with Runner.open(open_bundle(path), threads=1, pages=16) as runner:
         logprobs = [float(value) + golden_offset for value in runner.score(ids)[0].logprob]
     row = {"ids": ids[0][0], "start": 13, "logprobs": logprobs}
@@ -295,13 +297,22 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -
 
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Callable[..., Path]:
-    """`bundles(precision, ...)` -> directory, built once per set of arguments."""
+    """`bundles(precision, ...)` -> directory, built once per set of arguments. `spoiled`: the position from which its
+    rotary tables hold no numbers, a defect that only traffic shows."""
+    from skerry.trainer.demo.faults import spoil_rotary_tables
+
     root, made = tmp_path_factory.mktemp("bundles"), {}
 
-    def get(precision: str = "fp32", **changes: Any) -> Path:
-        key = (precision, *sorted(changes.items()))
+    def get(precision: str = "fp32", spoiled: int = 0, **changes: Any) -> Path:
+        key = (precision, spoiled, *sorted(changes.items()))
         if key not in made:
-            made[key] = build_bundle(root / f"b{len(made)}", checkpoint, precision, **changes)
+            sound = get(precision, **changes) if spoiled else None
+            place = root / f"b{len(made)}"
+            if sound:
+                spoil_rotary_tables(sound, place, "1", spoiled)
+            else:
+                build_bundle(place, checkpoint, precision, **changes)
+            made[key] = place
         return made[key]
 
     return get

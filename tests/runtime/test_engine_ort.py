@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from skerry.core.errors import SkerryError
+from skerry.core.errors import IncompatibleError, SkerryError
 from skerry.kernels.runner import Runner
 from skerry.runtime.engine import run_to_completion
 from skerry.runtime.engine_ort import OrtEngine
@@ -100,8 +100,19 @@ def test_logprobs_are_those_of_the_scorer(bundles):
     assert list(token.top) == sorted(token.top, key=lambda pair: -pair[1])
 
 
-def test_a_position_beyond_the_rotary_table_is_an_error_not_a_crash(bundles):
-    engine = open_engine(bundles(claimed=256))
-    with pytest.raises(SkerryError, match="64"):
-        engine.step([StepRow([97] * 70, 0, [0, 1, 2, 3, 4], SamplingParams(seed=1))])
-    assert engine.step([StepRow([97] * 30, 0, [0, 1], SamplingParams(seed=1))])[0] is not None
+def test_logits_that_are_no_numbers_are_an_error_and_leave_the_engine_sound(bundles):
+    """Its pages hold NaN afterwards; whoever gets them next must not read what is beyond their own tokens."""
+    for precision, kind in (("fp32", np.float32), ("int8", np.float16)):  # what pages hold
+        engine = open_engine(bundles(precision, spoiled=64))
+        good = [StepRow([97] * 19, 0, [3, 4], SamplingParams(seed=1, top_n=3)),
+                StepRow([98] * 2, 0, [4], SamplingParams(seed=2, top_n=3))]  # fmt: skip
+        before = [engine.step([row]) for row in good]
+        with pytest.raises(SkerryError, match="not finite"):
+            engine.step([StepRow([97] * 70, 0, [0, 1, 2, 3, 4], SamplingParams(seed=1))])
+        assert np.isnan(engine._runner._kv[2][4].view(kind)).any()
+        assert [engine.step([row]) for row in good] == before  # page 4 is NaN from its third token on
+
+
+def test_a_context_longer_than_the_rotary_tables_is_refused_at_open(bundles):
+    with pytest.raises(IncompatibleError, match=r"context of 256 tokens.*position 255 .*rotary tables of 64 rows"):
+        Runner.open(bundles(claimed=256), threads=1, pages=16)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import queue
+import re
 import shutil
 import signal
 import socket
@@ -183,8 +184,19 @@ def test_a_failed_golden_check_or_a_broken_bundle_is_fatal(agent, bundles, tmp_p
     assert worker.process.wait(10) == 1
 
 
+def test_an_engine_too_large_or_too_short_is_fatal_and_says_why(agent, bundles):
+    worker = agent.start(bundles(), "--memory-bytes", str(1 << 50))
+    error = worker.wait_for("fatal")["error"]
+    assert error["code"] == "incompatible" and "--memory-mib" in error["hint"]
+    assert re.search(r"needs \d+ MiB of memory \(weights .* KV pages 1073741824\), \d+ are free", error["message"])
+    assert worker.process.wait(10) == 1
+    worker = agent.start(bundles(claimed=256))
+    assert "context of 256 tokens" in worker.wait_for("fatal")["error"]["message"]
+    assert worker.process.wait(10) == 1
+
+
 def test_a_defect_beyond_a_context_length_costs_that_request_only(agent, bundles):
-    worker = agent.start(bundles(claimed=256), "--window-requests", "4").serving()
+    worker = agent.start(bundles(spoiled=64), "--window-requests", "4").serving()
     assert ask(agent.url).status_code == 200
     bad = ask(agent.url, messages=[{"role": "user", "content": "x" * 90}])
     assert bad.status_code == 500 and bad.json()["error"]["code"] == "engine_error"
@@ -250,9 +262,33 @@ def test_serve_names_what_is_wrong(bundles, tmp_path, free_port):
     process = start_serve(bundles(), "--api-key-file", str(empty))
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 1 and "holds no key" in errors
+    process = start_serve(bundles(), "--port", "0", "--memory-mib", str(1 << 30))
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1 and "MiB of memory" in errors and "Try: fewer KV pages" in errors
     process = start_serve(bundles(golden_offset=2.0), "--port", "0")
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 3 and "golden" in errors
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp32"])
+def test_a_processor_without_vector_extensions_serves_the_same(bundles, precision, monkeypatch):
+    """`base` is what a machine without AVX2 picks. Its sums round otherwise, so figures are close and not equal."""
+    chosen = {}
+    for isa in ("", "base"):
+        monkeypatch.setenv("SKERRY_ISA", isa)
+        process = start_serve(bundles(precision), "--port", "0")
+        try:
+            answer = ask(url_of(process), temperature=0, logprobs=True, max_tokens=4).json()
+        finally:
+            process.kill()
+            process.communicate()
+        assert answer["usage"]["completion_tokens"] == 4
+        chosen[isa] = answer["choices"][0]["logprobs"]["content"][0]
+    assert chosen["base"]["logprob"] == pytest.approx(chosen[""]["logprob"], abs=0.05)
+    monkeypatch.setenv("SKERRY_ISA", "sse9")
+    process = start_serve(bundles(precision), "--port", "0")
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 2 and "'sse9' is no instruction set" in errors
 
 
 def test_interrupted_before_it_was_ready_is_130(bundles):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import struct
 from pathlib import Path
+from typing import Any
 
 from skerry.core.bundle import MANIFEST, Bundle, open_bundle, seal
 from skerry.core.model import LINEAGE, Checkpoint, write_lineage
@@ -30,10 +33,11 @@ def corrupt_checkpoint(source: Path, out: Path, seed: int = 3) -> Checkpoint:
     return write_lineage(out, {**lineage, "version": "v3"})
 
 
-def shorten_rotary_tables(source: Path, out: Path, version: str, rows: int) -> Bundle:
-    """A copy of a bundle whose rotary tables end after `rows` positions, while its manifest still promises them all.
+def spoil_rotary_tables(source: Path, out: Path, version: str, rows: int) -> Bundle:
+    """A copy of a bundle whose rotary tables hold no numbers from position `rows` on.
 
     Every text the gate looks at is shorter, so the engine passes; on a node, the first longer prompt fails its step.
+    Tables that merely ended there would be refused when the engine is opened.
     """
     import onnx
 
@@ -41,14 +45,11 @@ def shorten_rotary_tables(source: Path, out: Path, version: str, rows: int) -> B
     shutil.copytree(source, out)
     manifest = open_bundle(source).manifest
     graph = onnx.load(out / "graph.onnx", load_external_data=False)
-    shortened = 0
-    for tensor in graph.graph.initializer:
-        if tensor.name.startswith("rope.") and len(tensor.dims) == 2:
-            _keep_rows(tensor, rows)
-            shortened += 1
-    if shortened < 2:
-        raise ValueError(f"expected cos and sin tables in {source}, found {shortened}")
-    (out / "graph.onnx").write_bytes(graph.SerializeToString(deterministic=True))
+    tables = [tensor for tensor in graph.graph.initializer if tensor.name.startswith("rope.") and len(tensor.dims) == 2]
+    if len(tables) < 2:
+        raise ValueError(f"expected cos and sin tables in {source}, found {len(tables)}")
+    for tensor in tables:
+        _fill_rows(tensor, rows, out)
     (out / MANIFEST).unlink()
     return seal(
         out, name=manifest.name, version=version, target=manifest.target, model=manifest.model,
@@ -57,12 +58,10 @@ def shorten_rotary_tables(source: Path, out: Path, version: str, rows: int) -> B
     )  # fmt: skip
 
 
-def _keep_rows(tensor: object, rows: int) -> None:
-    """Cuts a float32 [R, C] initializer to [rows, C], inline or in the external file (its tail is left unread)."""
-    tensor.dims[0] = rows  # type: ignore[attr-defined]
-    size = rows * tensor.dims[1] * 4  # type: ignore[attr-defined]
-    if tensor.raw_data:  # type: ignore[attr-defined]
-        tensor.raw_data = tensor.raw_data[:size]  # type: ignore[attr-defined]
-    for entry in tensor.external_data:  # type: ignore[attr-defined]
-        if entry.key == "length":
-            entry.value = str(size)
+def _fill_rows(tensor: Any, first: int, folder: Path) -> None:
+    """NaN into the rows of a float32 [R, C] initializer from `first` on, where its bytes lie in the external file."""
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    rows, columns = tensor.dims
+    with (folder / place["location"]).open("r+b") as file:
+        file.seek(int(place["offset"]) + first * columns * 4)
+        file.write(struct.pack("<f", math.nan) * (rows - first) * columns)

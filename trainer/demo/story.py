@@ -11,7 +11,7 @@ from typing import Any
 
 from skerry.core.errors import DeadlineExceeded, SkerryError
 from skerry.core.files import read_json
-from skerry.trainer.demo.faults import corrupt_checkpoint, shorten_rotary_tables
+from skerry.trainer.demo.faults import corrupt_checkpoint, spoil_rotary_tables
 from skerry.trainer.demo.fleetview import FleetView
 from skerry.trainer.demo.processes import Processes, command, follow, free_port, wait_until
 from skerry.trainer.demo.settings import Settings
@@ -250,7 +250,7 @@ class Story:
     def revert_v4(self) -> None:
         """Sound on every text the gate reads, broken on the first long prompt: only the canary can tell."""
         bundle = self.dir / "bundles"
-        shorten_rotary_tables(bundle / "v2", bundle / "v4", "v4", self.settings.defect_rows)
+        spoil_rotary_tables(bundle / "v2", bundle / "v4", "v4", self.settings.defect_rows)
         measured = [self.command("eval", bundle / version, self.dir / "checkpoints/v2/eval/parity.jsonl")["nll"]
                     for version in ("v2", "v4")]  # fmt: skip
         self.facts["canary"]["v4_gate"] = {"nll_v2": measured[0], "nll_v4": measured[1]}

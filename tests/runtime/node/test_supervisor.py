@@ -91,9 +91,11 @@ def follow(view: View, move: str) -> View:
     return replace(view, incoming_ready=view.incoming is not None)
 
 
+@pytest.mark.parametrize(("free", "needs"), [(1 << 20, 0), (1 << 40, 1 << 41)])
 def test_with_memory_for_one_the_old_worker_goes_first_and_clients_wait(
-    tmp_path: Path, make_bundle: Callable[..., Path], fake_worker: tuple[str, ...]
+    tmp_path: Path, make_bundle: Callable[..., Path], fake_worker: tuple[str, ...], free: int, needs: int
 ) -> None:
+    """Too little beside the first one's resident size, or too little for what the second one's manifest asks."""
     import queue
 
     from skerry.core.bundle import read_manifest
@@ -108,7 +110,7 @@ def test_with_memory_for_one_the_old_worker_goes_first_and_clients_wait(
     public = bind_public("127.0.0.1", 0, orphans)
     supervisor = Supervisor(
         Responder(public), public, orphans, paths.__getitem__, lambda _: [], lambda *news: inbox.put(news), fake_worker,
-        memory=lambda: 1 << 20,
+        memory=lambda: free, needs=lambda engine: needs,
     )  # fmt: skip
 
     def turn(condition: Callable[[], Any]) -> None:
