@@ -45,6 +45,7 @@ class Options:
     hash_seed: int = HASH_SEED
     skip_baseline: bool = False
     keep_refused: bool = False
+    unmeasured: bool = False
     progress: Progress = lambda stage, done, total: None
 
 
@@ -69,9 +70,12 @@ def export(checkpoint: Path, target: Target, precision: str, out: Path, options:
     texts = open_texts(subject.directory, options.eval_dir)
     with staged(out) as staging:
         engine = build_engine(subject, target, precision, staging, options.progress)
-        parity, refused = measure_engine(subject, texts, engine, target, staging, options)
+        parity, refused = None, []
+        if not options.unmeasured:
+            parity, refused = measure_engine(subject, texts, engine, target, staging, options)
         describe(subject, texts, engine, parity, refused, staging, options)
-        seal_engine(subject, texts, engine, target, staging, options, qualified=not refused)
+        qualified = parity is not None and not refused
+        seal_engine(subject, texts, engine, target, staging, options, qualified)
     gate.refuse(f"{bundle_name(subject, options)} (kept at {out}, unqualified)", refused)
     return open_bundle(out, verify=False)
 
@@ -142,8 +146,9 @@ def _finite(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe(
-    subject: Subject, texts: Texts, engine: Engine, parity: Parity, refused: list[str], out: Path, options: Options
-) -> None:
+    subject: Subject, texts: Texts, engine: Engine, parity: Parity | None, refused: list[str], out: Path,
+    options: Options,
+) -> None:  # fmt: skip
     """model_card.md and sbom.cdx.json."""
     name, version = bundle_name(subject, options), bundle_version(subject, options)
     card = provenance.model_card(subject, name, version, engine.precision, parity, refused, texts)

@@ -214,3 +214,12 @@ def test_max_context_limits_tables_and_manifest(make_model: Make, tmp_path: Path
         runner.logits_for([1] * 129)
     with pytest.raises(InputError, match="not between"):
         export(path, CPU, "fp32", tmp_path / "more", Options(max_context=1024))
+
+
+def test_an_unmeasured_bundle_says_so(make_model: Make, tmp_path: Path) -> None:
+    """It opens and verifies, holds no figure of quality, and is no candidate for a release."""
+    bundle = export(make_model(), CPU, "int4", tmp_path / "out", Options(threads=1, unmeasured=True))
+    assert find_problems(tmp_path / "out") == [] and not bundle.manifest.qualified
+    names = {entry.name for entry in bundle.manifest.files}
+    assert names == {*ENGINE_FILES, "model_card.md", "sbom.cdx.json"}
+    assert "NOT MEASURED" in bundle.file("model_card.md").read_text()
