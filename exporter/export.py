@@ -70,7 +70,8 @@ def export(checkpoint: Path, target: Target, precision: str, out: Path, options:
     texts = open_texts(subject.directory, options.eval_dir)
     with staged(out) as staging:
         engine = build_engine(subject, target, precision, staging, options.progress)
-        parity, refused = None, []
+        parity: Parity | None = None
+        refused: list[str] = []
         if not options.unmeasured:
             parity, refused = measure_engine(subject, texts, engine, target, staging, options)
         describe(subject, texts, engine, parity, refused, staging, options)
