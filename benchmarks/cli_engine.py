@@ -20,6 +20,7 @@ from skerry.core.cli import emit, json_option
               help="Decoding together; repeatable.")  # fmt: skip
 @click.option("--prefill", "prefills", type=click.IntRange(1), multiple=True, default=(512,), show_default=True,
               help="Tokens of a prompt; repeatable.")  # fmt: skip
+@click.option("--sweep", is_flag=True, help="More sizes of each kind, and one thread: shows how time grows.")
 @click.option("--repeats", type=click.IntRange(1, 1000), default=7, show_default=True, help="Of all cases, in turn.")
 @click.option("--threads", type=click.IntRange(1, 1024), multiple=True,
               help="All usable cores by default. Repeatable: the first for all cases, others for some.")  # fmt: skip
@@ -39,9 +40,9 @@ from skerry.core.cli import emit, json_option
 @history_option
 @json_option
 def engine(
-    bundle: Path, contexts: tuple[int, ...], sequences: tuple[int, ...], prefills: tuple[int, ...], repeats: int,
-    threads: tuple[int, ...], peers: tuple[str, ...], weights: Path | None, peer_tokens: int | None, tune_rounds: int,
-    starts: int, seed: int, out: Path | None, history: Path | None, as_json: bool,
+    bundle: Path, contexts: tuple[int, ...], sequences: tuple[int, ...], prefills: tuple[int, ...], sweep: bool,
+    repeats: int, threads: tuple[int, ...], peers: tuple[str, ...], weights: Path | None, peer_tokens: int | None,
+    tune_rounds: int, starts: int, seed: int, out: Path | None, history: Path | None, as_json: bool,
 ) -> int:  # fmt: skip
     """Figures of BUNDLE in this process, without a server: prefill, decode, a batch, opening, memory.
 
@@ -66,7 +67,10 @@ def engine(
     load = Workload(
         contexts=tuple(count for count in dict.fromkeys(contexts) if count), sequences=tuple(dict.fromkeys(sequences)),
         prefills=tuple(dict.fromkeys(prefills)),
-    ).fit(opened)  # fmt: skip
+    )  # fmt: skip
+    if sweep:
+        load, threads = load.swept(opened.manifest.max_context), tuple(dict.fromkeys((*threads, 1)))
+    load = load.fit(opened)
     manifest = opened.manifest
     document = new_document("engine", subject={
         "name": manifest.name, "version": manifest.version, "target": str(manifest.target),

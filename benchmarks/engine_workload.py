@@ -9,6 +9,8 @@ from skerry.benchmarks.engine_steps import Stream
 from skerry.core.bundle import Bundle
 from skerry.core.errors import UsageError
 
+SWEEP = {"contexts": (128, 1024, 4096, 8192), "sequences": (1, 2, 4, 32), "prefills": (128, 256, 1024, 2048)}
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -44,6 +46,16 @@ class Workload:
             hint = "an engine with a longer context" if short else f"a --context of at most {limit - self.decode}"
             raise UsageError("measure engine", bundle.short, cause, hint)
         return replace(self, prefills=tuple(dict.fromkeys(min(count, limit) for count in self.prefills)))
+
+    def swept(self, limit: int) -> Workload:
+        """With the sizes of a sweep after its own, as far as they fit `limit` tokens of context."""
+        contexts = [count for count in SWEEP["contexts"] if count + self.decode <= limit]
+        prefills = [count for count in SWEEP["prefills"] if count <= limit]
+        return replace(
+            self, contexts=tuple(dict.fromkeys((*self.contexts, *contexts))),
+            sequences=tuple(dict.fromkeys((*self.sequences, *SWEEP["sequences"]))),
+            prefills=tuple(dict.fromkeys((*self.prefills, *prefills))),
+        )  # fmt: skip
 
     def reduced(self) -> Workload:
         """The first of each sweep: what tells how threads share the work."""

@@ -124,6 +124,17 @@ def test_a_sweep_with_a_peer_and_threads(bundle, fake_peer, capsys, tmp_path):
     assert document["growth"]["fits"] and "Growth with size" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_the_sweep_keeps_what_fits(bundle, capsys):
+    words = ["--context", "16", "--sequences", "3", "--prefill", "40", "--sweep", "--repeats", "1", "--threads", "2"]
+    assert run(["bench", "engine", str(bundle.path), *words, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    load = document["workload"]
+    assert (
+        load["contexts"] == [16, 128] and load["sequences"] == [3, 1, 2, 4, 32] and load["prefills"] == [40, 128, 256]
+    )
+    assert document["settings"]["more_threads"] == [1] and "scaling_decode_context" in document["figures"]
+
+
 def test_starts_of_a_server(served_bundle, capsys):
     words = ["--context", "16", "--sequences", "1", "--prefill", "16", "--repeats", "1", "--threads", "1"]
     assert run(["bench", "engine", str(served_bundle), *words, "--starts", "1", "--json"]) == 0
