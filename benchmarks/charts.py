@@ -209,7 +209,9 @@ def lines(
     fits: Mapping[str, tuple[float, float]] | None = None,
 ) -> Markup:  # fmt: skip
     """Values over a size such as context or batch, one line a series, with the spread at each point. `fits`: intercept
-    and slope of straight lines by series, also where empty: then the axis is linear, on which a line is straight."""
+    and slope of straight lines by series, also where empty: then the axis is linear, on which a line is straight. A
+    series without points is not drawn, and the others keep the colours of their places."""
+    places = {name: index for index, name in enumerate(series)}
     series = {name: sorted(points, key=lambda point: point.x) for name, points in series.items() if points}
     every = [point for points in series.values() for point in points]
     if not every:
@@ -222,9 +224,10 @@ def lines(
     axis = Axis.around(xs, left, right, log=far)
     up = Axis.around([0.0, *ys], bottom, top)
     parts = [upward(up, left, right), _places(axis, xs, bottom)]
-    for index, (name, points) in enumerate(series.items()):
+    for row, (name, points) in enumerate(series.items()):
+        index = places[name]
         if named:
-            parts.append(_legend(index, name, left, 14 + 20 * index, 70))
+            parts.append(_legend(index, name, left, 14 + 20 * row, 70))
         parts.append(_curve([(axis.at(p.x), up.at(p.y * factor)) for p in points], index))
         if fits and name in fits:
             parts.append(_fit(fits[name], points[0].x, points[-1].x, axis, up, factor, index))

@@ -30,7 +30,9 @@ def growth_charts(document: Mapping[str, Any]) -> list[tuple[str, Markup]]:
         measures.setdefault(key, {}).setdefault(plain(raw.get("side"), 60), []).append(point)
     lines = {(measure, side): (a, b) for measure, side, a, b, *_ in _fits(growth)}
     found = []
-    for (measure, along, unit), sides in measures.items():
+    every = dict.fromkeys(side for sides in measures.values() for side in sides)
+    for (measure, along, unit), drawn in measures.items():
+        sides = {side: drawn.get(side, []) for side in every}  # so that a side looks the same in every picture
         fits = {side: lines[measure, side] for side in sides if (measure, side) in lines}
         title = f"{measure} by {along}"
         found.append((title, charts.lines(f"{title}: time", along, unit, sides, fits)))

@@ -103,6 +103,20 @@ def test_a_page_shows_every_side_in_one_picture_with_its_line():
     assert "growth" not in render_markdown(DOCUMENT)
 
 
+def test_a_side_looks_the_same_in_every_picture():
+    """Also where another one was not measured."""
+    some = {name: found for name, found in engine().items() if name.startswith(("decode", "batch"))}
+    growth = grown(lanes_of(LOAD, (2,)), {"b": some, "skerry": engine(), "c": engine()})
+    looks: dict[str, set[str]] = {}
+    for _, picture in growth_charts({"growth": growth}):
+        for one in ElementTree.fromstring(picture).iter():
+            hint = one.find("title")
+            if hint is not None and one.attrib.get("class", "").startswith("dot"):
+                looks.setdefault(str(hint.text).split(" at ")[0], set()).add(one.attrib["class"])
+    assert sorted(looks) == ["b", "c", "skerry"] and len({*map(tuple, looks.values())}) == 3
+    assert all(len(found) == 1 for found in looks.values())
+
+
 def test_the_line_is_drawn_where_it_is():
     """Straight points: every dot lies on the dashed line; the axis is linear even over three powers of ten."""
     points = [Point(x, 1.0 + 0.01 * x, 1.0 + 0.01 * x, 1.0 + 0.01 * x) for x in (1.0, 100.0, 1000.0)]
