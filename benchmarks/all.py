@@ -16,6 +16,7 @@ from typing import Any
 from skerry.benchmarks.documents import RESULT
 from skerry.benchmarks.peers.install import look
 from skerry.benchmarks.peers.pins import PEERS
+from skerry.core.target import usable_cores
 
 COMMAND = (sys.executable, "-m", "skerry.core", "bench")
 LEVEL_SECONDS = 3600.0
@@ -35,11 +36,13 @@ def runs(subject: Subject, repeats: int) -> dict[str, list[str]]:
     """Words of each run by name. Peers that are not installed are left out; the table says which were missing."""
     engines = _against(ENGINES)
     contexts = ["--context", "512", "--context", "4096"]
+    prompts = ["--prefill", "512", "--prefill", "4096"]
+    lanes = [word for count in dict.fromkeys((usable_cores(), 1)) for word in ("--threads", str(count))]
     often = ["--repeats", str(repeats)]
     found = {
         "selfcheck": ["selfcheck"],
         "kernels": ["kernels", *often],
-        "engine": ["engine", str(subject.bundle), *contexts, *often, *engines],
+        "engine": ["engine", str(subject.bundle), *contexts, *prompts, *lanes, *often, *engines],
         "serve": ["serve", str(subject.bundle), "--shape", "chat", "--concurrency", "1", "--concurrency", "8", *often,
                   *_against(("llama.cpp",))],
         "fleet": ["fleet", "--nodes", "10000"],

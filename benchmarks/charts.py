@@ -204,8 +204,14 @@ def bars(title: str, unit: str, rows: Sequence[Bar]) -> Markup:
     return picture(title, width, top + step * len(rows), parts, least=460)
 
 
-def lines(title: str, along: str, unit: str, series: Mapping[str, Sequence[Point]]) -> Markup:
-    """Values over a size such as context or batch, one line a series, with the spread at each point."""
+def lines(
+    title: str, along: str, unit: str, series: Mapping[str, Sequence[Point]],
+    fits: Mapping[str, tuple[float, float]] | None = None,
+) -> Markup:  # fmt: skip
+    """Values over a size such as context or batch, one line a series, with the spread at each point. `fits`: intercept
+    and slope of straight lines by series, also where empty: then the axis is linear, on which a line is straight. A
+    series without points is not drawn, and the others keep the colours of their places."""
+    places = {name: index for index, name in enumerate(series)}
     series = {name: sorted(points, key=lambda point: point.x) for name, points in series.items() if points}
     every = [point for points in series.values() for point in points]
     if not every:
@@ -214,14 +220,17 @@ def lines(title: str, along: str, unit: str, series: Mapping[str, Sequence[Point
     named = len(series) > 1
     top, bottom, left, right = (20 + 20 * len(series) if named else 14), 300, 64, 620
     xs, ys = sorted({point.x for point in every}), [v * factor for p in every for v in (p.y, p.low, p.high)]
-    far = min(xs) > 0 and max(xs) / min(xs) > SKEWED
+    far = fits is None and min(xs) > 0 and max(xs) / min(xs) > SKEWED
     axis = Axis.around(xs, left, right, log=far)
     up = Axis.around([0.0, *ys], bottom, top)
     parts = [upward(up, left, right), _places(axis, xs, bottom)]
-    for index, (name, points) in enumerate(series.items()):
+    for row, (name, points) in enumerate(series.items()):
+        index = places[name]
         if named:
-            parts.append(_legend(index, name, left, 14 + 20 * index, 70))
+            parts.append(_legend(index, name, left, 14 + 20 * row, 70))
         parts.append(_curve([(axis.at(p.x), up.at(p.y * factor)) for p in points], index))
+        if fits and name in fits:
+            parts.append(_fit(fits[name], points[0].x, points[-1].x, axis, up, factor, index))
         for p in points:
             x, hint = axis.at(p.x), f"{name} at {tick_text(p.x)}: {amount(p.y * factor, unit)}"
             parts.append(stroke(f"spread s{index % 6}", x, up.at(p.low * factor), x, up.at(p.high * factor)))
@@ -286,6 +295,14 @@ def _steps(values: Sequence[float], axis: Axis, height: Axis) -> list[tuple[floa
 
 def _curve(points: Sequence[tuple[float, float]], index: int) -> Markup:
     return polyline(points, f"line s{index % 6}")
+
+
+def _fit(
+    fit: tuple[float, float], first: float, last: float, axis: Axis, up: Axis, factor: float, index: int
+) -> Markup:
+    intercept, slope = fit
+    ends = [(axis.at(x), up.at((intercept + slope * x) * factor)) for x in (first, last)]
+    return polyline(ends, f"fit s{index % 6}")
 
 
 def _levels(height: Axis, left: float, right: float) -> Markup:

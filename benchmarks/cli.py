@@ -14,6 +14,7 @@ LEVELS = {
     "fleet": ("cli_fleet", "A control plane under simulated nodes."),
     "history": ("cli_history", "Keep results over time and find where they changed."),
     "kernels": ("cli_kernels", "Single operations, beside other implementations."),
+    "model": ("cli_model", "Random weights in the shape of a known model."),
     "peers": ("cli_peers", "Install and list the engines to compare with."),
     "report": ("cli_report", "Write a result as HTML, Markdown or CSV."),
     "selfcheck": ("cli_selfcheck", "Measure the load client itself."),

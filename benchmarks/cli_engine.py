@@ -14,36 +14,48 @@ from skerry.core.cli import emit, json_option
 
 @click.command()
 @click.argument("bundle", type=PATH)
-@click.option("--context", "contexts", type=click.IntRange(1), multiple=True, default=(512,), show_default=True,
-              help="Tokens before decoding; repeatable.")  # fmt: skip
+@click.option("--context", "contexts", type=click.IntRange(0), multiple=True, default=(512,), show_default=True,
+              help="Tokens before decoding; repeatable. 0 is always measured.")  # fmt: skip
 @click.option("--sequences", type=click.IntRange(1, 256), multiple=True, default=(8,), show_default=True,
               help="Decoding together; repeatable.")  # fmt: skip
+@click.option("--prefill", "prefills", type=click.IntRange(1), multiple=True, default=(512,), show_default=True,
+              help="Tokens of a prompt; repeatable.")  # fmt: skip
+@click.option("--sweep", is_flag=True, help="More sizes of each kind, and one thread: shows how time grows.")
 @click.option("--repeats", type=click.IntRange(1, 1000), default=7, show_default=True, help="Of all cases, in turn.")
-@click.option("--threads", type=click.IntRange(1, 1024), help="All usable cores by default.")
+@click.option("--threads", type=click.IntRange(1, 1024), multiple=True,
+              help="All usable cores by default. Repeatable: the first for all cases, others for some.")  # fmt: skip
 @click.option(
     "--vs", "peers", multiple=True, metavar="NAME", help="Measure this peer too (skerry bench peers list); repeatable."
 )
 @click.option(
     "--weights", type=PATH, help="The model's GGUF for the peers; by default the one the bundle was made from."
 )
+@click.option("--peer-tokens", type=click.IntRange(1), help="Peers take no case with longer prompts in all.")
+@click.option("--tune-rounds", type=click.IntRange(0, 10), default=3, show_default=True,
+              help="Times a peer tries each setting on a case, after a first run. 0: that one decides.")  # fmt: skip
+@click.option("--starts", type=click.IntRange(0, 100), default=0, show_default=True,
+              help="How often a server is started, to its first token.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0, 1 << 31), default=0, show_default=True, help="Of the order in a repeat.")
 @out_option
 @history_option
 @json_option
 def engine(
-    bundle: Path, contexts: tuple[int, ...], sequences: tuple[int, ...], repeats: int, threads: int | None,
-    peers: tuple[str, ...], weights: Path | None, seed: int, out: Path | None, history: Path | None, as_json: bool,
+    bundle: Path, contexts: tuple[int, ...], sequences: tuple[int, ...], prefills: tuple[int, ...], sweep: bool,
+    repeats: int, threads: tuple[int, ...], peers: tuple[str, ...], weights: Path | None, peer_tokens: int | None,
+    tune_rounds: int, starts: int, seed: int, out: Path | None, history: Path | None, as_json: bool,
 ) -> int:  # fmt: skip
     """Figures of BUNDLE in this process, without a server: prefill, decode, a batch, opening, memory.
 
     Each is the median over the repeats with its spread. They mean something on an otherwise idle machine only; the
     document says how loaded it was. With --vs, other engines run the same cases on weights of the same kind, in turn
-    with ours, and each figure comes with the ratio: above 1 ours is better.
+    with ours, and each figure comes with the ratio: above 1 ours is better. Repeated options make a sweep: the
+    report draws how the time grows, with a straight line through it.
     """
     from skerry.benchmarks.documents import close_document, last_line, new_document
     from skerry.benchmarks.engine import measure
-    from skerry.benchmarks.engine_workload import Workload
+    from skerry.benchmarks.engine_workload import Workload, lanes
     from skerry.benchmarks.peers.versus import Versus
+    from skerry.benchmarks.starts import measure_starts
     from skerry.core.bundle import open_bundle
     from skerry.core.errors import UsageError
     from skerry.core.target import usable_cores
@@ -51,24 +63,35 @@ def engine(
     if weights is not None and not peers:
         raise UsageError("measure engine", "--weights", "it is for peers, and there is no --vs", "add --vs NAME")
     opened = open_bundle(bundle)
-    threads = threads or usable_cores()
-    load = Workload(contexts=tuple(dict.fromkeys(contexts)), sequences=tuple(dict.fromkeys(sequences))).fit(opened)
+    threads = tuple(dict.fromkeys(threads)) or (usable_cores(),)
+    load = Workload(
+        contexts=tuple(count for count in dict.fromkeys(contexts) if count), sequences=tuple(dict.fromkeys(sequences)),
+        prefills=tuple(dict.fromkeys(prefills)),
+    )  # fmt: skip
+    if sweep:
+        load, threads = load.swept(opened.manifest.max_context), tuple(dict.fromkeys((*threads, 1)))
+    load = load.fit(opened)
     manifest = opened.manifest
     document = new_document("engine", subject={
         "name": manifest.name, "version": manifest.version, "target": str(manifest.target),
         "precision": manifest.precision, "manifest_sha256": opened.digest, "engine_digest": manifest.engine_digest,
         "parameters": manifest.model.parameters, "engine_bytes": manifest.engine_bytes,
-    }, settings={"threads": threads, "repeats": repeats, "seed": seed})  # fmt: skip
+    }, settings={
+        "threads": threads[0], "repeats": repeats, "seed": seed, **({"tune_rounds": tune_rounds} if peers else {}),
+        **({"more_threads": threads[1:]} if threads[1:] else {}),
+        **({"peer_tokens": peer_tokens} if peer_tokens else {}),
+    })  # fmt: skip
     for note in document["notes"]:
         say(note)
-    with Versus(say) as versus:
+    with Versus(say, tune_rounds) as versus:
         if peers:
             source = _source(opened, peers, weights, document)
-            versus.open(peers, source, manifest.precision, threads)
-        found = measure(opened, load, repeats, threads, say, versus if peers else None, seed)
+            for lane in lanes(load, threads):
+                versus.open(peers, source, manifest.precision, lane.threads, lane.suffix)
+        found = measure(opened, load, repeats, threads, say, versus if peers else None, seed, peer_tokens)
         document["peers"] = versus.to_json()
         document["notes"] += versus.notes
-    figures = found.pop("figures")
+    figures = found.pop("figures") | measure_starts(str(bundle), threads[0], starts, say, cold=False)
     document |= {**found, "figures": {name: figure.to_json() for name, figure in figures.items()}}
     close_document(document)
     if out is not None:
@@ -103,12 +126,17 @@ def _source(opened: Any, peers: tuple[str, ...], weights: Path | None, document:
 
 
 def _text(document: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
+    from skerry.benchmarks.growth_report import growth_table
     from skerry.benchmarks.stats import table
+    from skerry.benchmarks.views import as_text
 
     subject = document["subject"]
     what = f"{subject['name']} {subject['version']} {subject['precision']}"
     head = f"{what} ({subject['manifest_sha256'][:12]}), {subject['target']}"
     parts = [f"{head}\n{_where(document)}", table(list(figures.values()))]
+    lines = growth_table(document)
+    if lines.rows:
+        parts.append(as_text(lines))
     if document.get("rows"):
         parts.append(rows_text(document["rows"]))
         named = {f"{row['peer_name']} {row['peer_version']}: {row['peer_weights']}": None for row in document["rows"]}

@@ -7,7 +7,7 @@ from time import perf_counter
 import numpy as np
 
 from skerry.benchmarks.engine_steps import Stream, decode, decode_batch, greedy, prefill, prompt_ids
-from skerry.benchmarks.engine_workload import Case, Workload
+from skerry.benchmarks.engine_workload import Case, Workload, batch_decode
 from skerry.core.bundle import Bundle
 from skerry.kernels.runner import Runner, pack_rows
 
@@ -20,7 +20,7 @@ class Session:
         page_size = bundle.manifest.kv[0].page_size
         self.runner = Runner.open(bundle, threads=threads, pages=load.pages(page_size))
         self.long, self.short = load.streams(page_size)
-        self._ids = prompt_ids(self.runner, 0, max(load.prefill, *load.contexts))
+        self._ids = prompt_ids(self.runner, 0, load.longest)
         _warm_up(self.runner, load)
         self._filled = 0  # tokens that the pages of the long sequence hold
 
@@ -33,29 +33,30 @@ class Session:
     def run(self, case: Case) -> dict[str, float]:
         """Figures of one case, in their units."""
         if case.kind == "prefill":
-            return {case.name: self._prefill()}
+            return {case.name: self._prefill(case.count)}
         if case.kind == "decode":
-            return {case.name: self._decode(case.count)}
+            return {case.name: self.decode_speed(case.count)}
         streams = self.short[: case.count]
         if case.kind == "batch":
             whole, steps = self._together(streams)
-            return {case.name: whole, case.name.replace("output", "decode"): steps}
+            return {case.name: whole, batch_decode(case.name): steps}
         if case.kind == "mixed":
             return {case.name: self._mixed(streams) * 1e3}
         for stream in streams:
             stream.length = self.load.prompt + self.load.output - 1
         return {case.name: _bind(self.runner, self.load, streams) * 1e6}
 
-    def _prefill(self) -> float:
+    def _prefill(self, count: int) -> float:
         self.long.length = 0
         started = perf_counter()
-        prefill(self.runner, [self.long], [self._ids[: self.load.prefill]], self.load.chunk)
+        prefill(self.runner, [self.long], [self._ids[:count]], self.load.chunk)
         seconds = perf_counter() - started
-        self._filled = max(self._filled, self.load.prefill)
-        return self.load.prefill / seconds
+        self._filled = max(self._filled, count)
+        return count / seconds
 
-    def _decode(self, context: int) -> float:
-        """What an earlier case left in the pages is as good as any: only how many tokens they hold matters."""
+    def decode_speed(self, context: int) -> float:
+        """Tokens a second. What an earlier case left in the pages is as good as any: only how many tokens they hold
+        matters."""
         if self._filled < context:
             self.long.length = self._filled
             prefill(self.runner, [self.long], [self._ids[self._filled : context]], self.load.chunk)

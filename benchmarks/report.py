@@ -21,6 +21,7 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from skerry.benchmarks import charts, described, samples, views
+from skerry.benchmarks.growth_report import LEAD, growth_charts, growth_table
 from skerry.benchmarks.shown import amount, entries, mapping, number, numbers, plain
 
 WEB = Path(__file__).parent / "web"
@@ -197,9 +198,14 @@ def _sides(comparison: Mapping[str, Any]) -> Part | None:
 
 def _figure_parts(document: Mapping[str, Any]) -> list[Part]:
     figures = {name: mapping(raw) for name, raw in mapping(document.get("figures")).items()}
-    growth, drawn = curves(figures)
+    # Points that a level gives say more than what labels have in common.
+    measured = growth_charts(document)
+    growth, drawn = ([], set[str]()) if measured else curves(figures)
     bars = _bars({name: one for name, one in figures.items() if name not in drawn})
     parts = []
+    if measured:
+        table = growth_table(document)
+        parts.append(Part("Growth with size", LEAD, measured, [table] if table.rows else [], layout=WIDE))
     if growth:
         lead = "Medians over the repeats; the thick stroke reaches from the least to the most."
         parts.append(Part("Growth with size", lead, growth, layout=WIDE))

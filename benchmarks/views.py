@@ -24,7 +24,7 @@ from skerry.benchmarks.shown import (
 Document = Mapping[str, Any]
 KNOWN = frozenset({  # what is shown in a place of its own
     "schema", "level", "began", "seconds", "environment", "notes", "subject", "settings", "figures", "rows",
-    "comparison", "verdict", "reasons",
+    "comparison", "verdict", "reasons", "growth",
 })  # fmt: skip
 VERDICTS = {
     "pass": ("Pass", "good", "B is within the budget of every gated metric, and says what A says."),

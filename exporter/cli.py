@@ -78,11 +78,14 @@ def _progress() -> Iterator[Progress]:
 @click.option(
     "--keep-refused", is_flag=True, help="Leave a refused bundle at --out, marked unqualified; still exits 3."
 )
+@click.option(
+    "--unmeasured", is_flag=True, help="Measure no quality, for tests of speed; the bundle is marked unqualified."
+)
 @json_option
 def export(
     checkpoint: Path, target: str, sm: int | None, precision: str, out: Path, name: str, version: str,
     threads: int | None, eval_dir: Path | None, max_context: int | None, window_requests: int, hash_seed: int,
-    kv_cache: str, skip_baseline: bool, keep_refused: bool, as_json: bool,
+    kv_cache: str, skip_baseline: bool, keep_refused: bool, unmeasured: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Compile CHECKPOINT (a directory or a .gguf file) into a bundle and gate its quality.
 
@@ -101,20 +104,24 @@ def export(
         options = Options(
             name=name, version=version, threads=threads, eval_dir=eval_dir, max_context=max_context,
             window_requests=window_requests, hash_seed=hash_seed, kv_cache=kv_cache, skip_baseline=skip_baseline,
-            keep_refused=keep_refused, progress=progress,
+            keep_refused=keep_refused, unmeasured=unmeasured, progress=progress,
         )  # fmt: skip
         bundle = run(checkpoint, wanted, precision, out, options)
-    manifest, parity = bundle.manifest, read_json(bundle.file("parity.json"))
+    manifest, parity = bundle.manifest, None if unmeasured else read_json(bundle.file("parity.json"))
     size = sum(entry.size for entry in manifest.files)
     document = {
         "bundle": str(out), "digest": bundle.digest, "engine_digest": manifest.engine_digest, "name": manifest.name,
         "version": manifest.version, "target": str(manifest.target), "precision": manifest.precision, "bytes": size,
         "parity": parity, "seconds": round(time.monotonic() - started, 2),
     }  # fmt: skip
+    quality = (
+        f"perplexity ratio {parity['ppl_ratio']:.4f}, KL {parity['kl']:.5f}, top-1 {parity['top1']:.2%}"
+        if parity
+        else "quality not measured, unqualified"
+    )
     text = (
         f"{manifest.name} {manifest.version} {manifest.target} {manifest.precision}: {bundle.short}, "
-        f"{size / 1e6:.0f} MB, "
-        f"perplexity ratio {parity['ppl_ratio']:.4f}, KL {parity['kl']:.5f}, top-1 {parity['top1']:.2%}\n{out}"
+        f"{size / 1e6:.0f} MB, {quality}\n{out}"
     )
     emit(document, as_json, text)
 

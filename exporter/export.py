@@ -54,6 +54,7 @@ class Options:
     kv_cache: str = "auto"  # or float32, float16, int8
     skip_baseline: bool = False
     keep_refused: bool = False
+    unmeasured: bool = False
     progress: Progress = lambda stage, done, total: None
 
 
@@ -80,9 +81,15 @@ def export(checkpoint: Path, target: Target, precision: str, out: Path, options:
     texts = open_texts(subject.directory, options.eval_dir)
     with staged(out) as staging:
         engine = build_engine(subject, target, precision, staging, options.progress)
-        engine, parity, refused = measure_engine(subject, texts, engine, target, staging, options)
+        parity: Parity | None = None
+        refused: list[str] = []
+        if options.unmeasured:
+            engine = with_kv_cache(engine, staging, layouts(options.kv_cache, engine.precision)[0])
+        else:
+            engine, parity, refused = measure_engine(subject, texts, engine, target, staging, options)
         describe(subject, texts, engine, parity, refused, staging, options)
-        seal_engine(subject, texts, engine, target, staging, options, qualified=not refused)
+        qualified = parity is not None and not refused
+        seal_engine(subject, texts, engine, target, staging, options, qualified)
     gate.refuse(f"{bundle_name(subject, options)} (kept at {out}, unqualified)", refused)
     return open_bundle(out, verify=False)
 
@@ -130,7 +137,7 @@ def measure_engine(
     prompts, asked = encode_prompts(texts.baseline, tokenizer, template, min(PROMPT_LIMIT, limit // 2))
 
     def with_layout(layout: str) -> tuple[Engine, Runner]:
-        made = replace(engine, groups=set_layout(staging / "graph.onnx", engine.groups, layout))
+        made = with_kv_cache(engine, staging, layout)
         bundle = seal_engine(subject, texts, made, target, staging, options, qualified=False)
         return made, open_runner(bundle, options.threads, max(len(ids) for ids, _ in rows))
 
@@ -142,8 +149,7 @@ def measure_engine(
     loss = KvLoss.between(*parities) if len(parities) == 2 else None
     chosen = 1 if loss is not None and loss.small and not refusals[1] else 0
     engine, runner, parity, refused = *candidates[chosen], parities[chosen], refusals[chosen]
-    set_layout(staging / "graph.onnx", engine.groups, engine.groups[0].layout)
-    engine = replace(engine, kv_loss=loss)
+    engine = replace(with_kv_cache(engine, staging, engine.groups[0].layout), kv_loss=loss)
     document = {**parity.to_json(), "precision": engine.precision, "text": texts.origin, "kv_cache": kv_cache(engine)}
     verdict = {"passed": not refused, "reasons": refused, "limits": asdict(gate.LIMITS[engine.precision])}
     write_json(staging / "parity.json", {**_finite(document), "gate": verdict})
@@ -158,6 +164,10 @@ def measure_engine(
         )  # fmt: skip
         write_json(staging / "baseline.json", baseline)
     return engine, parity, refused
+
+
+def with_kv_cache(engine: Engine, staging: Path, layout: str) -> Engine:
+    return replace(engine, groups=set_layout(staging / "graph.onnx", engine.groups, layout))
 
 
 def kv_cache(engine: Engine) -> dict[str, Any]:
@@ -179,8 +189,9 @@ def _finite(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe(
-    subject: Subject, texts: Texts, engine: Engine, parity: Parity, refused: list[str], out: Path, options: Options
-) -> None:
+    subject: Subject, texts: Texts, engine: Engine, parity: Parity | None, refused: list[str], out: Path,
+    options: Options,
+) -> None:  # fmt: skip
     """model_card.md and sbom.cdx.json."""
     name, version = bundle_name(subject, options), bundle_version(subject, options)
     card = provenance.model_card(subject, name, version, engine.precision, parity, refused, texts)

@@ -75,12 +75,11 @@ def _component(package: str) -> dict[str, Any]:
 
 
 def model_card(
-    subject: Subject, name: str, version: str, precision: str, parity: Parity, found: list[str], texts: Texts
+    subject: Subject, name: str, version: str, precision: str, parity: Parity | None, found: list[str], texts: Texts
 ) -> str:
     """Markdown for a person who must decide whether to run this."""
-    limits, spec, own = LIMITS[precision], subject.spec, subject.lineage
+    spec, own = subject.spec, subject.lineage
     dataset = own.get("dataset") or {}
-    verdict = "passed" if not found else "REFUSED: " + "; ".join(found)
     measured = "\n".join(
         f"- {slice_name}: {value:.4f} nats per answer token"
         for slice_name, value in sorted(((own.get("eval") or {}).get("nll") or {}).items())
@@ -94,13 +93,7 @@ def model_card(
 
 ## Quality of this engine against its float32 checkpoint
 
-| measure | this engine | limit |
-|---|---|---|
-| perplexity ratio | {parity.ppl_ratio:.4f} | {limits.ppl_ratio} |
-| mean KL (nats) | {parity.kl:.5f} | {limits.kl} |
-| top-1 agreement | {parity.top1:.2%} | {limits.top1:.1%} |
-
-Measured on {parity.tokens} answer tokens of {parity.rows} rows ({texts.origin} text). Gate: {verdict}.
+{_quality(precision, parity, found, texts)}
 
 ## Origin
 
@@ -113,3 +106,17 @@ Measured on {parity.tokens} answer tokens of {parity.rows} rows ({texts.origin} 
 Sequences of up to {spec.max_context} tokens. A small language model: it states falsehoods fluently. Drift of the
 traffic is watched against `baseline.json`.
 """
+
+
+def _quality(precision: str, parity: Parity | None, found: list[str], texts: Texts) -> str:
+    """The figures beside their limits, or that there are none: a bundle for measuring speed says so."""
+    if parity is None:
+        return "NOT MEASURED, by request. What it answers may be anything; the bundle is not qualified to be published."
+    limits, verdict = LIMITS[precision], "passed" if not found else "REFUSED: " + "; ".join(found)
+    return f"""| measure | this engine | limit |
+|---|---|---|
+| perplexity ratio | {parity.ppl_ratio:.4f} | {limits.ppl_ratio} |
+| mean KL (nats) | {parity.kl:.5f} | {limits.kl} |
+| top-1 agreement | {parity.top1:.2%} | {limits.top1:.1%} |
+
+Measured on {parity.tokens} answer tokens of {parity.rows} rows ({texts.origin} text). Gate: {verdict}."""

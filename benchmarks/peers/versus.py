@@ -29,7 +29,8 @@ Report = Callable[[str], None]
 
 @dataclass
 class Side:
-    """One peer. `found`: by figure, by repeat. `settings`: what its tuning chose, by case."""
+    """One peer at one number of threads. `found`: by figure, by repeat. `settings`: what its tuning chose, by case.
+    `suffix`: of the figures of its lane (engine_workload.py)."""
 
     name: str
     driver: Driver
@@ -39,6 +40,7 @@ class Side:
     open_seconds: float
     settings: dict[str, str] = field(default_factory=dict)
     found: dict[str, dict[int, float]] = field(default_factory=dict)
+    suffix: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -51,20 +53,21 @@ class Side:
 class Versus:
     """A context manager that holds the peers. `sides`: those that still answer; `notes`: why the others do not."""
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, report: Report, tune_rounds: int = 3) -> None:
         self.report = report
+        self.tune_rounds = tune_rounds
         self.sides: list[Side] = []
         self.dropped: list[Side] = []
         self.notes: list[str] = []
         self._stack = ExitStack()
 
-    def open(self, names: Sequence[str], source: Path, precision: str, threads: int) -> None:
-        """Raises UsageError for a peer that is unknown or not installed, before any is opened."""
+    def open(self, names: Sequence[str], source: Path, precision: str, threads: int, suffix: str = "") -> None:
+        """Once for each lane. Raises UsageError for a peer that is unknown or not installed, before any is opened."""
         for peer in [require(find(name)) for name in dict.fromkeys(names)]:
-            self.report(f"opening {peer.peer.name}")
+            self.report(f"opening {peer.peer.name}{suffix}")
             try:
                 weights = weights_for(peer.peer, source, precision, self.report)
-                self.sides.append(self.start(peer, weights, threads))
+                self.sides.append(self.start(peer, weights, threads, suffix))
             except PeerFailed as error:
                 self._note(error, "no rows of it")
             except SkerryError as error:
@@ -72,23 +75,27 @@ class Versus:
                     raise
                 self._note(error, "no rows of it")
 
-    def start(self, peer: Installed, weights: Weights, threads: int) -> Side:
+    def sides_of(self, suffix: str) -> list[Side]:
+        return [side for side in self.sides if side.suffix == suffix]
+
+    def start(self, peer: Installed, weights: Weights, threads: int, suffix: str = "") -> Side:
         """Raises PeerFailed."""
         name = peer.peer.name
         driver = self._stack.enter_context(
-            Driver(name, [peer.python, peer.peer.driver], root() / "logs" / f"{name}.log")
+            Driver(name, [peer.python, peer.peer.driver], root() / "logs" / f"{name}{suffix}.log")
         )  # fmt: skip
         opened = driver.ask("open", OPEN_SECONDS, model=str(weights.path), threads=threads)
         version = str(opened.get("version") or peer.version)
-        return Side(name, driver, version, peer.versions, weights, float(opened.get("seconds", 0.0)))
+        return Side(name, driver, version, peer.versions, weights, float(opened.get("seconds", 0.0)), suffix=suffix)
 
-    def tune(self, cases: Mapping[str, Mapping[str, Any]]) -> None:
-        """Warms every side up and lets it choose its best setting of each case."""
-        for side in list(self.sides):
-            self.report(f"tuning {side.name}")
+    def tune(self, cases: Mapping[str, Mapping[str, Any]], suffix: str = "") -> None:
+        """Warms every side of a lane up and lets it choose its best setting of each case."""
+        for side in self.sides_of(suffix):
+            self.report(f"tuning {side.name}{suffix}")
             try:
                 for name, case in cases.items():
-                    side.settings[name] = str(side.driver.ask("tune", TUNE_SECONDS, **case).get("setting", ""))
+                    answer = side.driver.ask("tune", TUNE_SECONDS, **case, rounds=self.tune_rounds)
+                    side.settings[name] = str(answer.get("setting", ""))
                 side.driver.ask("settle", ASK_SECONDS)
             except PeerFailed as error:
                 self._drop(side, error)
@@ -106,7 +113,7 @@ class Versus:
             self._drop(side, error)
 
     def measure_memory(self, repeat: int) -> None:
-        for side in list(self.sides):
+        for side in self.sides_of(""):
             side.found.setdefault("engine_bytes", {})[repeat] = side.weights.bytes / 2**20
             try:
                 answer = side.driver.ask("memory", ASK_SECONDS)
@@ -128,8 +135,15 @@ class Versus:
             if ours.get(name, {}).keys() & side.found.get(name, {}).keys()
         ]  # fmt: skip
 
+    def values(self) -> dict[str, dict[str, dict[int, float]]]:
+        """By peer, by figure, by repeat; the lanes of a peer together."""
+        found: dict[str, dict[str, dict[int, float]]] = {}
+        for side in self.sides + self.dropped:
+            found.setdefault(side.name, {}).update(side.found)
+        return found
+
     def to_json(self) -> dict[str, Any]:
-        return {side.name: side.to_json() for side in self.sides + self.dropped}
+        return {f"{side.name}{side.suffix}": side.to_json() for side in self.sides + self.dropped}
 
     def __enter__(self) -> Versus:
         return self

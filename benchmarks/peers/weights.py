@@ -57,13 +57,18 @@ def default_source(bundle: Bundle) -> Path:
     lineage = bundle.manifest.lineage.get("training") or {}
     imported = lineage.get("imported") if isinstance(lineage, dict) else None
     digests = set(imported.values()) if isinstance(imported, dict) else set()
-    spec = importlib.util.find_spec(DEFAULT_PACKAGE)
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        for file in sorted(Path(folder).glob("*.gguf")):
-            if sha256_file(file) in digests:
-                return file
+    for file in packaged_ggufs():
+        if sha256_file(file) in digests:
+            return file
     cause = "the GGUF that it was exported from is not in an installed package"
     raise UsageError("find weights of", bundle.short, cause, "--weights FILE.gguf, the same model for the peers")
+
+
+def packaged_ggufs() -> list[Path]:
+    """Those that an installed package brings; none where it is not installed."""
+    spec = importlib.util.find_spec(DEFAULT_PACKAGE)
+    folders = (spec.submodule_search_locations or []) if spec else []
+    return [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
 
 
 def weights_for(peer: Peer, source: Path, precision: str, report: Report) -> Weights:

@@ -24,10 +24,11 @@ def test_one_json_document(bundle, capsys):
     assert document["settings"] == {"threads": 1, "repeats": 2, "seed": 0} and "rows" not in document
     assert document["subject"]["manifest_sha256"] == bundle.digest
     assert document["subject"]["engine_bytes"] == bundle.manifest.engine_bytes
-    assert (document["workload"]["prefill"], document["workload"]["contexts"]) == (320, [16])
+    assert (document["workload"]["prefills"], document["workload"]["contexts"]) == ([320], [16])
     assert {"cpu", "isa", "versions", "git", "load_average"} <= document["environment"].keys()
     known = describe(Workload()).keys()
-    assert known - {"open_cold", "pss", "gpu_memory"} <= document["figures"].keys() <= known
+    optional = {"open_cold", "pss", "gpu_memory", "read_sum", "decode_bytes_share"}
+    assert known - optional <= document["figures"].keys() <= known
     for figure in document["figures"].values():
         assert 0 < figure["min"] <= figure["median"] <= figure["max"] and figure["mad"] >= 0
         assert len(figure["values"]) == 2 and figure["better"] in ("higher", "lower")
@@ -101,6 +102,46 @@ def test_beside_a_peer(bundle, fake_peer, capsys, tmp_path):
     assert "fake 1.5" in text and "95% interval" in text and json.loads(text.splitlines()[-1])["level"] == "engine"
 
 
+def test_a_sweep_with_a_peer_and_threads(bundle, fake_peer, capsys, tmp_path):
+    """Every side's points, the peer's up to its limit, and lanes that share repeats."""
+    words = ["--context", "0", "--context", "16", "--context", "200", "--sequences", "1", "--sequences", "2",
+             "--prefill", "16", "--prefill", "64", "--prefill", "300", "--threads", "1", "--threads", "2",
+             "--repeats", "2", "--peer-tokens", "150", "--tune-rounds", "0", *VS, "--weights", fake_peer()]  # fmt: skip
+    assert run(["bench", "engine", str(bundle.path), *words, "--out", str(tmp_path / "out"), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["workload"]["contexts"] == [16, 200] and document["workload"]["prefills"] == [16, 64, 300]
+    assert document["settings"]["more_threads"] == [2] and document["settings"]["peer_tokens"] == 150
+    assert {"prefill_300", "prefill_t2", "decode_empty_t2", "scaling_prefill"} <= document["figures"].keys()
+    assert "mixed_t2" not in document["figures"] and document["peers"].keys() == {"fake", "fake_t2"}
+    sizes: dict[tuple[str, str], list[float]] = {}
+    for point in document["growth"]["points"]:
+        sizes.setdefault((point["measure"], point["side"]), []).append(point["x"])
+    assert sizes["decode step, 1 sequence", "skerry"] == [0, 16, 200]
+    assert sizes["decode step, 1 sequence", "fake"] == [0, 16] and sizes["prefill", "fake"] == [16, 64]
+    assert sizes["decode step of all sequences", "fake"] == [1] and sizes["prefill of 16", "fake"] == [1, 2]
+    measures = {row["measure"] for row in document["rows"]}
+    assert "prefill_t2" in measures and not {"prefill_300", "batch_output_2"} & measures
+    assert document["growth"]["fits"] and "Growth with size" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_the_sweep_keeps_what_fits(bundle, capsys):
+    words = ["--context", "16", "--sequences", "3", "--prefill", "40", "--sweep", "--repeats", "1", "--threads", "2"]
+    assert run(["bench", "engine", str(bundle.path), *words, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    load = document["workload"]
+    assert (
+        load["contexts"] == [16, 128] and load["sequences"] == [3, 1, 2, 4, 32] and load["prefills"] == [40, 128, 256]
+    )
+    assert document["settings"]["more_threads"] == [1] and "scaling_decode_context" in document["figures"]
+
+
+def test_starts_of_a_server(served_bundle, capsys):
+    words = ["--context", "16", "--sequences", "1", "--prefill", "16", "--repeats", "1", "--threads", "1"]
+    assert run(["bench", "engine", str(served_bundle), *words, "--starts", "1", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)["figures"]
+    assert figures["start_warm"]["median"] > 0 and "start_cold" not in figures
+
+
 def test_a_peer_that_cannot_open_is_a_note_and_no_verdict(bundle, fake_peer, capsys):
     weights = fake_peer(source="import sys\nprint('no such model', file=sys.stderr)\nsys.exit(4)")
     assert run(["bench", "engine", str(bundle.path), *QUICK, *VS, "--weights", weights, "--json"]) == 6
@@ -145,7 +186,9 @@ def test_a_graph_that_is_none(tmp_path, make_bundle, capsys):
     assert "ONNX Runtime refuses the graph" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["--context", "400"], ["--context", "0"], ["--repeats", "0"], ["--threads", "0"]])
+@pytest.mark.parametrize(
+    "words", [["--context", "400"], ["--context", "-1"], ["--prefill", "0"], ["--repeats", "0"], ["--threads", "0"]]
+)
 def test_usage(bundle, words, capsys):
     assert run(["bench", "engine", str(bundle.path), *words, "--json"]) == 2
     assert json.loads(capsys.readouterr().out)["error"]["code"] == "usage"

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import mmap
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from skerry.benchmarks.engine import Session, check_golden, measure, measure_once, peer_case
+from skerry.benchmarks.engine_bytes import measure_share, token_bytes
 from skerry.benchmarks.engine_steps import Stream, decode, greedy, in_steps, prefill
 from skerry.benchmarks.engine_workload import Workload, describe
 from skerry.benchmarks.memory import gpu_memory
 from skerry.benchmarks.page_cache import cached_pages, drop_page_cache
 from skerry.core.errors import BundleError, GateFailed, SkerryError, UsageError
+from skerry.kernels.blocks import BlockFormat, packed_bytes
 from skerry.kernels.runner import Runner
 
-OPTIONAL = {"open_cold", "pss", "gpu_memory"}  # where the system can tell
-SMALL = Workload(contexts=(48,), sequences=(3,), prefill=40, chunk=16, decode=4, prompt=21, output=5, bind_calls=3)
+OPTIONAL = {"open_cold", "pss", "gpu_memory", "memory_over"}  # where the system can tell
+OPTIONAL |= {"read_sum", "decode_bytes_share"}  # the tiny graph keeps its rotary tables beside its weights
+SMALL = Workload(contexts=(48,), sequences=(3,), prefills=(40,), chunk=16, decode=4, prompt=21, output=5, bind_calls=3)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +31,7 @@ def runner(bundle):
 
 def test_every_figure_has_a_positive_value_a_repeat(bundle):
     lines: list[str] = []
-    found = measure(bundle, SMALL, 3, 1, lines.append)
+    found = measure(bundle, SMALL, 3, (1,), lines.append)
     assert found["check"] == {"golden": "absent"} and found["workload"]["contexts"] == (48,)
     assert describe(SMALL).keys() - OPTIONAL <= found["figures"].keys() <= describe(SMALL).keys()
     for name, figure in found["figures"].items():
@@ -37,7 +41,7 @@ def test_every_figure_has_a_positive_value_a_repeat(bundle):
 
 @pytest.mark.parametrize("context", [1, 16, 40, 300])
 def test_any_context_beside_the_prefill(bundle, context):
-    found = measure_once(bundle, Workload(contexts=(context,), sequences=(1,), prefill=40, decode=4), 1).keys()
+    found = measure_once(bundle, Workload(contexts=(context,), sequences=(1,), prefills=(40,), decode=4), 1).keys()
     assert describe(SMALL).keys() - OPTIONAL <= found <= describe(SMALL).keys()
 
 
@@ -54,10 +58,10 @@ def test_a_long_prefill_is_cut_and_a_long_context_is_refused(bundle):
 def test_several_contexts_and_batches(bundle):
     """The first of each keeps the plain names; a page is used by one sequence only, however the cases are ordered."""
     load = Workload(
-        contexts=(16, 40), sequences=(2, 3), prefill=40, chunk=16, decode=4, prompt=21, output=5, bind_calls=2
+        contexts=(16, 40), sequences=(2, 3), prefills=(40,), chunk=16, decode=4, prompt=21, output=5, bind_calls=2
     )
     lines: list[str] = []
-    found = measure(bundle, load, 2, 1, lines.append, seed=5)["figures"]
+    found = measure(bundle, load, 2, (1,), lines.append, seed=5)["figures"]
     assert {"decode_context", "decode_context_40", "batch_output", "batch_output_3", "batch_decode_3", "mixed",
             "mixed_3"} <= found.keys()  # fmt: skip
     assert found["decode_context_40"].label.endswith("context 40") and len(found["mixed_3"].values) == 2
@@ -93,8 +97,14 @@ class Beside:
     def __init__(self) -> None:
         self.sides, self.asked, self.tuned = ["a", "b"], [], {}
 
-    def tune(self, cases):
-        self.tuned = dict(cases)
+    def tune(self, cases, suffix):
+        self.tuned |= cases
+
+    def sides_of(self, suffix):
+        return self.sides
+
+    def values(self):
+        return {}
 
     def measure(self, side, repeat, name, case):
         assert case is self.tuned[name]
@@ -113,7 +123,7 @@ def test_every_side_is_measured_in_every_case_in_a_drawn_order(bundle):
     runs = []
     for seed in (1, 1, 2):
         beside = Beside()
-        found = measure(bundle, SMALL, 3, 1, lambda line: None, beside, seed)
+        found = measure(bundle, SMALL, 3, (1,), lambda line: None, beside, seed)
         runs.append(beside.asked)
         names = {"prefill", "decode_empty", "decode_context", "batch_output"}
         assert beside.tuned.keys() == names
@@ -137,9 +147,35 @@ def test_forgotten_files_are_not_cached(tmp_path):
     assert not drop_page_cache([path, tmp_path / "absent"])
 
 
-def _with_context(bundle, limit):
-    from dataclasses import replace
+def test_decoding_is_held_against_a_sum_of_as_many_bytes():
+    """Half of the passes before, half after: what the machine does in between falls on both."""
+    asked = []
 
+    def decode() -> float:
+        asked.append("decode")
+        return 50.0
+
+    found = measure_share(decode, 4, 1 << 20, 1)
+    assert asked == ["decode"] and found["read_sum"] > 0
+    assert found["decode_bytes_share"] == pytest.approx(50.0 * (1 << 20) / (found["read_sum"] * 1e9))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_token_reads_the_matrices_and_no_tables(bundle, tied):
+    """A file of so many bytes beyond the tables, and beyond the embedding where that is not the head."""
+    spec = replace(bundle.manifest.model, tied_embeddings=tied)
+    tables = bundle.manifest.max_context * spec.head_size * 4
+    embedding = 0 if tied else packed_bytes(BlockFormat.Q8_0, spec.vocab_size, spec.hidden_size)
+    entries = tuple(
+        replace(entry, size=tables + embedding + 5000) if entry.name == "weights.bin" else entry
+        for entry in bundle.manifest.files
+    )
+    manifest = replace(bundle.manifest, model=spec, files=entries, precision="stored")
+    assert token_bytes(replace(bundle, manifest=manifest)) == 5000
+    assert token_bytes(bundle) is None  # its tables lie in the graph
+
+
+def _with_context(bundle, limit):
     return replace(bundle, manifest=replace(bundle.manifest, max_context=limit))
 
 
@@ -190,7 +226,7 @@ def test_golden_prompts_are_checked_first(golden_bundle):
 
 def test_a_wrong_engine_has_no_figures(golden_bundle):
     with pytest.raises(GateFailed, match=r"off by 0\.5.*margin 0\.1"):
-        measure(golden_bundle(0.5), SMALL, 1, 1, lambda line: None)
+        measure(golden_bundle(0.5), SMALL, 1, (1,), lambda line: None)
 
 
 @pytest.mark.parametrize("document", [{"rows": []}, {"rows": [{"ids": [1, 2]}]}, [1]])

@@ -20,7 +20,7 @@ from skerry.benchmarks.peers import weights as weights_module
 from skerry.benchmarks.peers.commands import run_logged
 from skerry.benchmarks.peers.driver import Driver, PeerFailed
 from skerry.benchmarks.peers.gguf import check_same_model, read_header
-from skerry.benchmarks.peers.pins import PEERS, Peer, find
+from skerry.benchmarks.peers.pins import DRIVERS, PEERS, Peer, find
 from skerry.benchmarks.peers.server import PeerServer, fastest
 from skerry.benchmarks.peers.versus import Side, Versus, row, speeds
 from skerry.benchmarks.peers.weights import Weights, default_source, weights_for
@@ -191,13 +191,30 @@ def _running(pid: int) -> bool:
 # ---- the protocol
 
 
+@pytest.mark.parametrize(("rounds", "runs"), [(0, 2), (1, 4), (3, 8)])
+def test_tuning_tries_every_setting_and_chooses_the_fastest(rounds, runs):
+    """Without rounds the run that warms up decides."""
+    tune = runpy.run_path(str(DRIVERS / "protocol.py"))["_tune"]
+    tried = []
+
+    class Two:
+        def settings(self, case):
+            return ["slow", "fast"]
+
+        def measure(self, case, setting):
+            tried.append(setting)
+            return {"seconds": 1.0 if setting == "fast" else 4.0}
+
+    assert tune(Two(), {"rounds": rounds}) == "fast" and tried == ["slow", "fast"] * (runs // 2)
+
+
 def test_orders_and_answers(start):
     with start() as driver:
         assert driver.ask("version", 10)["version"] == "1.5"
         opened = driver.ask("open", 10, model="good", threads=1)  # the library's noise is not an answer
         assert opened["version"] == "1.5" and opened["seconds"] >= 0
         assert driver.ask("measure", 10, **PREFILL)["seconds"] == 4.0  # nothing tuned: the first setting
-        assert driver.ask("tune", 10, **PREFILL)["setting"] == "fast"
+        assert driver.ask("tune", 10, **PREFILL, rounds=3)["setting"] == "fast"
         assert driver.ask("measure", 10, **PREFILL) == {"id": 5, "seconds": 1.0, "tokens": 4}
         assert driver.ask("measure", 10, **BATCH)["seconds"] == 4.0  # another case: not tuned
         assert driver.ask("memory", 10)["peak_rss"] > 1 << 20

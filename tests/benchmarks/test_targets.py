@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 
+from skerry.benchmarks.all import Subject, runs
+from skerry.benchmarks.engine_workload import Workload, lanes
+from skerry.benchmarks.growth import describe_scaling
 from skerry.benchmarks.targets import Target, read_targets, stand
 from skerry.core.errors import ConfigError
 
@@ -20,6 +24,17 @@ def test_the_table_is_sound():
     targets = read_targets()
     assert {one.section for one in targets} >= {"Engine on CPU", "Fleet", "Benchmark suite"}
     assert all(one.stretch is None or (one.stretch > one.must) == (one.better == "higher") for one in targets)
+
+
+def test_the_engine_run_measures_what_its_targets_name(tmp_path):
+    """With the words that `bench all` gives it, on a machine of two cores."""
+    words = runs(Subject(tmp_path), 7)["engine"]
+    given = {name: tuple(int(value) for option, value in pairwise(words) if option == f"--{name}")
+             for name in ("context", "prefill")}  # fmt: skip
+    every = lanes(Workload(contexts=given["context"], prefills=given["prefill"]), (2, 1))
+    described = {name for lane in every for name in lane.describe()} | describe_scaling(every).keys()
+    named = {one.row or one.figure for one in read_targets() if one.run == "engine"}
+    assert "scaling_prefill" in named and named <= described
 
 
 @pytest.mark.parametrize(("text", "cause"), [

@@ -232,3 +232,12 @@ def test_a_context_that_no_table_can_hold_is_refused(make_model: Make, tmp_path:
     (path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": (1 << 31) - 1}))
     with pytest.raises(IncompatibleError, match=r"rotary tables 9\d{5}"):
         export(path, CPU, "fp32", tmp_path / "out")
+
+
+def test_an_unmeasured_bundle_says_so(make_model: Make, tmp_path: Path) -> None:
+    """It opens and verifies, holds no figure of quality, and is no candidate for a release."""
+    bundle = export(make_model(), CPU, "int4", tmp_path / "out", Options(threads=1, unmeasured=True))
+    assert find_problems(tmp_path / "out") == [] and not bundle.manifest.qualified
+    names = {entry.name for entry in bundle.manifest.files}
+    assert names == {*ENGINE_FILES, "model_card.md", "sbom.cdx.json"}
+    assert "NOT MEASURED" in bundle.file("model_card.md").read_text()

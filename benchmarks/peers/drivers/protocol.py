@@ -1,7 +1,7 @@
 """What every driver does: one JSON order a line on stdin, one JSON answer a line on stdout, until stdin ends.
 
     {"id", "op": "open", "model", "threads"}   -> {"version", "seconds"}
-    {"id", "op": "tune", CASE}                 -> {"setting"}: the fastest of the peer's settings, kept for that case
+    {"id", "op": "tune", CASE, "rounds"}       -> {"setting"}: the fastest of the peer's settings, kept for that case
     {"id", "op": "settle"}                     -> {}: lets go of what no case uses; the peak of memory counts from here
     {"id", "op": "measure", CASE}              -> {"seconds", "tokens"}; of a batch "decode_..." too
     {"id", "op": "memory"}                     -> {"peak_rss", "pss"} in bytes, null where unknown
@@ -22,7 +22,6 @@ from time import perf_counter
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
-TUNING_ROUNDS = 3
 BETTER_BY = 0.97  # a later setting has to be this much faster than an earlier one to be chosen
 
 
@@ -106,13 +105,13 @@ def _answer(peer: Peer, order: dict[str, Any], chosen: dict[str, str]) -> dict[s
 
 
 def _tune(peer: Peer, case: dict[str, Any]) -> str:
-    """Each setting once to warm up and three times for its best, in turn."""
-    settings = peer.settings(case)
+    """Each setting once to warm up and `rounds` times for its best, in turn. Without rounds the first run decides."""
+    settings, rounds = peer.settings(case), int(case["rounds"])
     best: dict[str, float] = {}
-    for attempt in range(1 + TUNING_ROUNDS):
+    for attempt in range(1 + rounds):
         for setting in settings:
             seconds = peer.measure(case, setting)["seconds"]
-            if attempt:
+            if attempt or not rounds:
                 best[setting] = min(seconds, best.get(setting, seconds))
     winner = settings[0]
     for setting in settings[1:]:
