@@ -12,9 +12,9 @@ in Q6_K signed bytes.
 A panel holds 16 rows, so that one vector of 64 bytes is 4 consecutive k of each. First come the scales
 [blocks or blocks / 8][16], the minima likewise, then the steps as bytes [blocks][2][16], all of it padded to 64 bytes.
 Then, block by block, the codes: at 8 bits [8][16][4]; below, the low nibbles [4][16][4] with k group g in the low
-nibble of a byte and g + 4 in the high one; after them the fifth bits [16][4], group g's at bit g, or the fifth and sixth
-[2][16][4], group g's at bits 2 (g % 4) of half g / 4. The layout is also stated in include/matmul_block.h, and one
-summation order serves one row and many.
+nibble of a byte and g + 4 in the high one; after them the fifth bits [16][4], group g's at bit g, or the fifth and
+sixth [2][16][4], group g's at bits 2 (g % 4) of half g / 4. The layout is also stated in include/matmul_block.h, and
+one summation order serves one row and many.
 """
 
 from __future__ import annotations

@@ -203,7 +203,7 @@ def test_gguf_gives_the_same_tensors_and_shape(
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1"])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
 def test_gguf_blocks_are_kept_bit_for_bit(make_model: Make, tmp_path: Path, kind: str) -> None:
     """What the file's own library makes of the blocks is what ours stand for, with the rows of q and k in order."""
     source = SafetensorsSource(make_model())
