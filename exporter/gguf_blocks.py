@@ -3,10 +3,14 @@ halves of a block or by runs of 32 within a super-block, and are put in the orde
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 
 from skerry.kernels.blocks import BLOCK, SUPER, BlockFormat, Blocks
 
+UInt8 = npt.NDArray[np.uint8]
 # Bytes of a block, or of a super-block of 256 elements.
 STORED_BYTES = {
     BlockFormat.Q8_0: 34, BlockFormat.Q4_0: 18, BlockFormat.Q4_1: 20, BlockFormat.Q5_0: 22, BlockFormat.Q5_1: 24,
@@ -14,7 +18,7 @@ STORED_BYTES = {
 }  # fmt: skip
 
 
-def blocks_of(form: BlockFormat, stored: np.ndarray, rows: int) -> Blocks:
+def blocks_of(form: BlockFormat, stored: UInt8, rows: int) -> Blocks:
     """`stored`: the tensor's bytes, uint8, rows one after another."""
     raw = np.ascontiguousarray(stored, np.uint8).reshape(rows, -1, STORED_BYTES[form])
     if form is BlockFormat.Q6_K:
@@ -22,14 +26,15 @@ def blocks_of(form: BlockFormat, stored: np.ndarray, rows: int) -> Blocks:
     return _with_steps(form, raw) if form.has_steps else _plain(form, raw)
 
 
-def _halves(raw: np.ndarray) -> np.ndarray:
+def _halves(raw: UInt8) -> npt.NDArray[Any]:
     """[..., 2 n] bytes -> [..., n]."""
     return np.ascontiguousarray(raw).view("<f2")
 
 
-def _plain(form: BlockFormat, raw: np.ndarray) -> Blocks:
+def _plain(form: BlockFormat, raw: UInt8) -> Blocks:
     heads = 2 * (1 + form.has_minima)
-    halves, codes = _halves(raw[..., :heads]), raw[..., heads:]
+    halves = _halves(raw[..., :heads])
+    codes: npt.NDArray[Any] = raw[..., heads:]
     if form is BlockFormat.Q8_0:
         codes = codes ^ 128  # two's complement to an offset of 128
     elif form.bits == 4:
@@ -40,11 +45,11 @@ def _plain(form: BlockFormat, raw: np.ndarray) -> Blocks:
     return Blocks(form, codes, halves[..., 0], halves[..., 1] if form.has_minima else None)
 
 
-def _nibbles(raw: np.ndarray) -> np.ndarray:
+def _nibbles(raw: UInt8) -> npt.NDArray[Any]:
     return np.concatenate([raw & 15, raw >> 4], axis=-1)
 
 
-def _with_steps(form: BlockFormat, raw: np.ndarray) -> Blocks:
+def _with_steps(form: BlockFormat, raw: UInt8) -> Blocks:
     """Q4_K and Q5_K: d, dmin, twelve bytes of steps, for Q5_K the fifth bits, then nibbles."""
     halves = _halves(raw[..., :4])
     runs = raw[..., -128:].reshape(*raw.shape[:2], SUPER // 2, BLOCK)
@@ -57,7 +62,7 @@ def _with_steps(form: BlockFormat, raw: np.ndarray) -> Blocks:
     return Blocks(form, codes.reshape(*shape, BLOCK), halves[..., 0], halves[..., 1], steps.reshape(*shape, 2))
 
 
-def _six_bits(packed: np.ndarray) -> np.ndarray:
+def _six_bits(packed: UInt8) -> npt.NDArray[Any]:
     """Twelve bytes: steps of scales and of minima, [..., 8, 2]. Those of the last four blocks have their low bits in
     the last four bytes and their high bits on top of the first eight."""
     first, second, low = packed[..., :4], packed[..., 4:8], packed[..., 8:]
@@ -66,13 +71,13 @@ def _six_bits(packed: np.ndarray) -> np.ndarray:
     return np.stack([scales, minima], axis=-1)
 
 
-def _q6_k(raw: np.ndarray) -> Blocks:
+def _q6_k(raw: UInt8) -> Blocks:
     """128 bytes of nibbles, 64 of fifth and sixth bits, 16 signed steps, d; each half of the super-block by itself."""
     shape = raw.shape[:2]
     low = raw[..., :128].reshape(*shape, 2, 2, BLOCK)  # [half, run of 32 bytes, element]
     high = raw[..., 128:192].reshape(*shape, 2, BLOCK)
     nibbles = np.concatenate([low & 15, low >> 4], axis=-2)  # blocks 0 to 3 of the half
-    codes = nibbles | np.stack([(high >> 2 * j & 3) << 4 for j in range(4)], axis=-2)
+    codes: npt.NDArray[Any] = nibbles | np.stack([(high >> 2 * j & 3) << 4 for j in range(4)], axis=-2)
     steps = np.ascontiguousarray(raw[..., 192:208]).view(np.int8)
     scales = _halves(raw[..., 208:])[..., 0]
     rows = len(raw)

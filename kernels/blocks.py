@@ -152,7 +152,7 @@ def pack(matrix: Blocks) -> UInt8:
     form, blocks = matrix.format, matrix.codes.shape[1]
     panels = -(-matrix.rows // PANEL_ROWS)
     out = np.zeros((panels, panel_bytes(form, blocks)), np.uint8)
-    head = [
+    head: list[npt.NDArray[Any]] = [
         _by_panel(halves.astype("<f2"), panels).swapaxes(1, 2)
         for halves in (matrix.scales, matrix.minima)
         if halves is not None
@@ -220,8 +220,8 @@ def unpack(packed: UInt8, form: BlockFormat, rows: int, width: int) -> Blocks:
         at += size
     steps: npt.NDArray[np.integer[Any]] | None = None
     if form.has_steps:
-        part = panels[:, at : at + 2 * PANEL_ROWS * blocks].reshape(-1, blocks, 2, PANEL_ROWS)
-        steps = np.ascontiguousarray(part.transpose(0, 3, 1, 2).reshape(-1, blocks, 2)[:rows])
+        pairs = panels[:, at : at + 2 * PANEL_ROWS * blocks].reshape(-1, blocks, 2, PANEL_ROWS)
+        steps = np.ascontiguousarray(pairs.transpose(0, 3, 1, 2).reshape(-1, blocks, 2)[:rows])
         steps = steps.view(np.int8) if form is BlockFormat.Q6_K else steps
     codes = panels[:, _head_bytes(form, blocks) :].reshape(len(panels), blocks, form.bits, PANEL_ROWS, 4)
     codes = _widened(codes, form.bits).transpose(0, 3, 1, 2, 4).reshape(-1, blocks, BLOCK)[:rows]
