@@ -34,14 +34,15 @@ def _halves(raw: UInt8) -> npt.NDArray[Any]:
 def _plain(form: BlockFormat, raw: UInt8) -> Blocks:
     heads = 2 * (1 + form.has_minima)
     halves = _halves(raw[..., :heads])
-    codes: npt.NDArray[Any] = raw[..., heads:]
+    rest = raw[..., heads:]
+    codes: npt.NDArray[Any]
     if form is BlockFormat.Q8_0:
-        codes = codes ^ 128  # two's complement to an offset of 128
+        codes = rest ^ np.uint8(128)  # two's complement to an offset of 128
     elif form.bits == 4:
-        codes = _nibbles(codes)
+        codes = _nibbles(rest)
     else:
-        fifth = np.unpackbits(codes[..., :4], axis=-1, bitorder="little")
-        codes = _nibbles(codes[..., 4:]) | (fifth << 4)
+        fifth = np.unpackbits(rest[..., :4], axis=-1, bitorder="little")
+        codes = _nibbles(rest[..., 4:]) | (fifth << 4)
     return Blocks(form, codes, halves[..., 0], halves[..., 1] if form.has_minima else None)
 
 
