@@ -51,12 +51,7 @@ class Runner:
         self._graph = open_graph(bundle, threads)
         self.vocab_size = self._graph.vocab_size
         self._step = StepThreads(threads) if self._graph.own_products else nullcontext()
-        # calloc: a page costs memory once it is written, not before.
-        self._kv = {
-            layer: np.zeros((pages, page_bytes(group.layout, group.kv_heads, group.head_size)), np.uint8)
-            for group in bundle.manifest.kv
-            for layer in group.layers
-        }
+        self._kv = _kv_arrays(bundle.manifest, pages)
         self._binding = self._graph.session.io_binding()
         self._bind_pages()
 
@@ -192,6 +187,19 @@ class Runner:
 
 
 _NO_PLAN = np.zeros(0, np.int32)
+_LINE = 64  # bytes: kernels read pages by whole cache lines
+
+
+def _kv_arrays(manifest: Manifest, pages: int) -> dict[int, npt.NDArray[np.uint8]]:
+    """Each layer's cache, uint8 [pages, bytes of a page], cut from one block of memory: it begins at a cache line, and
+    as one large block it gets huge pages where the system gives them. calloc: a page costs memory once it is written."""
+    sizes = {layer: page_bytes(g.layout, g.kv_heads, g.head_size) for g in manifest.kv for layer in g.layers}
+    whole = np.zeros(pages * sum(sizes.values()) + _LINE * (len(sizes) + 1), np.uint8)
+    arrays, at = {}, -whole.ctypes.data % _LINE
+    for layer, size in sizes.items():
+        arrays[layer] = whole[at : at + pages * size].reshape(pages, size)
+        at += -(-pages * size // _LINE) * _LINE
+    return arrays
 
 
 def _page_count(manifest: Manifest, pages: int | None, memory_bytes: int | None) -> int:

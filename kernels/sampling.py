@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -68,22 +69,22 @@ class SampleRows:
     def build(cls, rows: Sequence[SampleParams], top_n: int = 0) -> SampleRows:
         masks = [row.mask for row in rows if row.mask is not None]
         return cls(
-            temperature=_floats(row.temperature for row in rows),
-            top_k=_ints(row.top_k for row in rows),
-            top_p=_floats(row.top_p for row in rows),
-            min_p=_floats(row.min_p for row in rows),
-            repetition=_floats(row.repetition for row in rows),
-            frequency=_floats(row.frequency for row in rows),
-            presence=_floats(row.presence for row in rows),
+            temperature=_floats([row.temperature for row in rows]),
+            top_k=_ints([row.top_k for row in rows]),
+            top_p=_floats([row.top_p for row in rows]),
+            min_p=_floats([row.min_p for row in rows]),
+            repetition=_floats([row.repetition for row in rows]),
+            frequency=_floats([row.frequency for row in rows]),
+            presence=_floats([row.presence for row in rows]),
             seed=np.array([row.seed & 0xFFFFFFFFFFFFFFFF for row in rows], np.uint64),
-            token_index=_ints(row.token_index for row in rows),
-            target=_ints(row.target for row in rows),
-            hist_start=_starts(len(row.history) for row in rows),
-            hist_ids=_ints(id for row in rows for id in row.history),
-            hist_counts=_ints(count for row in rows for count in row.history.values()),
-            bias_start=_starts(len(row.bias) for row in rows),
-            bias_ids=_ints(id for row in rows for id in row.bias),
-            bias_values=_floats(value for row in rows for value in row.bias.values()),
+            token_index=_ints([row.token_index for row in rows]),
+            target=_ints([row.target for row in rows]),
+            hist_start=_starts([len(row.history) for row in rows]),
+            hist_ids=_ints([id for row in rows for id in row.history]),
+            hist_counts=_ints([count for row in rows for count in row.history.values()]),
+            bias_start=_starts([len(row.bias) for row in rows]),
+            bias_ids=_ints([id for row in rows for id in row.bias]),
+            bias_values=_floats([value for row in rows for value in row.bias.values()]),
             mask=np.ascontiguousarray(masks, np.int32) if masks else np.zeros((0, 0), np.int32),
             mask_row=_ints(_mask_rows(rows)),
             top_n=top_n,
@@ -115,16 +116,16 @@ class Sampled:
     top_logprobs: Float32  # [S, N]
 
 
-def _ints(values: Any) -> Int32:
-    return np.fromiter(values, np.int32)
+def _ints(values: list[int]) -> Int32:
+    return np.array(values, np.int32)
 
 
-def _floats(values: Any) -> Float32:
-    return np.fromiter(values, np.float32)
+def _floats(values: list[float]) -> Float32:
+    return np.array(values, np.float32)
 
 
-def _starts(lengths: Any) -> Int32:
-    return np.concatenate([np.zeros(1, np.int32), np.cumsum(np.fromiter(lengths, np.int32), dtype=np.int32)])
+def _starts(lengths: list[int]) -> Int32:
+    return np.array([0, *accumulate(lengths)], np.int32)
 
 
 def _mask_rows(rows: Sequence[SampleParams]) -> list[int]:

@@ -12,7 +12,7 @@ namespace skerry {
 namespace {
 
 constexpr int kTop = 16383;     // of a weight: two digits to the base of 128, which a signed and an unsigned byte hold
-constexpr int kPagesAhead = 4;  // fetched: 4.5 KB of a head of 64
+constexpr int kPagesAhead = 8;  // fetched: 9 KB of a head of 64
 constexpr int kCodeVectors = SKERRY_REGISTERS >= 32 ? 2 : 1;
 constexpr int kQuads = kPage / 4;
 constexpr int kGroups = kBlockSize / 4;

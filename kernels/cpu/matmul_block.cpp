@@ -18,7 +18,7 @@ using std::to_string;
 
 // Weights of a task where one tile of tokens passes them: what is fetched ahead at a task's end is another thread's, so
 // tasks are long; a preempted thread keeps everybody waiting for its task, so they are not too long.
-constexpr int64_t kLeastTaskBytes = 32 << 10, kMostTaskBytes = 256 << 10, kTasksAThread = 4;
+constexpr int64_t kLeastTaskBytes = 16 << 10, kMostTaskBytes = 256 << 10;
 constexpr int64_t kTaskTokens = 128;        // tokens of a task, so that few panels still keep many threads busy
 constexpr int64_t kSerialBytes = 64 << 10;  // below, handing work over costs more than it saves
 
@@ -74,10 +74,10 @@ struct Job {
   const MatMulBlockIsa& isa;
   Activations activations;
   int64_t panels = 0;  // of all segments, or of each of two with an activation
-  int64_t panels_a_task = 1;
   int64_t tiles_a_task = 1;
-  int64_t panel_tasks = 1;
+  const std::vector<int64_t>& starts;  // first panel of each task and, last, the number of panels
 
+  int64_t panel_tasks() const { return static_cast<int64_t>(starts.size()) - 1; }
   int64_t blocks() const { return args.width / kBlock; }
 };
 
@@ -127,10 +127,9 @@ void run_panel(const Job& job, const BlockSegment& segment, int64_t panel, int64
 
 void run_task(void* argument, int index) {
   const Job& job = *static_cast<const Job*>(argument);
-  const int64_t first_tile = index / job.panel_tasks * job.tiles_a_task;
+  const int64_t first_tile = index / job.panel_tasks() * job.tiles_a_task;
   const int64_t last_tile = std::min(first_tile + job.tiles_a_task, job.activations.tiles());
-  const int64_t first = index % job.panel_tasks * job.panels_a_task;
-  const int64_t last = std::min(first + job.panels_a_task, job.panels);
+  const int64_t first = job.starts[index % job.panel_tasks()], last = job.starts[index % job.panel_tasks() + 1];
   int64_t before = 0;  // panels of the segments before this one
   for (int s = 0; s < job.args.segments; ++s) {
     const BlockSegment& segment = job.args.segment[s];
@@ -180,12 +179,49 @@ std::string check_matmul_block(const MatMulBlockArgs& args) {
   return "";
 }
 
+namespace {
+
+// Each round of `threads` equal tasks takes half of what is left: threads stream long runs first, and what they wait
+// for at the end is a short task (factoring: Hummel, Schonberg and Flynn, 1992).
+void deal_panels(int64_t panels, int64_t panel_bytes, int threads, std::vector<int64_t>& starts) {
+  const int64_t least = std::max<int64_t>(1, kLeastTaskBytes / panel_bytes);
+  const int64_t most = std::max<int64_t>(1, kMostTaskBytes / panel_bytes);
+  while (starts.back() < panels) {
+    const int64_t size = std::clamp((panels - starts.back()) / (2 * threads), least, most);
+    for (int i = 0; i < threads && starts.back() < panels; ++i) {
+      starts.push_back(std::min(panels, starts.back() + size));
+    }
+  }
+}
+
+// Tells waiting threads of the next step where they began to read in this one.
+void announce(const Job& job, const Parallel& parallel) {
+  if (parallel.announce == nullptr) return;
+  const int streams = job.args.activation != Activation::kNone ? 2 : 1;
+  thread_local std::vector<const void*> begins;
+  begins.clear();
+  for (int i = 0; i < parallel.threads; ++i) {
+    int64_t panel = job.starts[std::min<int64_t>(i, job.panel_tasks() - 1)];
+    int s = 0;
+    for (; s + 1 < job.args.segments && panel >= panels_of(job.args.segment[s].rows); ++s) {
+      panel -= panels_of(job.args.segment[s].rows);
+    }
+    for (int stream = 0; stream < streams; ++stream) {
+      begins.push_back(panel_at(job.args.segment[s + stream], panel, job.blocks()));
+    }
+  }
+  parallel.announce(parallel.context, begins.data(), streams);
+}
+
+}  // namespace
+
 std::string matmul_block(const MatMulBlockArgs& args, const Parallel& parallel) {
   if (std::string problem = check_matmul_block(args); !problem.empty()) return problem;
   if (args.tokens == 0) return "";
   const MatMulBlockIsa& isa = matmul_isa();
   const bool gated = args.activation != Activation::kNone;
-  Job job{args, isa, Activations(isa, args.tokens, args.width / kBlock)};
+  thread_local std::vector<int64_t> starts;
+  Job job{args, isa, Activations(isa, args.tokens, args.width / kBlock), 0, 1, starts};
   int64_t bytes = 0;
   for (int s = 0; s < args.segments; ++s) {
     const int64_t panels = panels_of(args.segment[s].rows);
@@ -194,13 +230,16 @@ std::string matmul_block(const MatMulBlockArgs& args, const Parallel& parallel) 
   }
   const int64_t tiles = job.activations.tiles();
   job.tiles_a_task = std::min(tiles, kTaskTokens / isa.tokens);
-  const int64_t share = bytes / (kTasksAThread * std::max(1, parallel.threads));
-  const int64_t task_bytes = std::clamp(share, kLeastTaskBytes, kMostTaskBytes);
-  job.panels_a_task = tiles > 1 ? 1 : std::max<int64_t>(1, task_bytes * job.panels / bytes);
-  job.panel_tasks = (job.panels + job.panels_a_task - 1) / job.panels_a_task;
+  starts.assign(1, 0);
+  if (tiles == 1) {
+    deal_panels(job.panels, bytes / job.panels, std::max(1, parallel.threads), starts);
+    announce(job, parallel);
+  } else {
+    for (int64_t panel = 1; panel <= job.panels; ++panel) starts.push_back(panel);
+  }
   const Parallel serial;
   (tiles > 1 ? parallel : serial)(static_cast<int>(tiles), quantize_tile, &job);
-  const int64_t tasks = job.panel_tasks * ((tiles + job.tiles_a_task - 1) / job.tiles_a_task);
+  const int64_t tasks = job.panel_tasks() * ((tiles + job.tiles_a_task - 1) / job.tiles_a_task);
   if (tasks > std::numeric_limits<int>::max()) return to_string(args.tokens) + " tokens are too many for one step";
   (bytes * args.tokens < kSerialBytes ? serial : parallel)(static_cast<int>(tasks), run_task, &job);
   return "";

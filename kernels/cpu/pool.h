@@ -5,6 +5,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -30,8 +31,20 @@ class Pool {
 
  private:
   void run(int count, Parallel::Task task, void* argument);
-  void work();
+  void work(int index);
   bool drain();
+  void announce(const void* const* begins, int streams);
+
+  // Reads ahead for one thread: a line of each stream of the region that comes next, one after another.
+  class Ahead {
+   public:
+    Ahead(const Pool& pool, int thread) : pool_(pool), thread_(thread) {}
+    bool fetch(int lines);  // false if there is nothing (more) to fetch
+
+   private:
+    const Pool& pool_;
+    int thread_, region_ = -1, line_ = 0;
+  };
 
   std::mutex calls_;  // one parallel region at a time
   std::mutex mutex_;
@@ -43,6 +56,11 @@ class Pool {
   std::atomic<void*> argument_{nullptr};
   std::atomic<int> count_{0}, run_{1};  // tasks, and how many of them are claimed at once
   std::atomic<bool> spinning_{false};
+  // Where every thread began to read in each region of the last step, [kMostRegions][threads][kMostStreams], and the
+  // row of the region that comes next (-1: none).
+  std::unique_ptr<std::atomic<const char*>[]> begins_;
+  size_t announced_ = 0;
+  std::atomic<int> next_region_{-1};
   // What is left to claim: region << 32 | claims << 16 | next claim. A claim succeeds only while its region lives, and
   // a region lives until all of its claims are finished: a thread that comes late finds nothing, and nobody waits for
   // it.

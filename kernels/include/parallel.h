@@ -4,6 +4,8 @@
 
 namespace skerry {
 
+inline constexpr int kMostStreams = 2;
+
 struct Parallel {
   using Task = void (*)(void* argument, int index);
 
@@ -13,6 +15,9 @@ struct Parallel {
   int threads = 1;  // a hint: how many tasks can be expected to run at once
   // Multiply-adds below which handing work over costs more than it saves: waking a parked pool takes some 20 us.
   double serial_work = 1.0e6;
+  // Says where thread i of the region to come will begin to read: at begins[i * streams] and the streams - 1 after it.
+  // A host whose steps repeat has waiting threads fetch what came next last time. Null: nobody listens.
+  void (*announce)(void* context, const void* const* begins, int streams) = nullptr;
 
   void operator()(int count, Task task, void* argument) const {
     if (run == nullptr || threads <= 1 || count <= 1) {

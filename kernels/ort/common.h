@@ -92,4 +92,16 @@ inline void expect(const char* name, int64_t found, int64_t wanted) {
                               std::to_string(wanted));
 }
 
+// The data of an input that is a constant of the graph, or null: its shape is checked once, as asking for it at every
+// run costs as much as a small op.
+template <class T>
+const T* constant(const Ort::ConstKernelInfo& info, size_t index, const char* name, int64_t count) {
+  if (index >= info.GetInputCount()) return nullptr;
+  int is_constant = 0;
+  const Ort::ConstValue value = info.GetTensorConstantInput(index, &is_constant);
+  if (is_constant == 0 || !value) return nullptr;
+  expect(name, static_cast<int64_t>(value.GetTensorTypeAndShapeInfo().GetElementCount()), count);
+  return value.GetTensorData<T>();
+}
+
 }  // namespace skerry::ort

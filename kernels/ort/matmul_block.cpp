@@ -32,8 +32,12 @@ MatMulBlockKernel::MatMulBlockKernel(const OrtKernelInfo* raw) {
     shape_.segment[s].format = static_cast<BlockFormat>(formats[s]);
   }
   if (const std::string problem = check_matmul_block(shape_); !problem.empty()) throw std::invalid_argument(problem);
+  shape_.norm = constant<float>(info, kNorm, "length of norm", shape_.width);
   for (int s = 0; s < shape_.segments; ++s) {
-    weights_.push_back(panels_of(rows[s]) * panel_bytes(shape_.segment[s].format, shape_.width / kBlock));
+    BlockSegment& segment = shape_.segment[s];
+    weights_.push_back(panels_of(rows[s]) * panel_bytes(segment.format, shape_.width / kBlock));
+    segment.weight = constant<uint8_t>(info, kFirst + 2 * s, "bytes of weight", weights_[s]);
+    segment.bias = constant<float>(info, kFirst + 2 * s + 1, "length of bias", segment.rows);
   }
 }
 
@@ -44,15 +48,20 @@ void MatMulBlockKernel::run(OrtKernelContext* raw) const {
   MatMulBlockArgs args = shape_;
   args.x = x.data;
   args.tokens = x.dim(0);
-  args.norm = optional_input<float>(context, kNorm, "length of norm", args.width);
+  if (args.norm == nullptr) args.norm = optional_input<float>(context, kNorm, "length of norm", args.width);
   args.residual = optional_input<float>(context, kResidual, "elements of residual", args.tokens * args.segment[0].rows);
   const int outputs = args.activation == Activation::kNone ? args.segments : 1;
   for (int s = 0; s < args.segments; ++s) {
     BlockSegment& segment = args.segment[s];
-    segment.weight = optional_input<uint8_t>(context, kFirst + 2 * s, "bytes of weight", weights_[s]);
-    if (segment.weight == nullptr)
+    if (segment.weight == nullptr) {
+      segment.weight = optional_input<uint8_t>(context, kFirst + 2 * s, "bytes of weight", weights_[s]);
+    }
+    if (segment.weight == nullptr) {
       throw std::invalid_argument("weight of segment " + std::to_string(s) + " is missing");
-    segment.bias = optional_input<float>(context, kFirst + 2 * s + 1, "length of bias", segment.rows);
+    }
+    if (segment.bias == nullptr) {
+      segment.bias = optional_input<float>(context, kFirst + 2 * s + 1, "length of bias", segment.rows);
+    }
     if (s >= outputs) continue;
     Ort::UnownedValue out = context.GetOutput(s, {args.tokens, segment.rows});
     segment.out = out.GetTensorMutableData<float>();

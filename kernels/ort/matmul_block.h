@@ -15,7 +15,7 @@ class MatMulBlockKernel {
  private:
   void run(OrtKernelContext* context) const;
 
-  MatMulBlockArgs shape_;         // what attributes say; pointers are filled in at each call
+  MatMulBlockArgs shape_;         // what attributes and constants say; other pointers are filled in at each call
   std::vector<int64_t> weights_;  // bytes of each segment's weight
 };
 
