@@ -34,7 +34,7 @@ def _halves(raw: UInt8) -> npt.NDArray[Any]:
 def _plain(form: BlockFormat, raw: UInt8) -> Blocks:
     heads = 2 * (1 + form.has_minima)
     halves = _halves(raw[..., :heads])
-    codes: npt.NDArray[Any] = raw[..., heads:]
+    codes: Any = raw[..., heads:]
     if form is BlockFormat.Q8_0:
         codes = codes ^ 128  # two's complement to an offset of 128
     elif form.bits == 4:

@@ -175,7 +175,7 @@ def _squeezed(codes: UInt8, bits: int) -> UInt8:
     if bits == 8:
         return codes
     low, half = codes & 15, GROUPS // 2
-    parts = [low[..., :half, :, :] | (low[..., half:, :, :] << 4)]
+    parts: list[npt.NDArray[Any]] = [low[..., :half, :, :] | (low[..., half:, :, :] << 4)]
     extra, each = codes >> 4, bits - 4  # bits of a code above the nibble
     for first in range(0, GROUPS if each else 0, GROUPS // each if each else 1):
         plane = np.zeros_like(codes[..., :1, :, :])
