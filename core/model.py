@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from skerry.core.errors import InputError
 from skerry.core.files import canonical_json, read_json, sha256_bytes, sha256_file, write_json
+from skerry.core.hf_config import MOST_COUNT, HfConfig, full_rope, shown
 
 # Hugging Face's architecture names and the family that emits them.
 FAMILIES = {
@@ -31,7 +31,6 @@ GEMMA3_TEXT = {
 LINEAGE = "checkpoint.json"
 # Beyond every model there is; a file that claims more would cost memory and time before anything else refuses it.
 MOST = {"layers": 4096, "heads": 4096, "kv_heads": 4096, "head_size": 4096}
-MOST_OTHERS = (1 << 31) - 1
 _SIZES = ("vocab_size", "hidden_size", "layers", "heads", "kv_heads", "head_size", "intermediate_size", "max_context")
 HEX_DIGITS = frozenset("0123456789abcdef")
 
@@ -41,10 +40,9 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     name = _architecture(config)
     if name not in TEXT_OF:
         return config
-    if not isinstance(config.get("text_config") or {}, dict):
-        raise InputError("read model config", "text_config", f"{str(config['text_config'])[:60]} is no object")
+    own = HfConfig(config).part("text_config").fields
     special = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config.get(key) is not None}
-    return {**GEMMA3_TEXT, **(config.get("text_config") or {}), **special, "architectures": [TEXT_OF[name]]}
+    return {**GEMMA3_TEXT, **own, **special, "architectures": [TEXT_OF[name]]}
 
 
 @dataclass(frozen=True)
@@ -82,60 +80,46 @@ class ModelSpec:
         if family is None:
             known = ", ".join(sorted({**FAMILIES, **TEXT_OF}))
             raise InputError("read model config", name, "unknown architecture", f"one of {known}")
-        rope = config.get("rope_parameters") or {}
-        rope = rope.get("full_attention") or rope
-        scaling = config.get("rope_scaling") or (rope if rope.get("rope_type", "default") != "default" else None)
-        try:
-            heads = int(config["num_attention_heads"])
-            eos = config.get("eos_token_id")
-            sliding = config.get("sliding_window") if config.get("use_sliding_window", family in SLIDING) else None
-            spec = cls(
-                family=family,
-                vocab_size=int(config["vocab_size"]),
-                hidden_size=int(config["hidden_size"]),
-                layers=int(config["num_hidden_layers"]),
-                heads=heads,
-                kv_heads=int(config.get("num_key_value_heads") or heads),
-                head_size=int(config.get("head_dim") or config["hidden_size"] // heads),
-                intermediate_size=int(config["intermediate_size"]),
-                max_context=int(config["max_position_embeddings"]),
-                norm_eps=float(config["rms_norm_eps"]),
-                rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or THETAS.get(family, 10000.0)),
-                rope_scaling=dict(scaling) if scaling else None,
-                tied_embeddings=bool(config.get("tie_word_embeddings", family in TIED)),
-                qkv_bias=family == "qwen2" or bool(config.get("attention_bias", False)),
-                window=int(sliding or 0),
-                bos_token_id=config.get("bos_token_id"),
-                eos_token_ids=tuple(eos) if isinstance(eos, list) else (() if eos is None else (int(eos),)),
-            )
-        except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
-            raise InputError("read model config", name, f"missing or malformed field {error}") from error
-        spec._check_sizes("read model config")
-        spec._check_numbers(name)
+        read = HfConfig(config)
+        rope = full_rope(read)
+        heads, hidden = read.count("num_attention_heads", most=MOST["heads"]), read.count("hidden_size")
+        windowed = read.flag("use_sliding_window", family in SLIDING)
+        spec = cls(
+            family=family,
+            vocab_size=read.count("vocab_size"),
+            hidden_size=hidden,
+            layers=read.count("num_hidden_layers", most=MOST["layers"]),
+            heads=heads,
+            kv_heads=read.count("num_key_value_heads", heads, most=MOST["kv_heads"]),
+            head_size=read.count("head_dim", hidden // heads, most=MOST["head_size"]),
+            intermediate_size=read.count("intermediate_size"),
+            max_context=read.count("max_position_embeddings"),
+            norm_eps=read.real("rms_norm_eps", zero=True),
+            rope_theta=rope.real("rope_theta", read.real("rope_theta", THETAS.get(family, 10000.0))),
+            rope_scaling=_rope_scaling(read),
+            tied_embeddings=read.flag("tie_word_embeddings", family in TIED),
+            qkv_bias=family == "qwen2" or read.flag("attention_bias"),
+            window=read.count("sliding_window", 0, least=0) if windowed else 0,
+            bos_token_id=read.count("bos_token_id", least=0) if read.has("bos_token_id") else None,
+            eos_token_ids=read.ids("eos_token_id"),
+        )
+        if spec.heads % spec.kv_heads:
+            cause = f"{spec.heads} heads over {spec.kv_heads} KV heads"
+            raise InputError("read model config", "num_key_value_heads", cause, "correct config.json")
+        if spec.head_size % 2:
+            cause = f"{spec.head_size} is odd, and rotary embedding turns pairs"
+            raise InputError("read model config", "head_dim", cause, "correct config.json")
         return spec
 
-    def _check_sizes(self, operation: str) -> None:
+    def _check_sizes(self) -> None:
         """Raises InputError that names the first size which no model has."""
         for name in _SIZES:
-            size, most = getattr(self, name), MOST.get(name, MOST_OTHERS)
+            size, most = getattr(self, name), MOST.get(name, MOST_COUNT)
             if type(size) is not int or not 1 <= size <= most:
-                raise InputError(operation, name, f"out of range: {size!r}, not 1 to {most}")
+                raise InputError("read model spec", name, f"out of range: {shown(size)}, not 1 to {most}")
         if self.heads % self.kv_heads:
-            raise InputError(operation, "heads", f"impossible shape: {self.heads} heads over {self.kv_heads} KV heads")
-
-    def _check_numbers(self, name: str) -> None:
-        """What is no size: numbers that make every token the same, or ids that are none."""
-        ids = (*self.eos_token_ids, *(() if self.bos_token_id is None else (self.bos_token_id,)))
-        facts = {
-            "head_dim": self.head_size % 2 == 0,  # rotary embedding turns pairs
-            "rms_norm_eps": math.isfinite(self.norm_eps) and self.norm_eps >= 0,
-            "rope_theta": math.isfinite(self.rope_theta) and self.rope_theta > 0,
-            "sliding_window": 0 <= self.window <= MOST_OTHERS,
-            "bos_token_id or eos_token_id": all(type(id) is int and 0 <= id <= MOST_OTHERS for id in ids),
-        }
-        for field, sound in facts.items():
-            if not sound:
-                raise InputError("read model config", name, f"impossible {field}", "correct config.json")
+            cause = f"impossible shape: {self.heads} heads over {self.kv_heads} KV heads"
+            raise InputError("read model spec", "heads", cause)
 
     @property
     def parameters(self) -> int:
@@ -153,24 +137,21 @@ class ModelSpec:
         try:
             known = {name: raw[name] for name in cls.__dataclass_fields__}
             spec = cls(**{**known, "eos_token_ids": tuple(int(token) for token in raw["eos_token_ids"])})
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError("read model spec", "", f"missing or malformed field {error}") from error
-        spec._check_sizes("read model spec")
+        spec._check_sizes()
         return spec
 
 
 def _architecture(config: dict[str, Any]) -> str:
-    """The first of `architectures`; and the fields that are looked into are what can be looked into."""
-    names = config.get("architectures") or ["missing"]
-    if not isinstance(names, list) or not isinstance(names[0], str):
-        raise InputError("read model config", "architectures", f"{str(names)[:60]} is no list of names")
-    for field in ("rope_parameters", "rope_scaling"):
-        if not isinstance(config.get(field) or {}, dict):
-            raise InputError("read model config", field, f"{str(config[field])[:60]} is no object")
-    kinds = config.get("layer_types") or []
-    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
-        raise InputError("read model config", "layer_types", f"{str(kinds)[:60]} is no list of names")
-    return names[0]
+    names = HfConfig(config).items("architectures", "names", str)
+    return str(names[0]) if names else "missing"
+
+
+def _rope_scaling(config: HfConfig) -> dict[str, Any] | None:
+    """In the older form an object of its own, in transformers 5 a part of `rope_parameters`."""
+    old, rope = config.part("rope_scaling").fields, full_rope(config)
+    return dict(old) or (dict(rope.fields) if rope.text("rope_type", "default") != "default" else None)
 
 
 @dataclass(frozen=True)

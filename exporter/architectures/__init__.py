@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from skerry.core.errors import InputError
+from skerry.core.hf_config import HfConfig
 from skerry.core.model import ModelSpec
 from skerry.exporter.architectures import gemma, llama
 from skerry.exporter.blocks import Decoder
@@ -29,5 +30,6 @@ def decoder_of(spec: ModelSpec, config: dict[str, Any] | None = None) -> Decoder
         raise InputError(
             "emit graph", spec.family, "no architecture file for this family", f"one of {', '.join(sorted(_FILES))}"
         )
-    _FILES[spec.family].check(spec, config or {})
-    return _FILES[spec.family].blocks(spec, config or {})
+    read = HfConfig(config or {})
+    _FILES[spec.family].check(spec, read)
+    return _FILES[spec.family].blocks(spec, read)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 from skerry.core.errors import InputError
+from skerry.core.hf_config import HfConfig, shown
 from skerry.core.model import ModelSpec
 from skerry.exporter.blocks import Attention, Decoder, Dense, Layer, Mlp
 from skerry.exporter.rope import Rope, rope_of
@@ -27,13 +27,13 @@ LOCAL_THETA = 10000.0
 GELU_TANH = "gelu_pytorch_tanh"
 
 
-def check(spec: ModelSpec, config: dict[str, Any]) -> None:
+def check(spec: ModelSpec, config: HfConfig) -> None:
     """Refuses what these blocks would silently get wrong. Raises InputError naming the config's field."""
     kinds, cap = layer_types(spec, config), _cap(spec, config, "attn_logit_softcapping")
     facts = {
-        "hidden_activation": ((config.get("hidden_activation") or GELU_TANH) == GELU_TANH, f"only {GELU_TANH}"),
-        "attention_bias": (not config.get("attention_bias"), "only products without biases"),
-        "use_bidirectional_attention": (not config.get("use_bidirectional_attention"), "only causal attention"),
+        "hidden_activation": (config.text("hidden_activation", GELU_TANH) == GELU_TANH, f"only {GELU_TANH}"),
+        "attention_bias": (not config.flag("attention_bias"), "only products without biases"),
+        "use_bidirectional_attention": (not config.flag("use_bidirectional_attention"), "only causal attention"),
         # transformers' Gemma3Attention reads it and leaves it out.
         "attn_logit_softcapping": (spec.family == "gemma2" or not cap, "only Gemma 2 caps scores"),
         "layer_types": (
@@ -43,10 +43,10 @@ def check(spec: ModelSpec, config: dict[str, Any]) -> None:
     }  # fmt: skip
     for name, (fits, supported) in facts.items():
         if not fits:
-            raise InputError("emit graph", name, f"{config.get(name)!r} is not supported, {supported}")
+            raise InputError("emit graph", name, f"{shown(config.fields.get(name))} is not supported, {supported}")
 
 
-def blocks(spec: ModelSpec, config: dict[str, Any]) -> Decoder:
+def blocks(spec: ModelSpec, config: HfConfig) -> Decoder:
     head = "model.embed_tokens.weight" if spec.tied_embeddings else "lm_head.weight"
     ropes = {FULL: rope_of(spec, config), WINDOWED: _windowed_rope(spec, config)}
     kinds = layer_types(spec, config)
@@ -60,31 +60,30 @@ def blocks(spec: ModelSpec, config: dict[str, Any]) -> Decoder:
     )
 
 
-def layer_types(spec: ModelSpec, config: dict[str, Any]) -> list[str]:
+def layer_types(spec: ModelSpec, config: HfConfig) -> list[str]:
     """The kind of each layer, from the config's list or, in older ones, its pattern."""
-    listed = config.get("layer_types")
-    if listed is not None:
-        return list(listed)
-    pattern = int(config.get("sliding_window_pattern") or PATTERN[spec.family])
+    if config.has("layer_types"):
+        return config.items("layer_types", "names", str)
+    pattern = config.count("sliding_window_pattern", PATTERN[spec.family])
     return [FULL if (index + 1) % pattern == 0 else WINDOWED for index in range(spec.layers)]
 
 
-def _cap(spec: ModelSpec, config: dict[str, Any], name: str) -> float:
-    return float(config.get(name, CAPS[spec.family].get(name)) or 0.0)
+def _cap(spec: ModelSpec, config: HfConfig, name: str) -> float:
+    """0 for none; a null in the config says so too, where a field that is left out has the family's value."""
+    return config.real(name, 0.0 if name in config.fields else CAPS[spec.family].get(name, 0.0), zero=True)
 
 
-def _windowed_rope(spec: ModelSpec, config: dict[str, Any]) -> Rope:
+def _windowed_rope(spec: ModelSpec, config: HfConfig) -> Rope:
     """Gemma 2 turns all layers alike. Gemma 3's scaling is for what lies far away, and so for the other layers."""
     full = rope_of(spec, config)
     if spec.family == "gemma2":
         return full
-    own = (config.get("rope_parameters") or {}).get(WINDOWED) or {}
-    theta = own.get("rope_theta") or config.get("rope_local_base_freq") or LOCAL_THETA
-    scaling = own if own.get("rope_type", "default") != "default" else {}
-    return replace(full, theta=float(theta), scaling=scaling)
+    own = config.part("rope_parameters").part(WINDOWED)
+    theta = own.real("rope_theta", config.real("rope_local_base_freq", LOCAL_THETA))
+    return replace(full, theta=theta, scaling=own.fields if own.text("rope_type", "default") != "default" else {})
 
 
-def _layer(spec: ModelSpec, config: dict[str, Any], index: int, kind: str, rope: Rope) -> Layer:
+def _layer(spec: ModelSpec, config: HfConfig, index: int, kind: str, rope: Rope) -> Layer:
     prefix, hidden, mlp = f"model.layers.{index}", spec.hidden_size, spec.intermediate_size
     queries, keys = spec.heads * spec.head_size, spec.kv_heads * spec.head_size
     head_norms = spec.family == "gemma3"
@@ -98,7 +97,7 @@ def _layer(spec: ModelSpec, config: dict[str, Any], index: int, kind: str, rope:
             q_norm=f"{prefix}.self_attn.q_norm.weight" if head_norms else None,
             k_norm=f"{prefix}.self_attn.k_norm.weight" if head_norms else None,
             rope=rope,
-            scale=1 / math.sqrt(float(config.get("query_pre_attn_scalar", 256))),
+            scale=1 / math.sqrt(config.real("query_pre_attn_scalar", 256.0)),
             softcap=_cap(spec, config, "attn_logit_softcapping"),
             window=spec.window if kind == WINDOWED else 0,
         ),

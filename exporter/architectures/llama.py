@@ -11,30 +11,30 @@ Hugging Face keeps q and k in the rotate-half order (element i pairs with i + R/
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from skerry.core.errors import InputError
+from skerry.core.hf_config import HfConfig, shown
 from skerry.core.model import ModelSpec
 from skerry.exporter.blocks import Attention, Decoder, Dense, Layer, Mlp
 from skerry.exporter.rope import Rope, rope_of
 
 
-def check(spec: ModelSpec, config: dict[str, Any]) -> None:
+def check(spec: ModelSpec, config: HfConfig) -> None:
     """Refuses what these blocks would silently get wrong. Raises InputError naming the config's field."""
     whole = rope_of(spec, config).size == spec.head_size
     facts = {
-        "hidden_act": (config.get("hidden_act", "silu") in ("silu", "swish"), "only silu"),
-        "mlp_bias": (not config.get("mlp_bias"), "only MLPs without biases"),
+        "hidden_act": (config.text("hidden_act", "silu") in ("silu", "swish"), "only silu"),
+        "mlp_bias": (not config.flag("mlp_bias"), "only MLPs without biases"),
         "partial_rotary_factor": (whole or spec.family == "phi3", "only whole heads rotated"),
-        "pretraining_tp": (config.get("pretraining_tp", 1) in (0, 1), "only 1"),
-        "layer_types": (len(set(config.get("layer_types") or [])) <= 1, "only one window for all layers"),
+        "pretraining_tp": (config.count("pretraining_tp", 1, least=0) <= 1, "only 1"),
+        "layer_types": (len(set(config.items("layer_types", "names", str))) <= 1, "only one window for all layers"),
     }
     for name, (fits, supported) in facts.items():
         if not fits:
-            raise InputError("emit graph", name, f"{config.get(name)!r} is not supported, {supported}")
+            raise InputError("emit graph", name, f"{shown(config.fields.get(name))} is not supported, {supported}")
 
 
-def blocks(spec: ModelSpec, config: dict[str, Any]) -> Decoder:
+def blocks(spec: ModelSpec, config: HfConfig) -> Decoder:
     """Raises InputError where the config's list of rotated layers is not one flag a layer."""
     head = "model.embed_tokens.weight" if spec.tied_embeddings else "lm_head.weight"
     rope = rope_of(spec, config)
@@ -48,9 +48,9 @@ def blocks(spec: ModelSpec, config: dict[str, Any]) -> Decoder:
     )
 
 
-def _multiplier(spec: ModelSpec, config: dict[str, Any], name: str) -> float:
+def _multiplier(spec: ModelSpec, config: HfConfig, name: str) -> float:
     """Granite's; 1 where its config is silent, as in transformers."""
-    return float(config.get(name, 1.0)) if spec.family == "granite" else 1.0
+    return config.real(name, 1.0) if spec.family == "granite" else 1.0
 
 
 def fused_rows(spec: ModelSpec) -> dict[str, tuple[str, int, int]]:
@@ -70,17 +70,17 @@ def fused_rows(spec: ModelSpec) -> dict[str, tuple[str, int, int]]:
     return found
 
 
-def _rotated(spec: ModelSpec, config: dict[str, Any]) -> list[bool]:
+def _rotated(spec: ModelSpec, config: HfConfig) -> list[bool]:
     """SmolLM3's `no_rope_layers` has a 1 where a layer *is* rotated."""
-    flags = config.get("no_rope_layers") if spec.family == "smollm3" else None
-    if flags is None:
+    if spec.family != "smollm3" or not config.has("no_rope_layers"):
         return [True] * spec.layers
-    if not isinstance(flags, list) or len(flags) != spec.layers:
-        raise InputError("emit graph", "no_rope_layers", f"not a list of {spec.layers} flags")
+    flags = config.items("no_rope_layers", "flags", int, bool)
+    if len(flags) != spec.layers:
+        raise InputError("emit graph", "no_rope_layers", f"{len(flags)} flags for {spec.layers} layers")
     return [bool(flag) for flag in flags]
 
 
-def _layer(spec: ModelSpec, config: dict[str, Any], index: int, rope: Rope, rotary: bool) -> Layer:
+def _layer(spec: ModelSpec, config: HfConfig, index: int, rope: Rope, rotary: bool) -> Layer:
     prefix, hidden, mlp = f"model.layers.{index}", spec.hidden_size, spec.intermediate_size
     queries, keys = spec.heads * spec.head_size, spec.kv_heads * spec.head_size
     usual = 1 / math.sqrt(spec.head_size)

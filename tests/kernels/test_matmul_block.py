@@ -44,8 +44,13 @@ def native(x: np.ndarray, products: list[BlockProduct], **options: Any) -> list[
 
 
 def assert_close(found: np.ndarray, wanted: np.ndarray, x: np.ndarray, products: list[BlockProduct]) -> None:
+    assert np.abs(found - wanted).max() <= allowed(x, products)
+
+
+def allowed(x: np.ndarray, products: list[BlockProduct]) -> float:
+    """What rounding may make of a sum, of whose terms most may cancel."""
     size = max(np.abs(p.weight.dequantized()).max() for p in products) * np.abs(x).sum(-1).max() + 1
-    assert np.abs(found - wanted).max() <= TOLERANCE * size
+    return float(TOLERANCE * size)
 
 
 @settings(max_examples=60, deadline=None)
@@ -92,7 +97,9 @@ def test_gated(form, tokens, activation):
     x = rng.normal(size=(tokens, 256)).astype(np.float32)
     products = [BlockProduct(random_blocks(rng, form, 40, 256)) for _ in range(2)]
     (found,) = native(x, products, activation=activation, threads=2)
-    np.testing.assert_allclose(found, matmul_block(x, products, activation=activation)[0], rtol=1e-4, atol=1e-6)
+    gate, up = matmul_block(x, products)
+    error = allowed(x, products) * (1.2 * np.abs(up) + np.abs(activate(gate, activation)))  # slopes are below 1.2
+    assert (np.abs(found - matmul_block(x, products, activation=activation)[0]) <= error + 1e-6).all()
 
 
 @pytest.mark.parametrize("activation", [Activation.SILU, Activation.GELU_TANH])
@@ -228,7 +235,8 @@ def test_every_instruction_set(isa: str, tmp_path: Path):
             "import hashlib, sys; sys.path.insert(0, sys.argv[1]); import numpy as np, test_matmul_block as t;"
             "rng = np.random.default_rng(8); x = rng.normal(size=(5, 256)).astype(np.float32);"
             "p = [t.BlockProduct(t.random_blocks(rng, f, 37, 256)) for f in t.FORMATS];"
-            "print(hashlib.sha256(b''.join(o.tobytes() for o in t.native(x, p))).hexdigest())"
+            "outs = [t.native(x, [one])[0] for one in p];"  # a node takes four segments, there are more formats
+            "print(hashlib.sha256(b''.join(out.tobytes() for out in outs)).hexdigest())"
         )
         ran = subprocess.run(
             [sys.executable, "-c", code, str(Path(__file__).parent)], capture_output=True, text=True, check=True,

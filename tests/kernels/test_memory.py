@@ -69,7 +69,7 @@ def test_pages_of_another_version_are_refused_by_name_wherever_they_are_met(bund
         with pytest.raises(IncompatibleError, match=r"KV layout i4\.k16t in pages of 16"):
             Runner.open(other, **asked)
     assert refusal(other.manifest, local_device()) == (
-        "its KV pages are laid out as i4.k16t, the node reads f32.k16t, f16.k16t"
+        "its KV pages are laid out as i4.k16t, the node reads f32.k16t, f16.k16t, i8.k16t"
     )
     assert refusal(bundle.manifest, local_device()) is None
     with pytest.raises(IncompatibleError, match="hold nothing"):
