@@ -15,7 +15,13 @@ _BLOCKS = dict.fromkeys(("llama", "qwen2", "qwen3", "mistral", "phi3", "smollm3"
 
 def source_of(source: Source, spec: ModelSpec) -> Source:
     """The source with the names that the architecture file uses."""
-    return SplitSource(source, llama.fused_rows(spec)) if spec.family == "phi3" else source
+    parts = joined_rows(spec)
+    return SplitSource(source, parts) if parts else source
+
+
+def joined_rows(spec: ModelSpec) -> dict[str, tuple[str, int, int]]:
+    """The matrices that a checkpoint of this family stores joined: name -> (stored name, first row, last row)."""
+    return llama.fused_rows(spec) if spec.family == "phi3" else {}
 
 
 def decoder_of(spec: ModelSpec, config: dict[str, Any] | None = None) -> Decoder:
