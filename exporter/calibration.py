@@ -18,7 +18,7 @@ from skerry.core.chat import ChatTemplate
 from skerry.core.errors import InputError
 from skerry.core.files import sha256_bytes, sha256_file
 from skerry.core.tokenizer import Tokenizer
-from skerry.exporter.gptq import gptq, importance_of
+from skerry.exporter.gptq import factor, gptq, importance_of
 from skerry.exporter.layerwise import Layerwise, Site
 from skerry.exporter.quantize import quantize
 from skerry.exporter.texts import Row, Sequence, encode_prompts, encode_rows, read_rows
@@ -119,8 +119,9 @@ def round_layerwise(
         mine = [site for site in sites if site.layer == index]
         seen = _moments(method, index, mine, layers, states, recorded)
         for site in mine:
+            rounded = _rounder(method, site, seen[site], form)
             for name in site.matrices:
-                found[name] = _rounded(method, name, source.tensor(name), seen[site], form)
+                found[name] = rounded(source.tensor(name))
                 with torch.inference_mode():
                     layers.set(name, found[name].dequantized())
         states = layers.run(index, states, recorded)
@@ -143,9 +144,12 @@ def _moments(
     return {site: total.numpy() / tokens for site, total in sums.items()}
 
 
-def _rounded(method: str, name: str, weights: np.ndarray, moments: np.ndarray, form: BlockFormat) -> Blocks:
+def _rounder(method: str, site: Site, moments: np.ndarray, form: BlockFormat) -> Callable[[np.ndarray], Blocks]:
+    """What rounds each matrix of a site: they share their moments."""
     if not moments.any():
-        return quantize(weights, form)
+        return lambda weights: quantize(weights, form)
     if method == "gptq":
-        return gptq(name, weights, moments, form)
-    return quantize(weights, form, importance=importance_of(moments))
+        spread = factor(site.name, moments)
+        return lambda weights: gptq(weights, moments, spread, form)
+    importance = importance_of(moments)
+    return lambda weights: quantize(weights, form, importance=importance)

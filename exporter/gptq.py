@@ -5,7 +5,8 @@ others, by those that are still to come. With H the mean of x x^T over the input
 error e of one of its rows costs the mean squared error e H e^T of that output.
 
 A block's grid is chosen when its first column is reached, on the weights as corrected so far, so the result is plain
-Blocks. The walk is greedy and may lose: a row that came out worse than rounded to nearest is rounded to nearest. Linear algebra is the library's: the same bytes on the same machine with as many threads, not on every one.
+Blocks. The walk is greedy and may lose: a row that came out worse than rounded to nearest is rounded to nearest. Linear
+algebra is the library's: the same bytes on the same machine with as many threads, not on every one.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ DAMPING = 0.01
 TRIES = 4
 
 
-def gptq(name: str, weights: np.ndarray, moments: np.ndarray, form: BlockFormat) -> Blocks:
-    """weights float32 [N, K]; moments float64 [K, K], the mean of x x^T over calibration tokens.
+def gptq(weights: np.ndarray, moments: np.ndarray, spread: np.ndarray, form: BlockFormat) -> Blocks:
+    """weights float32 [N, K]; moments float64 [K, K], the mean of x x^T over calibration tokens; spread is their
+    `factor`, which matrices that read the same input share.
 
     An input that was always zero has no say in H beyond the damping: its column is rounded to nearest and moves no
-    other. Raises InputError where H is not finite, or not positive definite with ten times the mean on its diagonal.
+    other.
     """
-    walked, plain = _walk(name, weights, moments, form), quantize(weights, form, search=False)
+    walked, plain = _walk(weights, moments, spread, form), quantize(weights, form, search=False)
     worse = output_errors(walked, weights, moments) > output_errors(plain, weights, moments)
     walked.codes[worse], walked.scales[worse] = plain.codes[worse], plain.scales[worse]
     if walked.minima is not None and plain.minima is not None:
@@ -42,8 +44,8 @@ def output_errors(found: Blocks, weights: np.ndarray, moments: np.ndarray) -> np
     return errors
 
 
-def _walk(name: str, weights: np.ndarray, moments: np.ndarray, form: BlockFormat) -> Blocks:
-    spread, importance = factor(name, moments), importance_of(moments.diagonal())
+def _walk(weights: np.ndarray, moments: np.ndarray, spread: np.ndarray, form: BlockFormat) -> Blocks:
+    importance = importance_of(moments.diagonal())
     left = weights.T.copy("C")  # [K, N]: a column of the matrix is a row here
     width, rows = left.shape
     codes = np.empty((rows, width // BLOCK, BLOCK), np.uint8)
@@ -69,12 +71,11 @@ def _walk(name: str, weights: np.ndarray, moments: np.ndarray, form: BlockFormat
 def factor(name: str, moments: np.ndarray) -> np.ndarray:
     """float32 [K, K]: the upper U with U^T U = (H + damping)^-1, whose rows say how a column's error moves the rest.
 
-    Reversing rows and columns turns the Cholesky factor of H into one of its inverse: no second factorization.
+    Reversing rows and columns turns the Cholesky factor of H into one of its inverse: no second factorization. Raises
+    InputError where H is not finite, or not positive definite even with ten times its mean added to the diagonal.
     """
     if not np.isfinite(moments).all():
-        raise InputError(
-            "round by GPTQ", name, "its inputs on the calibration text are not finite", "--rounding search"
-        )
+        raise InputError("round by GPTQ", name, "inputs on the calibration text are not finite", "--rounding search")
     mean = float(moments.diagonal().mean())
     for attempt in range(TRIES):
         damped = moments + np.eye(len(moments)) * (mean * DAMPING * 10**attempt)
@@ -83,7 +84,7 @@ def factor(name: str, moments: np.ndarray) -> np.ndarray:
         except np.linalg.LinAlgError:
             continue
         return np.triu(np.linalg.inv(lower[::-1, ::-1])).astype(np.float32)
-    cause = "the moments of its inputs are not positive definite, whatever is added to their diagonal"
+    cause = "the moments of inputs are not positive definite, whatever is added to their diagonal"
     raise InputError("round by GPTQ", name, cause, "more --calibration text, or --rounding search")
 
 

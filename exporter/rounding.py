@@ -34,7 +34,7 @@ FOUR_BITS = ("Q4_0", "Q4_1")
 # Weights alone may lose so much on the calibration text (nats); the gate allows an int4 engine 0.08.
 BUDGET_KL = 0.03
 # Calibration tokens that every site is judged on.
-JUDGED_TOKENS = 768
+JUDGED_TOKENS = 512
 
 Progress = Callable[[str, int, int], None]
 

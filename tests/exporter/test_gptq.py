@@ -28,6 +28,10 @@ def _moments(inputs: np.ndarray) -> np.ndarray:
     return inputs.T @ inputs / len(inputs)
 
 
+def _gptq(weights: np.ndarray, moments: np.ndarray, form: BlockFormat) -> Blocks:
+    return gptq(weights, moments, factor("w", moments), form)
+
+
 def _output_error(found: Blocks, weights: np.ndarray, inputs: np.ndarray) -> float:
     return float(((inputs @ (found.dequantized() - weights).T.astype(np.float64)) ** 2).mean())
 
@@ -35,7 +39,7 @@ def _output_error(found: Blocks, weights: np.ndarray, inputs: np.ndarray) -> flo
 @pytest.mark.parametrize("form", FORMATS)
 def test_outputs_are_closer_than_by_any_rounding_that_ignores_inputs(form: BlockFormat) -> None:
     weights, inputs = _case(24, 4, 600)
-    found = _output_error(gptq("w", weights, _moments(inputs), form), weights, inputs)
+    found = _output_error(_gptq(weights, _moments(inputs), form), weights, inputs)
     assert found < 0.6 * _output_error(quantize(weights, form, search=False), weights, inputs)
     assert found < 0.7 * _output_error(quantize(weights, form), weights, inputs)
 
@@ -50,7 +54,7 @@ def test_any_shape_gives_blocks_of_that_shape_on_their_own_grid(
 ) -> None:
     """Fewer tokens than inputs as well: the moments are then singular."""
     weights, inputs = _case(rows, blocks, tokens, seed)
-    found = gptq("w", weights, _moments(inputs), form)
+    found = _gptq(weights, _moments(inputs), form)
     assert (found.format, found.codes.shape) == (form, (rows, blocks, BLOCK))
     assert (found.minima is None) == (form is not BlockFormat.Q4_1)
     assert found.codes.max() < 2**form.bits and np.isfinite(found.dequantized()).all()
@@ -62,14 +66,14 @@ def test_any_shape_gives_blocks_of_that_shape_on_their_own_grid(
 
 def test_without_correlations_it_is_rounding_to_nearest() -> None:
     weights, _ = _case(8, 2, 1)
-    found = gptq("w", weights, np.eye(64), BlockFormat.Q4_1)
+    found = _gptq(weights, np.eye(64), BlockFormat.Q4_1)
     plain = quantize(weights, BlockFormat.Q4_1)
     assert found.codes.tobytes() == plain.codes.tobytes() and found.scales.tobytes() == plain.scales.tobytes()
 
 
 def test_same_input_same_bytes() -> None:
     weights, inputs = _case(16, 3, 200)
-    one, two = (gptq("w", weights, _moments(inputs), BlockFormat.Q4_0) for _ in range(2))
+    one, two = (_gptq(weights, _moments(inputs), BlockFormat.Q4_0) for _ in range(2))
     assert one.codes.tobytes() == two.codes.tobytes() and one.scales.tobytes() == two.scales.tobytes()
 
 
@@ -77,14 +81,14 @@ def test_dead_inputs_are_rounded_to_nearest_and_move_nothing() -> None:
     weights, inputs = _case(8, 2, 400)
     inputs[:, 5] = inputs[:, 40] = 0
     weights[:, 5] = 0.1  # not the largest of its block, which would set the scale
-    found = gptq("w", weights, _moments(inputs), BlockFormat.Q8_0)
+    found = _gptq(weights, _moments(inputs), BlockFormat.Q8_0)
     steps = found.scales.astype(np.float32)
     for column in (5, 40):
         error = np.abs(found.dequantized()[:, column] - weights[:, column])
         assert (error <= steps[:, column // BLOCK] * 0.501).all()
     changed = weights.copy()
     changed[:, 5] += 0.01
-    again = gptq("w", changed, _moments(inputs), BlockFormat.Q8_0)
+    again = _gptq(changed, _moments(inputs), BlockFormat.Q8_0)
     rest = [column for column in range(64) if column != 5]
     assert (again.dequantized()[:, rest] == found.dequantized()[:, rest]).all()
 
@@ -102,9 +106,9 @@ def test_moments_that_need_more_damping_get_it_and_worse_ones_are_refused() -> N
     weights, _ = _case(4, 1, 1)
     crooked = np.eye(BLOCK)
     crooked[0, 1] = crooked[1, 0] = 1.05  # an eigenvalue of -0.05: 1% does not help, 10% does
-    found = gptq("w", weights, crooked, BlockFormat.Q8_0)
+    found = _gptq(weights, crooked, BlockFormat.Q8_0)
     assert np.abs(found.dequantized() - weights).max() < 1
-    with pytest.raises(InputError, match="w: the moments of its inputs are not positive definite"):
-        gptq("w", weights, -np.eye(BLOCK), BlockFormat.Q8_0)
-    with pytest.raises(InputError, match="w: its inputs on the calibration text are not finite"):
-        gptq("w", weights, np.full((BLOCK, BLOCK), np.nan), BlockFormat.Q8_0)
+    with pytest.raises(InputError, match="w: the moments of inputs are not positive definite"):
+        _gptq(weights, -np.eye(BLOCK), BlockFormat.Q8_0)
+    with pytest.raises(InputError, match="w: inputs on the calibration text are not finite"):
+        _gptq(weights, np.full((BLOCK, BLOCK), np.nan), BlockFormat.Q8_0)
