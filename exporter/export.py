@@ -36,7 +36,7 @@ Progress = Callable[[str, int, int], None]
 @dataclass(frozen=True)
 class Options:
     """What may vary besides checkpoint, target and precision; of it only `max_context` and `rounding` change an engine
-    file (and `threads`, in the last bits of a calibration's sums)."""
+    file."""
 
     name: str = ""
     version: str = ""

@@ -97,7 +97,7 @@ def values_of(codes: np.ndarray, form: BlockFormat, grid: Grid) -> np.ndarray:
 def _symmetric(x: np.ndarray, weight: np.ndarray, anchors: tuple[float, ...]) -> Grid:
     """The scale whose codes, after a least-squares fit to them, leave the least squared error."""
     best = np.full(x.shape[:-1], np.inf, np.float32)
-    scale = np.zeros(x.shape[:-1], np.float16)
+    scale = _anchored(x, anchors[0]).astype(np.float16)
     for anchor in anchors:
         step = _anchored(x, anchor)
         q = _signed(x, step)

@@ -56,7 +56,7 @@ def test_every_rounding_gives_an_engine_near_its_checkpoint(
     path = make_model(peaked=True, tie_word_embeddings=True)
     bundle = _export(path, tmp_path / "out", "int4", Rounding(method, BlockFormat[form]))
     parity = json.loads(bundle.file("parity.json").read_text())
-    assert 0 < parity["kl"] < 0.08 and parity["top1"] > 0.8
+    assert 0 < parity["kl"] < 0.08 and parity["top1"] > 0.7
     made = bundle.manifest.lineage["recipe"]["quantization"]
     assert made["matrices"] == {form: 21, "Q8_0": 1} and made["rounding"] == method
     assert ("calibration" in made) == (method in ("importance", "gptq"))
