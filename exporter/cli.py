@@ -60,10 +60,10 @@ def _progress() -> Iterator[Progress]:
 )
 @click.option(
     "--rounding",
-    type=click.Choice(["nearest", "search", "importance", "gptq"]),
-    default="search",
+    type=click.Choice(["auto", "nearest", "search", "importance", "gptq"]),
+    default="auto",
     show_default=True,
-    help="How weights become codes; the last two look at calibration text.",
+    help="How weights become codes; the last two look at calibration text. auto: gptq at 4 bits, search at 8.",
 )
 @click.option(
     "--format", "form", type=click.Choice(["Q4_0", "Q4_1"]), default="Q4_1", show_default=True,

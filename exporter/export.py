@@ -21,7 +21,7 @@ from skerry.exporter.lower import Lowering, lower, rules_for
 from skerry.exporter.parity import Parity, measure
 from skerry.exporter.placement import WeightFile
 from skerry.exporter.reference import load_reference
-from skerry.exporter.rounding import DEFAULT, Rounding, make_plan, plain_plan
+from skerry.exporter.rounding import DEFAULT, PLAIN, Rounding, make_plan, plain_plan
 from skerry.exporter.staging import check_out, staged
 from skerry.exporter.subject import Subject, open_subject, plain_name, write_text_files
 from skerry.exporter.texts import Texts, encode_prompts, encode_rows, open_texts
@@ -82,7 +82,7 @@ def export(checkpoint: Path, target: Target, precision: str, out: Path, options:
 
 
 def build_engine(
-    subject: Subject, target: Target, precision: str, out: Path, progress: Progress, rounding: Rounding = DEFAULT,
+    subject: Subject, target: Target, precision: str, out: Path, progress: Progress, rounding: Rounding = PLAIN,
     texts: Texts | None = None,
 ) -> Engine:  # fmt: skip
     """graph.onnx, weights.bin and the text files, and sensitivity.json of a mixture. The same bytes for the same input

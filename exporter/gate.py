@@ -55,5 +55,8 @@ def refuse(name: str, found: list[str]) -> None:
     """Raises GateFailed when there are problems."""
     if found:
         raise GateFailed(
-            "gate", name, "; ".join(found), "choose a higher --precision, or look at it with --keep-refused"
+            "gate",
+            name,
+            "; ".join(found),
+            "choose a higher --precision (mixed is between int4 and int8), or look at it with --keep-refused",
         )

@@ -1,12 +1,13 @@
 """Which format each matrix gets and how it is rounded: what is asked for, and the plan that comes of it.
 
     nearest      the grid from each block's range
-    search       the grid with the least squared error; the default, the same bytes everywhere
+    search       the grid with the least squared error; the same bytes everywhere
     importance   the same, errors weighted by the mean square of each input on calibration text
     gptq         column by column, later columns making good what earlier ones lost (gptq.py)
+    auto         gptq at 4 bits, where it matters; search at 8
 
-`nearest` and `search` need no text and happen while the graph is lowered. The others, and mixed precision whatever its
-rounding, run the float32 reference first.
+`nearest` and `search` need no text and happen while the graph is lowered. The other two, and mixed precision whatever
+its rounding, run the float32 reference first.
 """
 
 from __future__ import annotations
@@ -44,15 +45,22 @@ class Rounding:
     """What the caller asked for. `form` is the format of matrices at 4 bits; a mixture is held to `budget_kl` (nats) or
     to `bits` a weight, not to both."""
 
-    method: str = "search"
+    method: str = "auto"
     form: BlockFormat = BlockFormat.Q4_1
     calibration: Path | None = None
     budget_kl: float | None = None
     bits: float | None = None
 
+    def method_for(self, precision: str) -> str:
+        if self.method != "auto":
+            return self.method
+        return "gptq" if precision in ("int4", "mixed") else "search"
+
     def looks_at_text(self, precision: str) -> bool:
         """Whether the reference has to run before anything can be rounded."""
-        return precision == "mixed" or (precision not in ("fp32", "stored") and self.method in CALIBRATED)
+        return precision == "mixed" or (
+            precision not in ("fp32", "stored") and self.method_for(precision) in CALIBRATED
+        )
 
     def check(self, precision: str) -> None:
         """Raises UsageError for what would be asked for in vain."""
@@ -64,13 +72,18 @@ class Rounding:
             raise UsageError("round", "--budget-kl and --bits", "one decides the mixture, not both", "give one of them")
         if self.calibration is not None and not self.looks_at_text(precision):
             raise UsageError(
-                "round", "--calibration", f"{self.method} looks at no text", f"--rounding {' or '.join(CALIBRATED)}"
+                "round",
+                "--calibration",
+                f"{self.method_for(precision)} looks at no text",
+                f"--rounding {' or '.join(CALIBRATED)}",
             )
         if precision in ("fp32", "stored") and self.method in CALIBRATED:
             raise UsageError("round", f"--rounding {self.method}", f"nothing is rounded for {precision}", "another one")
 
 
 DEFAULT = Rounding()
+# What looks at no text: the same bytes everywhere.
+PLAIN = Rounding("search")
 
 
 @dataclass(frozen=True)
@@ -85,10 +98,11 @@ class Plan:
     report: dict[str, Any] | None = None
 
 
-def plain_plan(precision: str, rounding: Rounding = DEFAULT) -> Plan:
+def plain_plan(precision: str, rounding: Rounding = PLAIN) -> Plan:
     """For what needs no reference."""
     body = rounding.form if precision in ("int4", "mixed") else BlockFormat.Q8_0
-    return Plan(body, rounding.method != "nearest", made={"rounding": rounding.method})
+    method = rounding.method_for(precision)
+    return Plan(body, method != "nearest", made={"rounding": method})
 
 
 def make_plan(
@@ -104,7 +118,7 @@ def make_plan(
     layers = Layerwise(load_reference(subject.source), subject.spec)
     text = _text(layers, subject, rounding, prompts, tokenizer, template, progress)
     judge = sensitivity.Judge(layers, text.head(JUDGED_TOKENS)) if precision == "mixed" else None
-    low = _round_all(subject, layers, rounding, plain, text, progress)
+    low = _round_all(subject, layers, plain, text, progress)
     made = {**plain.made, "calibration": {**text.to_json(), "sums": "library"}}
     if judge is None:
         return Plan(plain.body, plain.search, blocks=low, made=made)
@@ -123,15 +137,16 @@ def _text(
 
 
 def _round_all(
-    subject: Subject, layers: Layerwise, rounding: Rounding, plain: Plan, text: Calibration, progress: Progress
+    subject: Subject, layers: Layerwise, plain: Plan, text: Calibration, progress: Progress
 ) -> dict[str, Blocks]:
     """Every matrix but embedding and head, in the plan's body format. The reference has its own weights again after."""
     sites = sites_of(subject.decoder)
     names = [name for site in sites for name in site.matrices]
-    if rounding.method not in CALIBRATED:
+    method = plain.made["rounding"]
+    if method not in CALIBRATED:
         return {name: quantize(subject.source.tensor(name), plain.body, plain.search) for name in names}
     with layers.restored(names):
-        return round_layerwise(rounding.method, plain.body, subject.source, layers, sites, text.rows, progress)
+        return round_layerwise(method, plain.body, subject.source, layers, sites, text.rows, progress)
 
 
 def _mixed(
@@ -149,6 +164,6 @@ def _mixed(
     formats = {name: sensitivity.HIGH for site in mixture.raised for name in site.matrices}
     kept = {name: blocks for name, blocks in low.items() if name not in formats}
     found = {**asked, **mixture.to_json()}
-    report = {**found, "rounding": rounding.method, "format": plain.body.name, "rows": len(judge.rows),
+    report = {**found, "rounding": made["rounding"], "format": plain.body.name, "rows": len(judge.rows),
               "tokens": len(judge.expected), "sites": [one.to_json() for one in order]}  # fmt: skip
     return Plan(plain.body, plain.search, formats, kept, {**made, "mixture": found}, report)

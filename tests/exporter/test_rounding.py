@@ -192,11 +192,20 @@ def test_mixed_bundle_says_what_was_chosen(
 
 
 @pytest.mark.parametrize(
+    ("precision", "wanted"), [("int8", "search"), ("int4", "gptq"), ("mixed", "gptq"), ("stored", "search")]
+)
+def test_gptq_is_the_default_where_it_matters(precision: str, wanted: str) -> None:
+    assert Rounding().method_for(precision) == wanted and Rounding("nearest").method_for(precision) == "nearest"
+    assert Rounding().looks_at_text(precision) == (wanted == "gptq")
+    assert not Rounding("gptq").looks_at_text("fp32") and Rounding("search").looks_at_text("mixed")
+
+
+@pytest.mark.parametrize(
     ("precision", "rounding", "says"),
     [
         ("int4", Rounding(budget_kl=0.1), "--budget-kl: means nothing for int4"),
         ("mixed", Rounding(budget_kl=0.1, bits=5), "not both"),
-        ("int4", Rounding(calibration=Path("x.jsonl")), "search looks at no text"),
+        ("int8", Rounding(calibration=Path("x.jsonl")), "search looks at no text"),
         ("fp32", Rounding("gptq"), "nothing is rounded for fp32"),
     ],
 )
