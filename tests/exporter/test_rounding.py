@@ -15,7 +15,7 @@ from skerry.core.cli import run
 from skerry.core.errors import GateFailed, InputError, UsageError
 from skerry.core.target import Target
 from skerry.exporter import sensitivity
-from skerry.exporter.calibration import round_layerwise
+from skerry.exporter.calibration import Calibration, round_layerwise
 from skerry.exporter.export import Options, export
 from skerry.exporter.layerwise import Layerwise, sites_of
 from skerry.exporter.quantize import quantize
@@ -133,6 +133,17 @@ def test_a_site_that_was_never_active_is_rounded_without_calibration(make_model:
     # The walk rounds up_proj from the source, but what entered down_proj before was nothing.
     plain = quantize(subject.source.tensor(name), BlockFormat.Q4_1)
     assert found[name].codes.tobytes() == plain.codes.tobytes()
+
+
+@pytest.mark.parametrize(("count", "tokens"), [(1, 40), (2, 40), (30, 200), (30, 10_000)])
+def test_rows_to_judge_by_are_held_out(count: int, tokens: int) -> None:
+    rows: list[Sequence] = [([at] * 40, 8) for at in range(count)]
+    fitted, held_out = Calibration(rows, "caller", "").split(tokens)
+    assert fitted and held_out and len(held_out) <= max(1, -(-count // 2))
+    if count > 1:
+        assert sorted([*fitted, *held_out]) == rows
+    if tokens == 200:
+        assert len(held_out) == 5
 
 
 def _judged(make_model: Make) -> tuple[sensitivity.Judge, list[sensitivity.Sensitivity], dict[str, Any]]:
