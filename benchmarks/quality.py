@@ -22,7 +22,7 @@ from statistics import NormalDist
 from skerry.benchmarks.gates import AUTO, OFF, Gates
 
 # Least top-1 agreement with the float32 checkpoint, by precision.
-PARITY = {"fp32": 0.999, "int8": 0.95, "int4": 0.90, "stored": 0.95}
+PARITY = {"fp32": 0.999, "int8": 0.95, "int4": 0.90, "mixed": 0.90, "stored": 0.95}
 DEFAULT = 0.95
 FEWEST = 64  # tokens compared
 CONFIDENCE = 0.95

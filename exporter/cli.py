@@ -15,6 +15,7 @@ from skerry.core.cli import emit, json_option
 from skerry.core.target import BACKENDS, Target
 
 if TYPE_CHECKING:
+    from skerry.core.bundle import Bundle
     from skerry.exporter.export import Progress
 
 
@@ -52,11 +53,29 @@ def _progress() -> Iterator[Progress]:
 @click.option("--sm", type=int, help="Compute capability of the GPU, 86 for 8.6, where the target is bound to one.")
 @click.option(
     "--precision",
-    type=click.Choice(["auto", "fp32", "int8", "int4", "stored"]),
+    type=click.Choice(["auto", "fp32", "int8", "mixed", "int4", "stored"]),
     default="auto",
     show_default=True,
-    help="stored: the blocks of a GGUF as they are.",
+    help="stored: the blocks of a GGUF as they are. mixed: layers that 4 bits hurt most at 8.",
 )
+@click.option(
+    "--rounding",
+    type=click.Choice(["auto", "nearest", "search", "importance", "gptq"]),
+    default="auto",
+    show_default=True,
+    help="How weights become codes; the last two look at calibration text. auto: gptq at 4 bits, search at 8.",
+)
+@click.option(
+    "--format", "form", type=click.Choice(["Q4_0", "Q4_1"]), default="Q4_1", show_default=True,
+    help="Blocks of matrices at 4 bits.",
+)  # fmt: skip
+@click.option(
+    "--calibration", type=click.Path(path_type=Path), help="JSONL of conversations; the model's own answers by default."
+)
+@click.option(
+    "--budget-kl", type=click.FloatRange(min=0), help="mixed: nats the weights may cost on the calibration text."
+)
+@click.option("--bits", type=click.FloatRange(4, 9), help="mixed: bits a weight, scales included, instead of a budget.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the bundle.")
 @click.option("--name", default="", help="Name of the bundle; the checkpoint's by default.")
 @click.option("--version", default="", help="Version of the bundle; the checkpoint's by default.")
@@ -83,7 +102,8 @@ def _progress() -> Iterator[Progress]:
 )
 @json_option
 def export(
-    checkpoint: Path, target: str, sm: int | None, precision: str, out: Path, name: str, version: str,
+    checkpoint: Path, target: str, sm: int | None, precision: str, rounding: str, form: str, calibration: Path | None,
+    budget_kl: float | None, bits: float | None, out: Path, name: str, version: str,
     threads: int | None, eval_dir: Path | None, max_context: int | None, window_requests: int, hash_seed: int,
     kv_cache: str, skip_baseline: bool, keep_refused: bool, unmeasured: bool, as_json: bool,
 ) -> None:  # fmt: skip
@@ -97,6 +117,8 @@ def export(
     from skerry.core.files import read_json
     from skerry.exporter.export import Options
     from skerry.exporter.export import export as run
+    from skerry.exporter.rounding import Rounding
+    from skerry.kernels.blocks import BlockFormat
 
     started = time.monotonic()
     wanted = Target.parse(target if sm is None else f"{target}-sm{sm}")
@@ -105,6 +127,7 @@ def export(
             name=name, version=version, threads=threads, eval_dir=eval_dir, max_context=max_context,
             window_requests=window_requests, hash_seed=hash_seed, kv_cache=kv_cache, skip_baseline=skip_baseline,
             keep_refused=keep_refused, unmeasured=unmeasured, progress=progress,
+            rounding=Rounding(rounding, BlockFormat[form], calibration, budget_kl, bits),
         )  # fmt: skip
         bundle = run(checkpoint, wanted, precision, out, options)
     manifest, parity = bundle.manifest, None if unmeasured else read_json(bundle.file("parity.json"))
@@ -123,7 +146,21 @@ def export(
         f"{manifest.name} {manifest.version} {manifest.target} {manifest.precision}: {bundle.short}, "
         f"{size / 1e6:.0f} MB, {quality}\n{out}"
     )
-    emit(document, as_json, text)
+    emit(document, as_json, text + _mixture(bundle))
+
+
+def _mixture(bundle: Bundle) -> str:
+    """What a mixture came to and where 4 bits hurt most; nothing for other bundles."""
+    from skerry.core.files import read_json
+
+    path = bundle.path / "sensitivity.json"
+    if not path.is_file():
+        return ""
+    found = read_json(path)
+    worst = ", ".join(f"{one['site']} ({one['kl']:.4f})" for one in found["sites"][:3])
+    raised, bits = f"{len(found['raised'])} of {len(found['sites'])}", found["bits_per_weight"]
+    lost = f"KL of the weights {found['kl']:.4f} instead of {found['kl_none_raised']:.4f}"
+    return f"\n{raised} sites at 8 bits, {bits:.2f} bits a weight, {lost}; most worth raising: {worst}"
 
 
 @click.command("eval")

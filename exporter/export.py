@@ -23,6 +23,7 @@ from skerry.exporter.lower import Lowering, lower, rules_for
 from skerry.exporter.parity import Parity, measure
 from skerry.exporter.placement import WeightFile
 from skerry.exporter.reference import load_reference
+from skerry.exporter.rounding import DEFAULT, PLAIN, Rounding, make_plan, plain_plan
 from skerry.exporter.staging import check_out, staged
 from skerry.exporter.subject import Subject, open_subject, plain_name, write_text_files
 from skerry.exporter.texts import Texts, encode_prompts, encode_rows, open_texts
@@ -42,7 +43,8 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Options:
-    """What may vary besides checkpoint, target and precision; none of it but `max_context` changes an engine file."""
+    """What may vary besides checkpoint, target and precision; of it only `max_context` and `rounding` change an engine
+    file."""
 
     name: str = ""
     version: str = ""
@@ -55,6 +57,7 @@ class Options:
     skip_baseline: bool = False
     keep_refused: bool = False
     unmeasured: bool = False
+    rounding: Rounding = DEFAULT
     progress: Progress = lambda stage, done, total: None
 
 
@@ -68,6 +71,7 @@ class Engine:
     rules: dict[str, int]
     formats: dict[str, int]
     settings: dict[str, Any]
+    rounded: dict[str, Any]
     kv_loss: KvLoss | None = None  # what 8-bit pages add, where that was measured
 
 
@@ -78,9 +82,10 @@ def export(checkpoint: Path, target: Target, precision: str, out: Path, options:
     rules_for(target, "fp32")
     subject = open_subject(checkpoint, options.max_context)
     check_room(subject, precision)
+    options.rounding.check(subject.precision(precision))
     texts = open_texts(subject.directory, options.eval_dir)
     with staged(out) as staging:
-        engine = build_engine(subject, target, precision, staging, options.progress)
+        engine = build_engine(subject, target, precision, staging, options.progress, options.rounding, texts)
         parity: Parity | None = None
         refused: list[str] = []
         if options.unmeasured:
@@ -107,19 +112,31 @@ def check_room(subject: Subject, precision: str) -> None:
     require_memory("export", subject.name, parts, "a smaller model, --max-context, or a machine with more memory")
 
 
-def build_engine(subject: Subject, target: Target, precision: str, out: Path, progress: Progress) -> Engine:
-    """graph.onnx, weights.bin and the text files: the same bytes for the same input, on every machine."""
+def build_engine(
+    subject: Subject, target: Target, precision: str, out: Path, progress: Progress, rounding: Rounding = PLAIN,
+    texts: Texts | None = None,
+) -> Engine:  # fmt: skip
+    """graph.onnx, weights.bin and the text files, and sensitivity.json of a mixture. The same bytes for the same input
+    on every machine, but for what is rounded by calibration. `texts`, the packaged ones by default, has the prompts."""
     import onnx_ir as ir
 
     precision = subject.precision(precision)
     settings = write_text_files(subject, out)
+    rules_for(target, precision)
+    plan = plain_plan(precision, rounding)
+    if rounding.looks_at_text(precision):
+        prompts = (texts or open_texts(subject.directory, None)).baseline
+        plan = make_plan(subject, precision, rounding, prompts, *open_texts_files(out, settings), progress)
+    if plan.report is not None:
+        write_json(out / "sensitivity.json", plan.report)
     emitted = emit(subject.spec, subject.decoder, layouts("auto", precision)[0])
     with WeightFile(out / "weights.bin") as file:
-        lowering = Lowering(subject.spec, precision, subject.source, file, progress=progress)
+        lowering = Lowering(subject.spec, precision, subject.source, file, progress, plan)
         model = lower(emitted, target, lowering)
     (out / "graph.onnx").write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
     ops = tuple(sorted({*skerry_ops(model), SAMPLE_OP}))
-    return Engine(precision, emitted.groups, ops, lowering.counts, lowering.formats(), settings)
+    rounded = {} if precision in ("fp32", "stored") else plan.made
+    return Engine(precision, emitted.groups, ops, lowering.counts, lowering.formats(), settings, rounded)
 
 
 def measure_engine(
@@ -202,7 +219,7 @@ def describe(
 def seal_engine(
     subject: Subject, texts: Texts, engine: Engine, target: Target, out: Path, options: Options, qualified: bool
 ) -> Bundle:
-    made = provenance.recipe(subject, engine.precision, str(target), engine.rules, engine.formats)
+    made = provenance.recipe(subject, engine.precision, str(target), engine.rules, engine.formats, engine.rounded)
     return seal(
         out, name=bundle_name(subject, options), version=bundle_version(subject, options), target=target,
         model=subject.spec, precision=engine.precision, kv=engine.groups, max_context=subject.spec.max_context,

@@ -26,6 +26,7 @@ LIMITS = {
     "fp32": Limits(1.0005, 1e-5, 0.999),
     "int8": Limits(1.01, 0.01, 0.95),
     "int4": Limits(1.05, 0.08, 0.90),
+    "mixed": Limits(1.05, 0.08, 0.90),  # as many at 4 bits as that allows
     "stored": Limits(1.01, 0.01, 0.95),  # against those same weights, dequantized
 }
 
@@ -54,5 +55,8 @@ def refuse(name: str, found: list[str]) -> None:
     """Raises GateFailed when there are problems."""
     if found:
         raise GateFailed(
-            "gate", name, "; ".join(found), "choose a higher --precision, or look at it with --keep-refused"
+            "gate",
+            name,
+            "; ".join(found),
+            "choose a higher --precision (mixed is between int4 and int8), or look at it with --keep-refused",
         )

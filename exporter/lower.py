@@ -21,13 +21,14 @@ from skerry.exporter.graph import COS, SIN, Emitted
 from skerry.exporter.placement import WeightFile
 from skerry.exporter.quantize import check_width, quantize
 from skerry.exporter.rope import rope_tables
+from skerry.exporter.rounding import Plan, plain_plan
 from skerry.exporter.targets import MISSING
 from skerry.exporter.weights import Source
 from skerry.kernels.blocks import BlockFormat, pack
 from skerry.kernels.reference import Activation
 
 MICROSOFT, SKERRY = "com.microsoft", "skerry"
-BODY = {"int8": BlockFormat.Q8_0, "int4": BlockFormat.Q4_1}
+QUANTIZED = ("int8", "int4", "mixed", "stored")
 # The head decides every token and the embedding is a lookup: they stay at 8 bits when the body goes to 4.
 HEAD = BlockFormat.Q8_0
 
@@ -49,17 +50,19 @@ class Lowering:
     source: Source
     file: WeightFile
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None
+    plan: Plan | None = None
     packed: dict[str, Packed] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
 
     def pack(self, name: str, head: bool = False) -> Packed:
-        """`stored` takes what the source has in blocks as it is; whatever else is quantized here."""
+        """`stored` takes what the source has in blocks as it is, a plan what is rounded; others are rounded here."""
         if name not in self.packed:
-            kept = self.source.blocks(name) if self.precision == "stored" else None
+            plan = self.plan or plain_plan(self.precision)
+            kept = self.source.blocks(name) if self.precision == "stored" else plan.blocks.get(name)
             if kept is None:
                 array = self.source.tensor(name)
                 check_width(name, array.shape[1])
-                kept = quantize(array, HEAD if head else BODY.get(self.precision, BlockFormat.Q8_0))
+                kept = quantize(array, HEAD if head else plan.formats.get(name, plan.body), plan.search)
             self.packed[name] = Packed(self.file.add(f"{name}.blocks", pack(kept)), kept.format)
             self.progress("quantize", len(self.packed), 7 * self.spec.layers + (1 if self.spec.tied_embeddings else 2))
         return self.packed[name]
@@ -99,8 +102,8 @@ def rules_for(target: Target, precision: str) -> list[Rule]:
             Rule("fuse-silu", lambda e: sum(layer.mlp.activation == "silu" for layer in e.decoder.layers), _fuse_silu),
             Rule("fuse-skip-norm", lambda e: 2 * len(e.decoder.layers) - 1, _fuse_skip_norm),
         ]
-    if precision not in (*BODY, "stored"):
-        known = "fp32, int8, int4 or stored"
+    if precision not in QUANTIZED:
+        known = "fp32, int8, int4, mixed or stored"
         raise IncompatibleError("export for", target, f"no rules for precision {precision}", known)
     return [
         Rule("block-embedding", lambda e: 1, _block_embedding),

@@ -19,10 +19,16 @@ RUN = ("onnxruntime", "tokenizers", "numpy", "jinja2")
 
 
 def recipe(
-    subject: Subject, precision: str, target: str, rules: dict[str, int], formats: dict[str, int]
+    subject: Subject,
+    precision: str,
+    target: str,
+    rules: dict[str, int],
+    formats: dict[str, int],
+    rounded: dict[str, Any],
 ) -> dict[str, Any]:
-    """How to make the same engine again; versions of tools, none of which may change an engine's bytes, included."""
-    quantization = {"block": BLOCK, "matrices": formats} if formats else {}
+    """How to make the same engine again, with the versions of tools. They may change an engine's bytes only where
+    `rounded` names a calibration: its sums are the libraries', the same on one machine with as many threads."""
+    quantization = {"block": BLOCK, "matrices": formats, **rounded} if formats else {}
     return {
         "target": target, "precision": precision, "max_context": subject.spec.max_context,
         "quantization": quantization, "rules": rules, "versions": versions(BUILD),

@@ -19,9 +19,15 @@ _FILES = {
 
 def source_of(source: Source, spec: ModelSpec) -> Source:
     """The source with the names and the values that the architecture file's blocks mean."""
-    if spec.family == "phi3":
-        return SplitSource(source, llama.fused_rows(spec))
+    parts = joined_rows(spec)
+    if parts:
+        return SplitSource(source, parts)
     return ShiftedNorms(source) if spec.family in ("gemma2", "gemma3") else source
+
+
+def joined_rows(spec: ModelSpec) -> dict[str, tuple[str, int, int]]:
+    """The matrices that a checkpoint of this family stores joined: name -> (stored name, first row, last row)."""
+    return llama.fused_rows(spec) if spec.family == "phi3" else {}
 
 
 def decoder_of(spec: ModelSpec, config: dict[str, Any] | None = None) -> Decoder:
