@@ -7,7 +7,6 @@ unpermuted. It also adds the 1 to the weights of Gemma's norms that Hugging Face
 
 from __future__ import annotations
 
-import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,10 @@ from typing import Any
 import numpy as np
 
 from skerry.core.errors import InputError
+from skerry.core.model import MOST
 from skerry.exporter.gguf_blocks import blocks_of
 from skerry.exporter.gguf_families import GEMMA, GEMMA_NORMS, family_config
+from skerry.exporter.gguf_fields import GgufFields
 from skerry.exporter.gguf_header import Long, Tensor, read_header
 from skerry.exporter.weights import checked
 from skerry.kernels.blocks import BlockFormat, Blocks
@@ -49,8 +50,8 @@ class GgufSource:
     def __init__(self, path: Path) -> None:
         self.path = path
         header = read_header(path)
-        self._fields = header.fields
-        self._architecture = self._field("general.architecture", str)
+        self._fields = GgufFields(path, header.fields)
+        self._architecture = self._fields.architecture
         self._tensors = {
             hf_name(name, self._architecture): tensor
             for name, tensor in header.tensors.items()
@@ -75,8 +76,8 @@ class GgufSource:
         stored = self._tensor(name)
         with np.errstate(invalid="ignore", over="ignore"):  # `checked` finds what comes of it
             array = gguf.dequantize(stored.data, stored.tensor_type).astype(np.float32).reshape(self.shape(name))
-        if self._architecture in GEMMA and name.endswith("norm.weight"):
-            array = array - np.float32(1)
+            if self._architecture in GEMMA and name.endswith("norm.weight"):
+                array = array - np.float32(1)
         order = self._order(name)
         return checked(name, array if order is None else array[order])
 
@@ -116,62 +117,33 @@ class GgufSource:
         return self._tensors[name]
 
     def _config(self) -> dict[str, Any]:
-        architecture = self._architecture
+        architecture, fields = self._architecture, self._fields
         if architecture not in _ARCHITECTURES:
             raise InputError(
                 "read weights", self.path, f"unknown GGUF architecture {architecture!r}",
                 f"one of {', '.join(sorted(_ARCHITECTURES))}",
             )  # fmt: skip
-        heads, hidden = self._count("attention.head_count"), self._count("embedding_length")
-        theta = self._real("rope.freq_base", 10000.0)
+        heads, hidden = fields.count("attention.head_count", most=MOST["heads"]), fields.count("embedding_length")
+        theta = fields.real("rope.freq_base", 10000.0)
         config = {
             "architectures": [_ARCHITECTURES[architecture]], "model_type": architecture, "hidden_act": "silu",
-            "vocab_size": self._vocabulary(), "hidden_size": hidden, "num_hidden_layers": self._count("block_count"),
-            "num_attention_heads": heads, "num_key_value_heads": self._count("attention.head_count_kv", heads),
-            "head_dim": self._count("attention.key_length", hidden // heads),
-            "intermediate_size": self._count("feed_forward_length"),
-            "max_position_embeddings": self._count("context_length"),
-            "rms_norm_eps": self._real("attention.layer_norm_rms_epsilon"),
+            "vocab_size": self._vocabulary(), "hidden_size": hidden,
+            "num_hidden_layers": fields.count("block_count", most=MOST["layers"]), "num_attention_heads": heads,
+            "num_key_value_heads": fields.count("attention.head_count_kv", heads, most=MOST["kv_heads"]),
+            "head_dim": fields.count("attention.key_length", hidden // heads, most=MOST["head_size"]),
+            "intermediate_size": fields.count("feed_forward_length"),
+            "max_position_embeddings": fields.count("context_length"),
+            "rms_norm_eps": fields.real("attention.layer_norm_rms_epsilon"),
             "rope_theta": theta, "rope_parameters": {"rope_theta": theta, **self._rope_scaling()},
             "tie_word_embeddings": "lm_head.weight" not in self._tensors,
-            "bos_token_id": self._token("bos"), "eos_token_id": self._token("eos"),
+            "bos_token_id": fields.token("bos"), "eos_token_id": fields.token("eos"),
             "attention_bias": self._permuted and "model.layers.0.self_attn.q_proj.bias" in self._tensors,
         }  # fmt: skip
-        return {**config, **family_config(config, self._fields)}
-
-    def _key(self, key: str) -> str:
-        return f"{self._fields['general.architecture']}.{key}"
-
-    def _field(self, key: str, kind: type, default: Any = None) -> Any:
-        """`kind`: int, float (which takes an int as well) or str. A bool is none of them."""
-        found = self._fields.get(key, default)
-        if found is None:
-            raise InputError("read weights", self.path, f"GGUF field {key} is missing", "convert the model again")
-        if type(found) is not kind and not (kind is float and type(found) is int):
-            cause = f"GGUF field {key} is {str(found)[:60]}, which is no {kind.__name__}"
-            raise InputError("read weights", self.path, cause, "convert the model again")
-        return found
-
-    def _count(self, key: str, default: int | None = None) -> int:
-        """At least 1: ModelSpec says what is too much."""
-        found: int = self._field(self._key(key), int, default)
-        if found < 1:
-            raise InputError("read weights", self.path, f"GGUF field {self._key(key)} is {found}, less than 1")
-        return found
-
-    def _real(self, key: str, default: float | None = None) -> float:
-        found = float(self._field(self._key(key), float, default))
-        if not math.isfinite(found) or found <= 0:
-            raise InputError("read weights", self.path, f"GGUF field {self._key(key)} is {found}, not above 0")
-        return found
-
-    def _token(self, name: str) -> int | None:
-        key = f"tokenizer.ggml.{name}_token_id"
-        return self._field(key, int) if key in self._fields else None
+        return {**config, **family_config(config, fields)}
 
     def _vocabulary(self) -> int:
         """Rows of the embedding. A tokenizer that knows more would ask for rows that are not there."""
-        rows, tokens = self.shape("model.embed_tokens.weight")[0], self._fields.get("tokenizer.ggml.tokens")
+        rows, tokens = self.shape("model.embed_tokens.weight")[0], self._fields.values.get("tokenizer.ggml.tokens")
         if isinstance(tokens, Long) and tokens.count > rows:
             cause = f"its tokenizer has {tokens.count} tokens, its embedding {rows} rows"
             raise InputError("read weights", self.path, cause, "convert the model again")
@@ -191,14 +163,15 @@ class GgufSource:
         """llama3 scaling is stored as its result, one divisor per pair; the parameters that make it are tried again."""
         if self._rope_factors is not None:
             return {"rope_type": "factors", "factors": self._rope_factors}
-        kind = self._field(self._key("rope.scaling.type"), str, "none")
+        fields = self._fields
+        kind = fields.field(fields.key("rope.scaling.type"), str, "none")
         if kind == "none":
             return {"rope_type": "default"}
-        scaling = {"rope_type": kind, "factor": self._real("rope.scaling.factor")}
-        original = self._key("rope.scaling.original_context_length")
-        if original not in self._fields:
+        scaling = {"rope_type": kind, "factor": fields.real("rope.scaling.factor")}
+        original = fields.key("rope.scaling.original_context_length")
+        if not fields.has(original):
             return scaling
-        return {**scaling, "original_max_position_embeddings": self._count("rope.scaling.original_context_length")}
+        return {**scaling, "original_max_position_embeddings": fields.count("rope.scaling.original_context_length")}
 
     def save_tokenizer(self, out: Path) -> None:
         """Writes tokenizer.json (and the chat template, when the file has one) as transformers converts them."""
@@ -212,7 +185,7 @@ class GgufSource:
                 cause = " ".join(str(error).split())[:300] or repr(error)
                 raise InputError("convert tokenizer", self.path, cause, "convert the model again") from error
             (out / "tokenizer.json").write_bytes((Path(scratch) / "tokenizer.json").read_bytes())
-        template = self._field("tokenizer.chat_template", str, "")
+        template = self._fields.field("tokenizer.chat_template", str, "")
         if template:
             (out / "chat_template.jinja").write_text(template, encoding="utf-8")
 

@@ -12,7 +12,12 @@ import numpy as np
 
 U32, I32, F32, BOOL, STRING, ARRAY, U64 = 4, 5, 6, 7, 8, 9, 10
 _FORMS = {U32: "<I", I32: "<i", F32: "<f", BOOL: "<?", U64: "<Q"}
-TYPE_F32, TYPE_Q8_0 = 0, 8
+TYPE_F32, TYPE_Q8_0, TYPE_Q4_K, TYPE_Q5_K, TYPE_Q6_K = 0, 8, 12, 13, 14
+# Elements of a block, its bytes, and where in it the halves are.
+_BLOCKS = {
+    TYPE_Q8_0: (32, 34, (0,)), TYPE_Q4_K: (256, 144, (0, 2)), TYPE_Q5_K: (256, 176, (0, 2)),
+    TYPE_Q6_K: (256, 210, (208,)),
+}  # fmt: skip
 
 
 @dataclass
@@ -82,30 +87,76 @@ def _value(kind: int, value: Any) -> bytes:
 
 def llama() -> File:
     """One layer of the Llama family, sound: 32 tokens of 32, two heads over one of 16; half of it in Q8_0."""
+    return _model("llama")
+
+
+def gemma3() -> File:
+    """Norms on both sides of attention and MLP and on the heads; three layers, of which the last sees everything."""
+    file = _model("gemma3", layers=3, norms=("post_attention_norm", "post_ffw_norm"), head_norms=True)
+    file.field("gemma3.attention.sliding_window", U32, 16)
+    file.field("gemma3.attention.sliding_window_pattern", ARRAY, (BOOL, [True, True, False]))
+    file.field("gemma3.rope.freq_base_swa", F32, 1e4)
+    file.field("gemma3.final_logit_softcapping", F32, 30.0)
+    file.field("tokenizer.ggml.eot_token_id", U32, 3)
+    return file
+
+
+def granite() -> File:
+    """Llama's tensors and four multipliers."""
+    file = _model("granite")
+    for key, value in {"embedding": 6.0, "residual": 0.5, "logit": 4.0}.items():
+        file.field(f"granite.{key}_scale", F32, value)
+    file.field("granite.attention.scale", F32, 0.125)
+    return file
+
+
+def k_quants() -> File:
+    """As long rows as a super-block; Q4_K, Q5_K and Q6_K among the matrices."""
+    return _model("llama", hidden=256, mlp=256, kinds=(TYPE_Q6_K, TYPE_Q4_K, TYPE_Q5_K))
+
+
+def _model(
+    architecture: str, hidden: int = 32, mlp: int = 64, layers: int = 1, kinds: tuple[int, ...] = (TYPE_Q8_0,),
+    norms: tuple[str, ...] = (), head_norms: bool = False,
+) -> File:  # fmt: skip
+    """Matrices are in blocks of `kinds`, by turns, but for k and those whose rows hold no whole block."""
     random = np.random.default_rng(3)
 
     def floats(name: str, *sizes: int) -> Info:
         return Info(name, sizes, random.normal(size=math.prod(sizes)).astype("<f4").tobytes())
 
     def blocks(name: str, width: int, rows: int) -> Info:
-        codes = random.integers(-127, 128, (rows * width // 32, 32), np.int8)
-        scales = random.uniform(0.001, 0.01, (len(codes), 1)).astype("<f2")
-        raw = np.concatenate([scales.view(np.uint8), codes.view(np.uint8)], axis=1)
-        return Info(name, (width, rows), raw.tobytes(), TYPE_Q8_0)
+        kind = kinds[len(tensors) % len(kinds)]
+        span, size, halves = _BLOCKS[kind]
+        if width % span:
+            return floats(name, width, rows)
+        raw = random.integers(0, 256, (rows * width // span, size), np.uint8)
+        for at in halves:
+            raw[:, at : at + 2] = random.uniform(0.001, 0.01, (len(raw), 1)).astype("<f2").view(np.uint8)
+        return Info(name, (width, rows), raw.tobytes(), kind)
 
+    sizes = {
+        "block_count": layers, "context_length": 64, "embedding_length": hidden, "feed_forward_length": mlp,
+        "attention.head_count": 2, "attention.head_count_kv": 1, "attention.key_length": 16,
+    }  # fmt: skip
     fields = [
-        ("general.architecture", STRING, "llama"), ("llama.block_count", U32, 1), ("llama.context_length", U32, 64),
-        ("llama.embedding_length", U32, 32), ("llama.feed_forward_length", U32, 64),
-        ("llama.attention.head_count", U32, 2), ("llama.attention.head_count_kv", U32, 1),
-        ("llama.attention.layer_norm_rms_epsilon", F32, 1e-5), ("llama.rope.freq_base", F32, 1e4),
+        ("general.architecture", STRING, architecture),
+        *((f"{architecture}.{key}", U32, size) for key, size in sizes.items()),
+        (f"{architecture}.attention.layer_norm_rms_epsilon", F32, 1e-5), (f"{architecture}.rope.freq_base", F32, 1e4),
         ("tokenizer.ggml.tokens", ARRAY, (STRING, [f"t{i}" for i in range(32)])),
         ("tokenizer.ggml.scores", ARRAY, (F32, [0.0] * 32)), ("tokenizer.ggml.eos_token_id", U32, 2),
     ]  # fmt: skip
-    tensors = [
-        blocks("token_embd.weight", 32, 32), floats("output_norm.weight", 32), floats("blk.0.attn_norm.weight", 32),
-        blocks("blk.0.attn_q.weight", 32, 32), floats("blk.0.attn_k.weight", 32, 16),
-        blocks("blk.0.attn_v.weight", 32, 16), blocks("blk.0.attn_output.weight", 32, 32),
-        floats("blk.0.ffn_norm.weight", 32), blocks("blk.0.ffn_gate.weight", 32, 64),
-        blocks("blk.0.ffn_up.weight", 32, 64), floats("blk.0.ffn_down.weight", 64, 32),
-    ]  # fmt: skip
+    tensors: list[Info] = []
+    tensors += [blocks("token_embd.weight", hidden, 32), floats("output_norm.weight", hidden)]
+    for index in range(layers):
+        at = f"blk.{index}"
+        tensors += [floats(f"{at}.{norm}.weight", hidden) for norm in ("attn_norm", "ffn_norm", *norms)]
+        tensors += [floats(f"{at}.attn_{part}_norm.weight", 16) for part in ("q", "k") if head_norms]
+        tensors.append(floats(f"{at}.attn_k.weight", hidden, 16))
+        for name, width, rows in (
+            ("attn_q", hidden, 32), ("attn_v", hidden, 16), ("attn_output", 32, hidden), ("ffn_gate", hidden, mlp),
+            ("ffn_up", hidden, mlp),
+        ):  # fmt: skip
+            tensors.append(blocks(f"{at}.{name}.weight", width, rows))
+        tensors.append(floats(f"{at}.ffn_down.weight", mlp, hidden))
     return File(fields, tensors)

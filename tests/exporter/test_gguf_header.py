@@ -1,24 +1,30 @@
-"""GGUF files that are wrong in every way we could think of, and in those that hypothesis finds."""
+"""GGUF files that are wrong in every way we could think of; `test_gguf_fuzz` has those that hypothesis finds."""
 
 from __future__ import annotations
 
-import struct
-import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 from skerry.core.errors import InputError
 from skerry.exporter.gguf_header import Long, read_header
 from skerry.exporter.subject import Subject, open_subject
-from tests.exporter.gguf_files import ARRAY, BOOL, F32, I32, STRING, U32, U64, File, Info, llama
+from tests.exporter.gguf_files import (
+    ARRAY,
+    BOOL,
+    F32,
+    I32,
+    STRING,
+    U32,
+    U64,
+    File,
+    Info,
+    llama,
+)
 
 SOUND = llama().to_bytes()
-MOST_BYTES = 8 << 20  # allocated while a file of 30 KB is opened and read
 
 
 def read_all(path: Path) -> tuple[Subject, list[np.ndarray]]:
@@ -78,7 +84,7 @@ def _twice(file: File) -> None:
         (_counts(version=3 << 24), "a big-endian file"),
         (_counts(tensor_count=1 << 60), f"{1 << 60} tensors are promised"),
         (_counts(pair_count=1 << 60), f"{1 << 60} fields are promised"),
-        (_counts(pair_count=13), "tensor 0|field 12|fields"),
+        (_counts(pair_count=14), "tensor 0|field 13|fields"),
         (_twice, "field 'llama.block_count' is there twice"),
         (_field("x", 13, 0), "'x' is of type 13, which GGUF does not have"),
         (_field("x", ARRAY, (ARRAY, [(U32, [1])])), "'x' is an array of type 9"),
@@ -112,19 +118,19 @@ def _twice(file: File) -> None:
         (_field("general.architecture", ARRAY, (STRING, ["llama"])), "which is no str"),
         (lambda file: file.drop("general.architecture"), "GGUF field general.architecture is missing"),
         (lambda file: file.drop("llama.block_count"), r"field llama\.block_count is missing"),
-        (_field("llama.block_count", STRING, "1"), r"llama\.block_count is 1, which is no int"),
+        (_field("llama.block_count", STRING, "1"), r"llama\.block_count is '1', which is no int"),
         (_field("llama.block_count", BOOL, True), r"llama\.block_count is True, which is no int"),
-        (_field("llama.block_count", U32, 0), r"llama\.block_count is 0, less than 1"),
-        (_field("llama.block_count", U32, (1 << 32) - 1), "layers: out of range"),
-        (_field("llama.context_length", U64, 1 << 60), "max_context: out of range"),
-        (_field("llama.embedding_length", U64, 1 << 60), "out of range"),
+        (_field("llama.block_count", U32, 0), r"llama\.block_count is 0, not 1 to 4096"),
+        (_field("llama.block_count", U32, (1 << 32) - 1), "block_count is 4294967295, not 1 to 4096"),
+        (_field("llama.context_length", U64, 1 << 60), "context_length is 1152921504606846976, not 1 to"),
+        (_field("llama.embedding_length", U64, 1 << 60), "embedding_length is 1152921504606846976"),
         (_field("llama.attention.head_count", U32, 0), "head_count is 0"),
         (_field("llama.attention.head_count", ARRAY, (U32, [2, 2])), r"head_count is \[2, 2\], which is no int"),
         (_field("llama.attention.head_count_kv", I32, -1), "head_count_kv is -1"),
         (_field("llama.attention.layer_norm_rms_epsilon", F32, float("nan")), "epsilon is nan"),
         (_field("llama.rope.freq_base", F32, 0.0), "freq_base is 0.0"),
         (_field("llama.rope.scaling.type", U32, 1), r"scaling\.type is 1, which is no str"),
-        (_field("tokenizer.ggml.eos_token_id", STRING, "2"), "eos_token_id is 2, which is no int"),
+        (_field("tokenizer.ggml.eos_token_id", STRING, "2"), "eos_token_id is '2', which is no int"),
         (_field("tokenizer.ggml.tokens", ARRAY, (STRING, ["t"] * 33)), "its tokenizer has 33 tokens, its embedding 32"),
     ],
 )
@@ -140,51 +146,3 @@ def test_no_gguf_at_all(tmp_path: Path, raw: bytes) -> None:
     (tmp_path / "m.gguf").write_bytes(raw)
     with pytest.raises(InputError, match=r"truncated|no GGUF"):
         open_subject(tmp_path / "m.gguf")
-
-
-def _opened(path: Path, raw: bytes) -> str:
-    """What comes of a file: the error's cause, or "" for one that was read. Anything else fails the test."""
-    path.write_bytes(raw)
-    tracemalloc.start()
-    try:
-        subject, tensors = read_all(path)
-    except InputError as error:
-        return error.cause
-    finally:
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert peak < MOST_BYTES, f"{peak} bytes for a file of {len(raw)}"
-    assert all(np.isfinite(tensor).all() for tensor in tensors)
-    assert subject.spec.hidden_size == 32 and subject.spec.vocab_size == 32
-    return ""
-
-
-NUMBERS = st.sampled_from(
-    [0, 1, 2, 31, 33, 255, 1 << 16, 1 << 31, (1 << 32) - 1, 1 << 60, (1 << 63) - 1, (1 << 64) - 1]
-)
-AT = st.integers(0, len(SOUND) - 8)
-BYTES = st.tuples(AT, st.binary(min_size=1, max_size=8))
-WORDS = st.tuples(AT, NUMBERS.map(lambda number: struct.pack("<Q", number)))
-
-
-@settings(max_examples=600, deadline=2000)
-@given(st.lists(BYTES | WORDS, min_size=1, max_size=3), st.integers(0, 40))
-@example([(16, struct.pack("<Q", 1 << 60))], 0)
-def test_any_bytes_changed_give_a_sound_model_or_an_input_error(
-    tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, bytes]], cut: int
-) -> None:
-    raw = bytearray(SOUND)
-    for at, new in changes:
-        raw[at : at + len(new)] = new
-    _opened(tmp_path_factory.getbasetemp() / "fuzz.gguf", bytes(raw[: len(raw) - cut]))
-
-
-def test_every_header_byte_flipped(tmp_path: Path) -> None:
-    """One bit each, and the whole byte: an offset that moves by one may not pass for another tensor's place."""
-    header = len(SOUND) - sum(len(item.data) + -len(item.data) % 32 for item in llama().tensors)
-    path, read = tmp_path / "m.gguf", 0
-    for at in range(header):
-        raw = bytearray(SOUND)
-        raw[at] ^= 1 << (at % 8)
-        read += not _opened(path, bytes(raw))
-    assert 0 < read < header // 2  # texts of the tokenizer and scores may be anything
