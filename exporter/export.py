@@ -36,7 +36,7 @@ SAMPLE_OP = "skerry.Sample:1"
 # Prompts of golden and baseline rows longer than this are left out: they would only make the export slow.
 PROMPT_LIMIT = 1024
 # Blocks of 32 with their scales; ONNX Runtime packs float32 matrices anew. `stored` may be all Q8_0.
-BYTES_A_WEIGHT = {"fp32": 4 * PACKED_ANEW, "int8": 34 / 32, "int4": 20 / 32, "stored": 34 / 32}
+BYTES_A_WEIGHT = {"fp32": 4 * PACKED_ANEW, "int8": 34 / 32, "int4": 20 / 32, "mixed": 34 / 32, "stored": 34 / 32}
 
 Progress = Callable[[str, int, int], None]
 

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from skerry.core.errors import IncompatibleError
+from skerry.core.errors import IncompatibleError, InputError
 from skerry.core.target import usable_cores
 from skerry.kernels.blocks import BLOCK, BlockFormat, Blocks
 
@@ -22,6 +22,8 @@ from skerry.kernels.blocks import BLOCK, BlockFormat, Blocks
 SHRINKS = (1.0, 0.95, 0.9, 0.85)
 # Candidates for Q4_0: the code, less its offset of 8, that the weight of the largest magnitude is given.
 ANCHORS = (-8.0, -8.5, -7.5, -7.0, -6.5, 7.0, 7.5)
+# The formats that float weights are rounded to; the others come from GGUF files.
+ROUNDED_TO = (BlockFormat.Q8_0, BlockFormat.Q4_0, BlockFormat.Q4_1)
 # Rows worked on at once: the temporaries of one slice stay in a CPU's second-level cache.
 SLICE_ELEMENTS = 1 << 17
 
@@ -39,7 +41,9 @@ def quantize(
     weights: np.ndarray, form: BlockFormat, search: bool = True, importance: np.ndarray | None = None
 ) -> Blocks:
     """weights float32 [N, K], K a multiple of BLOCK; importance float32 [K], not negative, weights the squared errors
-    of `search`. Raises InputError where a scale overflows."""
+    of `search`. Raises InputError on a format that is not in ROUNDED_TO and where a scale overflows."""
+    if form not in ROUNDED_TO:
+        raise InputError("quantize", form.name, "float weights are not rounded to this format", "Q8_0, Q4_0 or Q4_1")
     rows, width = weights.shape
     blocks = width // BLOCK
     codes = np.empty((rows, blocks, BLOCK), np.uint8)

@@ -191,8 +191,8 @@ _LINE = 64  # bytes: kernels read pages by whole cache lines
 
 
 def _kv_arrays(manifest: Manifest, pages: int) -> dict[int, npt.NDArray[np.uint8]]:
-    """Each layer's cache, uint8 [pages, bytes of a page], cut from one block of memory: it begins at a cache line, and as
-    one large block it gets huge pages where the system gives them. calloc: memory is used once it is written."""
+    """Each layer's cache, uint8 [pages, bytes of a page], cut from one block of memory: it begins at a cache line, and
+    one large block gets huge pages where the system gives them. calloc: memory is used once it is written."""
     sizes = {layer: page_bytes(g.layout, g.kv_heads, g.head_size) for g in manifest.kv for layer in g.layers}
     whole = np.zeros(pages * sum(sizes.values()) + _LINE * (len(sizes) + 1), np.uint8)
     arrays, at = {}, -whole.ctypes.data % _LINE

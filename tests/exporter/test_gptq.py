@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from skerry.core.errors import InputError
 from skerry.exporter.gptq import factor, gptq, output_errors
-from skerry.exporter.quantize import quantize
+from skerry.exporter.quantize import ROUNDED_TO, quantize
 from skerry.kernels.blocks import BLOCK, BlockFormat, Blocks
 
-FORMATS = list(BlockFormat)
+FORMATS = list(ROUNDED_TO)
 
 
 def _case(rows: int, blocks: int, tokens: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
