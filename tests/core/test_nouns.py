@@ -53,7 +53,7 @@ def test_a_config_of_text_and_images_gives_its_text() -> None:
     [
         ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM: unknown architecture"),
         ({"num_key_value_heads": 4}, "9 heads over 4 KV heads"),
-        ({"hidden_size": None}, "malformed"),
+        ({"hidden_size": None}, "hidden_size: is missing"),
     ],
 )
 def test_bad_configs_are_named(change: dict[str, object], message: str) -> None:
