@@ -144,6 +144,8 @@ class ModelSpec:
 
 
 def _architecture(config: dict[str, Any]) -> str:
+    if not isinstance(config, dict):
+        raise InputError("read model config", "config.json", f"{shown(config)} is not an object", "correct config.json")
     names = HfConfig(config).items("architectures", "names", str)
     return str(names[0]) if names else "missing"
 
