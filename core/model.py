@@ -73,7 +73,8 @@ class ModelSpec:
 
     @classmethod
     def from_hf_config(cls, config: dict[str, Any]) -> ModelSpec:
-        """Reads a Hugging Face `config.json`, both the transformers 5 form (`rope_parameters`) and the older one."""
+        """Reads a Hugging Face `config.json`, both the transformers 5 form (`rope_parameters`) and the older one.
+        Raises InputError that names the field which is missing or like no model's."""
         config = text_config(config)
         name = _architecture(config)
         family = FAMILIES.get(name)
@@ -144,6 +145,8 @@ class ModelSpec:
 
 
 def _architecture(config: dict[str, Any]) -> str:
+    if not isinstance(config, dict):
+        raise InputError("read model config", "config.json", f"{shown(config)} is not an object", "correct config.json")
     names = HfConfig(config).items("architectures", "names", str)
     return str(names[0]) if names else "missing"
 

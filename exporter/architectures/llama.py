@@ -72,8 +72,11 @@ def fused_rows(spec: ModelSpec) -> dict[str, tuple[str, int, int]]:
 
 def _rotated(spec: ModelSpec, config: HfConfig) -> list[bool]:
     """SmolLM3's `no_rope_layers` has a 1 where a layer *is* rotated."""
-    if spec.family != "smollm3" or not config.has("no_rope_layers"):
+    if spec.family != "smollm3" or not (config.has("no_rope_layers") or config.has("no_rope_layer_interval")):
         return [True] * spec.layers
+    if not config.has("no_rope_layers"):
+        interval = config.count("no_rope_layer_interval")
+        return [(index + 1) % interval != 0 for index in range(spec.layers)]
     flags = config.items("no_rope_layers", "flags", int, bool)
     if len(flags) != spec.layers:
         raise InputError("emit graph", "no_rope_layers", f"{len(flags)} flags for {spec.layers} layers")
@@ -102,7 +105,7 @@ def _layer(spec: ModelSpec, config: HfConfig, index: int, rope: Rope, rotary: bo
             rope=rope,
             rotary=rotary,
             scale=_multiplier(spec, config, "attention_multiplier") if spec.family == "granite" else usual,
-            window=spec.window,
+            window=spec.window if "full_attention" not in config.items("layer_types", "names", str) else 0,
         ),
         mlp_norm=f"{prefix}.post_attention_layernorm.weight",
         mlp=Mlp(

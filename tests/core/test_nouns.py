@@ -61,6 +61,12 @@ def test_bad_configs_are_named(change: dict[str, object], message: str) -> None:
         ModelSpec.from_hf_config({**LLAMA, **change})
 
 
+def test_a_sealed_config_that_is_no_object_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(InputError, match=r"config\.json: \[1\] is not an object"):
+        write_lineage(tmp_path, {"name": "m", "version": "v1"})
+
+
 def test_checkpoint_digests_guard_every_file(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     (tmp_path / "model.safetensors").write_bytes(b"weights")

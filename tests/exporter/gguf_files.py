@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -120,16 +121,16 @@ def _model(
     norms: tuple[str, ...] = (), head_norms: bool = False,
 ) -> File:  # fmt: skip
     """Matrices are in blocks of `kinds`, by turns, but for k and those whose rows hold no whole block."""
-    random = np.random.default_rng(3)
+    random, turns = np.random.default_rng(3), cycle(kinds)
 
     def floats(name: str, *sizes: int) -> Info:
         return Info(name, sizes, random.normal(size=math.prod(sizes)).astype("<f4").tobytes())
 
     def blocks(name: str, width: int, rows: int) -> Info:
-        kind = kinds[len(tensors) % len(kinds)]
-        span, size, halves = _BLOCKS[kind]
-        if width % span:
+        if width % max(_BLOCKS[kind][0] for kind in kinds):
             return floats(name, width, rows)
+        kind = next(turns)
+        span, size, halves = _BLOCKS[kind]
         raw = random.integers(0, 256, (rows * width // span, size), np.uint8)
         for at in halves:
             raw[:, at : at + 2] = random.uniform(0.001, 0.01, (len(raw), 1)).astype("<f2").view(np.uint8)

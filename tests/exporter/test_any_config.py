@@ -46,7 +46,6 @@ OWN: dict[str, dict[str, Any]] = {
     "Gemma3ForConditionalGeneration": {**GEMMA3, "text_config": {}},
     "GraniteForCausalLM": {**LLAMA, **GRANITE},
 }
-SCALINGS = ("default", "linear", "llama3", "yarn", "longrope", "factors", "dynamic")
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(1 << 70), 1 << 70) | st.floats() | st.text(max_size=8),
@@ -55,17 +54,31 @@ JSON = st.recursive(
 )
 NUMBERS = st.sampled_from([0, 1, 2, 3, 8, 17, 512, 0.5, 0.0, 1e-30, 1e-300, 1e30, 1e300, 10**400, -1, 1.0])
 LISTS = st.lists(st.sampled_from(["full_attention", "sliding_attention"]), max_size=4) | st.lists(NUMBERS, max_size=9)
-ROPES = st.fixed_dictionaries(
-    {"rope_type": st.sampled_from(SCALINGS)},
-    optional={
-        **dict.fromkeys(("short_factor", "long_factor", "factors"), st.just([1.0] * 8) | LISTS),
-        **dict.fromkeys(("mscale", "mscale_all_dim", "attention_factor", "low_freq_factor", "beta_fast"), NUMBERS),
-        **dict.fromkeys(("factor", "high_freq_factor", "original_max_position_embeddings", "beta_slow"), NUMBERS),
-        **dict.fromkeys(("rope_theta", "partial_rotary_factor", "truncate"), NUMBERS | JSON),
-    },
-)
-BY_LAYER = st.fixed_dictionaries({}, optional=dict.fromkeys(("full_attention", "sliding_attention"), ROPES | JSON))
-VALUES = JSON | NUMBERS | LISTS | ROPES | BY_LAYER
+SCALINGS: dict[str, tuple[str, ...]] = {
+    "default": (), "dynamic": ("factor",), "linear": ("factor",), "factors": ("factors",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+             "attention_factor", "truncate"),
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings", "factor", "attention_factor"),
+}  # fmt: skip
+
+
+@st.composite
+def ropes(draw: st.DrawFn) -> dict[str, Any]:
+    """A scaling that has most of its fields, most of them such as one might be."""
+    kind = draw(st.sampled_from(sorted(SCALINGS)))
+    found: dict[str, Any] = {"rope_type": kind, "rope_theta": draw(st.sampled_from([1e4, 1, 0.5, 1e30, None]))}
+    for name in SCALINGS[kind]:
+        usual = st.just([1.0] * 8) if name in ("short_factor", "long_factor", "factors") else NUMBERS
+        if draw(st.integers(0, 7)):
+            found[name] = draw(st.one_of(usual, usual, usual, LISTS, JSON))
+    return found
+
+
+BY_LAYER = st.fixed_dictionaries({}, optional=dict.fromkeys(("full_attention", "sliding_attention"), ropes() | JSON))
+VALUES = JSON | NUMBERS | LISTS
+ROPE_VALUES = ropes() | BY_LAYER | JSON
+SHARED = [name for name in CONFIG if not name.startswith("rope_")]
 
 
 def full_config(name: str) -> dict[str, Any]:
@@ -76,12 +89,19 @@ def full_config(name: str) -> dict[str, Any]:
 
 @st.composite
 def configs(draw: st.DrawFn) -> dict[str, Any]:
-    """A sound config of some family with up to three of its fields spoilt, of the inner object too."""
-    config = full_config(draw(st.sampled_from(sorted(OWN))))
-    changes = st.dictionaries(st.sampled_from(sorted(config)), VALUES, max_size=3)
-    if "text_config" in config:
-        config["text_config"] = {**config["text_config"], **draw(changes)}
-    return {**config, **draw(changes)}
+    """A sound config of some family, spoilt in the sizes that all have, in the family's own fields or in its rotations;
+    one that reads images in its inner object or in the outer one."""
+    name = draw(st.sampled_from(sorted(OWN)))
+    config = full_config(name)
+    rotations = st.fixed_dictionaries({}, optional=dict.fromkeys(("rope_parameters", "rope_scaling"), ROPE_VALUES))
+    changes = draw(
+        st.dictionaries(st.sampled_from(["architectures", *SHARED]), VALUES, min_size=1, max_size=2)
+        | st.dictionaries(st.sampled_from(sorted(OWN[name])), VALUES, min_size=1, max_size=2)
+        | rotations
+    )
+    if "text_config" in config and draw(st.booleans()):
+        return {**config, "text_config": {**config["text_config"], **changes}}
+    return {**config, **changes}
 
 
 def open_config(config: dict[str, Any]) -> Decoder:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import onnx_ir as ir
 import pytest
 
@@ -15,6 +17,7 @@ from skerry.exporter.graph import emit, skerry_ops
 from skerry.exporter.lower import Lowering, lower
 from skerry.exporter.placement import ALIGNMENT, WeightFile
 from skerry.exporter.subject import open_subject
+from tests.exporter.gguf_files import k_quants
 
 Make = Callable[..., Path]
 
@@ -53,6 +56,15 @@ def test_every_rule_matches_as_often_as_the_model_says(make_model: Make, tmp_pat
         assert lowering.formats() == ({"Q8_0": 22} if precision == "int8" else {"Q4_1": 21, "Q8_0": 1})
     kinds = {node.op_type for node in model.graph}
     assert not kinds & {"Sigmoid", "Gemm", "Add"} or precision == "fp32"
+
+
+def test_k_formats_of_a_gguf_are_kept_and_the_rest_becomes_8_bits(tmp_path: Path) -> None:
+    """Rows of k are floats in the file, those of o are too short for a super-block."""
+    file = k_quants()
+    _, lowering = _lowered(file.write(tmp_path / "m.gguf"), "stored", tmp_path)
+    kinds = [gguf.GGMLQuantizationType(item.kind).name for item in file.tensors if len(item.sizes) == 2]
+    assert {"Q4_K", "Q5_K", "Q6_K"} < set(kinds)
+    assert lowering.formats() == dict(Counter(kind.replace("F32", "Q8_0") for kind in kinds))
 
 
 def test_a_layer_is_five_nodes(make_model: Make, tmp_path: Path) -> None:
