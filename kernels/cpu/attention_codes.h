@@ -104,11 +104,7 @@ SKERRY_INLINE void to_digits(const AttentionTile& t, const CodePages& pages, con
     top = bits > top ? bits : top;
     store(scaled + j, x);
   }
-  int32_t lanes[kLanes], most = 0;
-  memcpy(lanes, &top, sizeof lanes);
-  for (int i = 0; i < kLanes; ++i) most = lanes[i] > most ? lanes[i] : most;
-  float largest;
-  memcpy(&largest, &most, sizeof largest);
+  const float largest = largest_of_lanes(top);
   const bool nothing = largest < 1e-30f;
   const float inverse = nothing ? 0.0f : kTop / largest;
   const int first = any.from / kPage * kPage, last = pages_until(any.to) * kPage;

@@ -179,6 +179,16 @@ SKERRY_INLINE int32_t sum_of_lanes(VecI x) {
 #endif
 }
 
+// The largest of floats that are not negative, by their bits: a NaN is above all of them, and so shows.
+SKERRY_INLINE float largest_of_lanes(VecI bits) {
+  int32_t lanes[kLanes], most = 0;
+  memcpy(lanes, &bits, sizeof lanes);
+  for (int i = 0; i < kLanes; ++i) most = lanes[i] > most ? lanes[i] : most;
+  float largest;
+  memcpy(&largest, &most, sizeof largest);
+  return largest;
+}
+
 constexpr int kBlockSize = 32;
 constexpr int kBlockVectors = kBlockSize / kLanes;
 
@@ -191,11 +201,7 @@ SKERRY_INLINE float round_block(const Vec* x, int8_t* codes, int32_t* sums) {
     const VecI magnitude = load_as<VecI>(&x[i]) & 0x7fffffff;  // NaN is above all of them, and so shows
     top = magnitude > top ? magnitude : top;
   }
-  int32_t lanes[kLanes], most = 0;
-  memcpy(lanes, &top, sizeof lanes);
-  for (int i = 0; i < kLanes; ++i) most = lanes[i] > most ? lanes[i] : most;
-  float largest;
-  memcpy(&largest, &most, sizeof largest);
+  const float largest = largest_of_lanes(top);
   const bool nothing = largest < 1e-30f;  // its inverse would overflow
   const float inverse = nothing ? 0.0f : 127.0f / largest;
   VecI total[2] = {};  // of each half
