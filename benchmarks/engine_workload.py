@@ -25,7 +25,7 @@ class Workload:
     decode: int = 32  # timed steps of one sequence
     prompt: int = 110
     output: int = 64
-    bind_calls: int = 500
+    bind_calls: int = 100
 
     @property
     def prefill(self) -> int:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from skerry.core.protobuf import BYTES, VARINT, entries, varint
+
 T = TypeVar("T")
 # Domains that every ONNX Runtime brings along; what of them it lacks shows when the graph is loaded.
 STANDARD_DOMAINS = ("", "ai.onnx", "com.microsoft")
@@ -24,7 +26,6 @@ _INSIDE = {
 }
 _OP_TYPE, _DOMAIN = 4, 7
 _OPSET_IMPORT, _OPSET_DOMAIN, _OPSET_VERSION = 8, 1, 2
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 def custom_ops(path: Path) -> set[str]:
@@ -54,16 +55,16 @@ def _read(path: Path, look: Callable[[memoryview], T]) -> T | None:
 
 
 def _opset(message: memoryview, domain: str) -> int | None:
-    for number, wire, start, end in _entries(message):
-        if (number, wire) != (_OPSET_IMPORT, _BYTES):
+    for number, wire, start, end in entries(message):
+        if (number, wire) != (_OPSET_IMPORT, BYTES):
             continue
         name, version = "", 0
         with message[start:end] as part:
-            for field, kind, first, last in _entries(part):
-                if (field, kind) == (_OPSET_DOMAIN, _BYTES):
+            for field, kind, first, last in entries(part):
+                if (field, kind) == (_OPSET_DOMAIN, BYTES):
                     name = bytes(part[first:last]).decode("utf-8")
-                elif (field, kind) == (_OPSET_VERSION, _VARINT):
-                    version, _ = _varint(part, first)
+                elif (field, kind) == (_OPSET_VERSION, VARINT):
+                    version, _ = varint(part, first)
         if name == domain:
             return version
     return None
@@ -85,36 +86,4 @@ def _ops(message: memoryview, kind: str) -> list[str]:
 
 def _fields(message: memoryview) -> Iterator[tuple[int, int, int]]:
     """(field number, start, end) of every length-delimited field; the others are stepped over."""
-    return ((number, start, end) for number, wire, start, end in _entries(message) if wire == _BYTES)
-
-
-def _entries(message: memoryview) -> Iterator[tuple[int, int, int, int]]:
-    """(field number, wire type, start, end) of every field."""
-    at, size = 0, len(message)
-    while at < size:
-        tag, at = _varint(message, at)
-        wire, start = tag & 7, at
-        if wire == _VARINT:
-            _, at = _varint(message, at)
-        elif wire in (_FIXED64, _FIXED32):
-            at += 8 if wire == _FIXED64 else 4
-        elif wire == _BYTES:
-            length, start = _varint(message, at)
-            at = start + length
-        else:
-            raise ValueError(f"wire type {wire} is none of protobuf's")
-        yield tag >> 3, wire, start, at
-        if at > size:
-            raise ValueError("a field reaches beyond the end")
-
-
-def _varint(message: memoryview, at: int) -> tuple[int, int]:
-    """(value, where the next field begins); ten bytes at most."""
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = message[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-    raise ValueError("an endless number")
+    return ((number, start, end) for number, wire, start, end in entries(message) if wire == BYTES)

@@ -53,3 +53,62 @@ def matmul_block(
 def gather_block(ids: _I, table: tuple[npt.NDArray[np.uint8], int, int, _F | None], width: int) -> _F: ...
 def kept(logits: _F, rows: Any, row: int) -> _I: ...
 def philox4x32(c0: int, c1: int, c2: int, c3: int, key0: int, key1: int) -> tuple[int, int, int, int]: ...
+
+Place = tuple[int, int, bool]  # buffer (-1: the caller's logits), width, whether rows are the wanted ones
+Segment = tuple[npt.NDArray[np.uint8], int, int, _F | None]  # weight, rows, format, bias
+
+class Program:
+    def __init__(self, buffers: int, layers: int, groups: int) -> None: ...
+    def gather(self, name: str, table: Segment, out: Place) -> None: ...
+    def product(
+        self,
+        name: str,
+        x: Place,
+        segments: Sequence[Segment],
+        out: Sequence[Place],
+        *,
+        norm: _F | None = None,
+        residual: Place | None = None,
+        epsilon: float = 0.0,
+        activation: int = 0,
+    ) -> None: ...
+    def attention(
+        self,
+        name: str,
+        q: Place,
+        k: Place,
+        v: Place,
+        out: Place,
+        cos: _F,
+        sin: _F,
+        layer: int,
+        group: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_size: int,
+        scale: float,
+        softcap: float = 0.0,
+        window: int = 0,
+        rotary_dim: int = 0,
+        interleaved: bool = False,
+        kv_layout: int = 0,
+    ) -> None: ...
+    def pick(self, name: str, x: Place, out: Place) -> None: ...
+    def norm(self, name: str, x: Place, out: Place, weight: _F, epsilon: float) -> None: ...
+    def element(
+        self, name: str, kind: int, x: Place, out: Place, y: Place | None = None, number: float = 0.0
+    ) -> None: ...
+    def set_pages(self, layer: int, pages: npt.NDArray[np.uint8]) -> None: ...
+    def run(
+        self,
+        input_ids: _I,
+        positions: _I,
+        query_start: _I,
+        context_len: _I,
+        block_tables: Sequence[_I],
+        slots: Sequence[_I],
+        sample_rows: _I,
+        logits: _F,
+        threads: int,
+    ) -> float: ...

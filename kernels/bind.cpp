@@ -1,9 +1,5 @@
 // skerry.kernels._native: both ops on NumPy arrays. The runtime samples through it; tests compare it with reference.py.
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
-#include <nanobind/stl/string.h>
-#include <nanobind/stl/tuple.h>
-#include <nanobind/stl/vector.h>
+#include "bind.h"
 
 #include <algorithm>
 #include <stdexcept>
@@ -19,35 +15,33 @@
 
 namespace nb = nanobind;
 
+namespace skerry::bind {
+
+BlockSegment block_segment(const Segment& given, size_t width) {
+  const auto& [weight, rows, format, bias] = given;
+  BlockSegment segment;
+  segment.rows = rows;
+  segment.format = static_cast<BlockFormat>(format);
+  const bool known = format >= 0 && format < kFormats;
+  if (!known || rows < 1 || width % span(segment.format) != 0) {
+    throw std::invalid_argument("a segment of " + std::to_string(rows) + " rows of " + std::to_string(width) +
+                                " elements in format " + std::to_string(format));
+  }
+  const size_t bytes = panels_of(rows) * panel_bytes(segment.format, width / kBlock);
+  segment.weight = checked("weight", weight, {bytes});
+  if (!bias.is_none()) segment.bias = checked("bias", nb::cast<In<float>>(bias), {static_cast<size_t>(rows)});
+  return segment;
+}
+
+}  // namespace skerry::bind
+
 namespace {
 
-template <class T>
-using In = nb::ndarray<const T, nb::c_contig, nb::device::cpu>;
-template <class T>
-using InOut = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
-template <class T>
-using Out = nb::ndarray<nb::numpy, T>;
+using namespace skerry::bind;
 
 skerry::Parallel parallel_for(int threads) {
   skerry::Pool* pool = skerry::Pool::of(threads);
   return pool == nullptr ? skerry::Parallel{} : pool->parallel();
-}
-
-void expect(const char* name, size_t found, size_t wanted) {
-  if (found == wanted) return;
-  throw std::invalid_argument(std::string(name) + " is " + std::to_string(found) + ", expected " +
-                              std::to_string(wanted));
-}
-
-template <class T>
-const T* checked(const char* name, const In<T>& array, std::initializer_list<size_t> shape) {
-  expect((std::string("dimensions of ") + name).c_str(), array.ndim(), shape.size());
-  size_t axis = 0;
-  for (const size_t wanted : shape) {
-    const std::string what = "axis " + std::to_string(axis) + " of " + name;
-    expect(what.c_str(), array.shape(axis++), wanted);
-  }
-  return array.data();
 }
 
 template <class T>
@@ -100,7 +94,7 @@ Out<float> paged_attention(const In<float>& q, const In<float>& k, const In<floa
     const nb::gil_scoped_release release;
     problem = skerry::paged_attention(shape, args, parallel_for(threads));
   }
-  if (!problem.empty()) throw std::invalid_argument(problem);
+  expect_none(problem);
   return out;
 }
 
@@ -167,7 +161,7 @@ nb::tuple sample(const In<float>& logits, const nb::object& rows, int threads) {
     const nb::gil_scoped_release release;
     problem = skerry::sample(a, parallel_for(threads));
   }
-  if (!problem.empty()) throw std::invalid_argument(problem);
+  expect_none(problem);
   return nb::make_tuple(token, logprob, entropy, top_ids, top_logprobs);
 }
 
@@ -179,25 +173,6 @@ Out<int32_t> kept(const In<float>& logits, const nb::object& rows, size_t row) {
   Out<int32_t> out = make<int32_t>({count});
   std::copy_n(ids.data(), count, out.data());
   return out;
-}
-
-// weight, rows, format, bias (or None)
-using Segment = std::tuple<In<uint8_t>, int64_t, int, nb::object>;
-
-skerry::BlockSegment block_segment(const Segment& given, size_t width) {
-  const auto& [weight, rows, format, bias] = given;
-  skerry::BlockSegment segment;
-  segment.rows = rows;
-  segment.format = static_cast<skerry::BlockFormat>(format);
-  const bool known = format >= 0 && format < skerry::kFormats;
-  if (!known || rows < 1 || width % skerry::span(segment.format) != 0) {
-    throw std::invalid_argument("a segment of " + std::to_string(rows) + " rows of " + std::to_string(width) +
-                                " elements in format " + std::to_string(format));
-  }
-  const size_t bytes = skerry::panels_of(rows) * skerry::panel_bytes(segment.format, width / skerry::kBlock);
-  segment.weight = checked("weight", weight, {bytes});
-  if (!bias.is_none()) segment.bias = checked("bias", nb::cast<In<float>>(bias), {static_cast<size_t>(rows)});
-  return segment;
 }
 
 nb::list matmul_block(const In<float>& x, const std::vector<Segment>& segments, const nb::object& norm,
@@ -228,7 +203,7 @@ nb::list matmul_block(const In<float>& x, const std::vector<Segment>& segments, 
     const nb::gil_scoped_release release;
     problem = skerry::matmul_block(args, parallel_for(threads));
   }
-  if (!problem.empty()) throw std::invalid_argument(problem);
+  expect_none(problem);
   return outputs;
 }
 
@@ -237,7 +212,7 @@ Out<float> gather_block(const In<int32_t>& ids, const Segment& table, size_t wid
   Out<float> out = make<float>({ids.shape(0), width});
   const std::string problem = skerry::gather_block(block_segment(table, width), static_cast<int64_t>(width), ids.data(),
                                                    static_cast<int64_t>(ids.shape(0)), out.data());
-  if (!problem.empty()) throw std::invalid_argument(problem);
+  expect_none(problem);
   return out;
 }
 
@@ -266,5 +241,6 @@ NB_MODULE(_native, m) {
   m.def("gather_block", &gather_block, "ids"_a, "table"_a, "width"_a);
   m.def("sample", &sample, "logits"_a, "rows"_a, "threads"_a = 1);
   m.def("kept", &kept, "logits"_a, "rows"_a, "row"_a);
+  bind_program(m);
   m.def("philox4x32", &philox, "c0"_a, "c1"_a, "c2"_a, "c3"_a, "key0"_a, "key1"_a);
 }

@@ -1,104 +1,107 @@
-"""Opening a decoder graph: the ONNX Runtime session, and whether the graph keeps the contract of DESIGN.md."""
+"""Opening a decoder graph: whether it keeps the contract of DESIGN.md, and what runs it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from skerry.core.bundle import Bundle, KvGroup, graph_problems
 from skerry.core.errors import IncompatibleError
 from skerry.core.target import OPS
-from skerry.kernels.library import instruction_set, library_path
+from skerry.kernels.batch import Batch
+from skerry.kernels.library import instruction_set
+from skerry.kernels.onnx_file import OnnxGraph, Value, read_graph
 from skerry.kernels.pages import check_pages, page_bytes
+from skerry.kernels.program import NativeProgram
+from skerry.kernels.session import Session
 
-_INT32, _BYTES = "tensor(int32)", "tensor(uint8)"
-
-
-@dataclass(frozen=True)
-class Graph:
-    """A session whose inputs and outputs are what the runner will bind."""
-
-    session: Any
-    vocab_size: int
-    has_plan: bool
-    own_products: bool  # dense products are ours: the op library's threads do the work, ONNX Runtime's have none
+INT32, BYTES = 6, 2  # TensorProto.DataType
+_NAMES = {1: "float", BYTES: "uint8", INT32: "int32"}
+HINT = "export the bundle again with this version"
 
 
-def open_graph(bundle: Bundle, threads: int) -> Graph:
-    """Raises IncompatibleError: unknown ops, missing or unknown inputs, wrong types, other KV shapes than stated; and
-    ConfigError where the kernels cannot run on what SKERRY_ISA asks for."""
+class Executor(Protocol):
+    """What runs the steps of one graph: a native program or an ONNX Runtime session."""
+
+    def bind_pages(self, kv: dict[int, npt.NDArray[np.uint8]]) -> None:
+        """Each layer's cache, uint8 [pages, bytes of a page], written in place by every run."""
+
+    def run(self, batch: Batch, logits: npt.NDArray[np.float32]) -> float:
+        """Fills logits [S, V]. Seconds that the graph itself took."""
+
+    def close(self) -> None: ...
+
+
+def open_graph(bundle: Bundle, threads: int) -> Executor:
+    """A program where the products are our own, which leaves nothing to ONNX Runtime; else a session. Raises
+    IncompatibleError: unknown ops, missing or unknown inputs, wrong types, other KV shapes than stated; and ConfigError
+    where the kernels cannot run on what SKERRY_ISA asks for."""
     name = bundle.short
     instruction_set()
     _check_ops(bundle)
     check_pages(bundle.manifest.kv, name)
-    own = any(op.startswith("skerry.MatMulBlock:") for op in bundle.manifest.ops)
-    session = _session(bundle.file("graph.onnx"), name, 1 if own else threads)
-    inputs = {item.name: item for item in session.get_inputs()}
-    outputs = {item.name: item for item in session.get_outputs()}
-    wanted = _inputs(bundle.manifest.kv)
-    missing = sorted(wanted.keys() - inputs.keys() - {"plan"})
-    unknown = sorted(inputs.keys() - wanted.keys())
-    missing += sorted({"logits", *(f"kv_out.{layer}" for layer, _ in _layers(bundle.manifest.kv))} - outputs.keys())
-    problems = [f"{item} is missing" for item in missing] + [f"input {item} is unknown" for item in unknown]
-    problems += [
-        f"input {item.name} is {item.type} of rank {len(item.shape)}, expected {wanted[item.name]}"
-        for item in inputs.values()
-        if item.name in wanted and (item.type, len(item.shape)) != wanted[item.name]
-    ]
-    if not problems:
-        problems = _kv_problems(inputs, bundle.manifest.kv)
-    vocabulary = outputs["logits"].shape[-1] if not problems else None
-    if not problems and vocabulary != bundle.manifest.model.vocab_size:
-        problems = [f"logits have {vocabulary} columns, the manifest says {bundle.manifest.model.vocab_size}"]
+    try:
+        graph = read_graph(bundle.file("graph.onnx"))
+        problems = _contract_problems(graph, bundle)
+        if not problems and any(node.op == "skerry.MatMulBlock" for node in graph.nodes):
+            return NativeProgram(bundle, graph, threads)
+    except ValueError as error:
+        problems = [f"graph.onnx is refused: {error}"]
     if problems:
-        hint = "export the bundle again with this version"
-        raise IncompatibleError("open engine", name, "; ".join(problems[:4]), hint)
-    return Graph(session, bundle.manifest.model.vocab_size, "plan" in inputs, own)
+        raise IncompatibleError("open engine", name, "; ".join(problems[:4]), HINT)
+    return Session(bundle.file("graph.onnx"), name, threads)
 
 
 def _check_ops(bundle: Bundle) -> None:
-    """By name, and by version: ONNX Runtime would run a graph of later ops with what it has."""
+    """By name, and by version: what runs a graph would run later ops with what it has."""
     unknown = sorted(set(bundle.manifest.ops) - set(OPS))
     problems = [f"its graph uses ops this runtime lacks: {', '.join(unknown)}"] if unknown else []
     for problem in (*problems, *graph_problems(bundle)):
-        raise IncompatibleError("open engine", bundle.short, problem, "export the bundle again with this version")
+        raise IncompatibleError("open engine", bundle.short, problem, HINT)
 
 
-def _session(graph: Path, name: str, threads: int) -> Any:
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 3
-    # Shapes change every step: remembered allocation patterns would only grow.
-    options.enable_mem_pattern = False
-    # A spinning pool collapses as soon as a second process wants the same cores.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.register_custom_ops_library(str(library_path()))
-    try:
-        return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        cause = " ".join(str(error).split())[:600]
-        hint = "skerry bundle verify the directory, or export it with this version"
-        raise IncompatibleError("open engine", name, f"ONNX Runtime refuses the graph: {cause}", hint) from error
+def _contract_problems(graph: OnnxGraph, bundle: Bundle) -> list[str]:
+    manifest = bundle.manifest
+    inputs = {item.name: item for item in graph.inputs if item.name not in graph.constants}
+    outputs = {item.name: item for item in graph.outputs}
+    wanted = _inputs(manifest.kv)
+    missing = sorted(wanted.keys() - inputs.keys() - {"plan"})
+    unknown = sorted(inputs.keys() - wanted.keys())
+    missing += sorted({"logits", *(f"kv_out.{layer}" for layer, _ in _layers(manifest.kv))} - outputs.keys())
+    problems = [f"{item} is missing" for item in missing] + [f"input {item} is unknown" for item in unknown]
+    for item in inputs.values():
+        kind, rank = wanted.get(item.name, (item.dtype, len(item.shape)))
+        if (item.dtype, len(item.shape)) != (kind, rank):
+            found = f"{_NAMES.get(item.dtype, f'type {item.dtype}')} of rank {len(item.shape)}"
+            problems.append(f"input {item.name} is {found}, expected {_NAMES[kind]} of rank {rank}")
+    if not problems:
+        problems = _kv_problems(inputs, manifest.kv)
+    if not problems:
+        columns = outputs["logits"].shape[-1:]
+        if columns != (manifest.model.vocab_size,):
+            width = columns[0] if columns else "no"
+            problems = [f"logits have {width} columns, the manifest says {manifest.model.vocab_size}"]
+    return problems
 
 
 def _layers(groups: tuple[KvGroup, ...]) -> list[tuple[int, KvGroup]]:
     return [(layer, group) for group in groups for layer in group.layers]
 
 
-def _inputs(groups: tuple[KvGroup, ...]) -> dict[str, tuple[str, int]]:
+def _inputs(groups: tuple[KvGroup, ...]) -> dict[str, tuple[int, int]]:
     """Type and rank of each input."""
     flat = ("input_ids", "positions", "query_start", "context_len", "plan", "sample_rows")
-    found = {name: (_INT32, 1) for name in flat}
+    found = {name: (INT32, 1) for name in flat}
     for index in range(len(groups)):
-        found[f"block_table.{index}"] = (_INT32, 2)
-        found[f"slot.{index}"] = (_INT32, 1)
-    return found | {f"kv.{layer}": (_BYTES, 2) for layer, _ in _layers(groups)}
+        found[f"block_table.{index}"] = (INT32, 2)
+        found[f"slot.{index}"] = (INT32, 1)
+    return found | {f"kv.{layer}": (BYTES, 2) for layer, _ in _layers(groups)}
 
 
-def _kv_problems(inputs: dict[str, Any], groups: tuple[KvGroup, ...]) -> list[str]:
+def _kv_problems(inputs: Mapping[str, Value], groups: tuple[KvGroup, ...]) -> list[str]:
     problems = []
     for layer, group in _layers(groups):
         found = inputs[f"kv.{layer}"].shape[1]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-from functools import cache
 from pathlib import Path
 
 from skerry.core.errors import ConfigError, NotFound
@@ -39,25 +37,3 @@ def instruction_set() -> str:
         cause = f"this processor lacks {wanted}" if wanted in ISAS else f"{wanted!r} is no instruction set"
         raise ConfigError("load kernels", LOWERED, cause, f"one of {', '.join(ISAS)}, or leave it unset for {found}")
     return str(found)
-
-
-class StepThreads:
-    """`with` one around a step: ops of the custom-op library that this thread runs then share `threads` threads, which
-    spin until the step ends and are parked afterwards."""
-
-    def __init__(self, threads: int) -> None:
-        self._library, self._threads = _loaded(str(library_path())), threads
-
-    def __enter__(self) -> None:
-        self._library.skerry_step_begin(self._threads)
-
-    def __exit__(self, *_: object) -> None:
-        self._library.skerry_step_end()
-
-
-@cache
-def _loaded(path: str) -> ctypes.CDLL:
-    library = ctypes.CDLL(path)
-    library.skerry_step_begin.argtypes, library.skerry_step_begin.restype = [ctypes.c_int], None
-    library.skerry_step_end.argtypes, library.skerry_step_end.restype = [], None
-    return library

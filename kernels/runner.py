@@ -7,10 +7,8 @@ at a time may use a Runner. Pages are numbered 0..pages-1 in every KV group; all
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +19,6 @@ from skerry.core.memory import available_memory
 from skerry.core.target import usable_cores
 from skerry.kernels.batch import Batch, Row, pack_rows
 from skerry.kernels.graph import open_graph
-from skerry.kernels.library import StepThreads
 from skerry.kernels.memory import bytes_of_pages, check_memory, default_kv_bytes, fixed_parts
 from skerry.kernels.pages import check_pages, page_bytes
 from skerry.kernels.sampling import Sampled, SampleParams, SampleRows
@@ -49,11 +46,10 @@ class Runner:
         self.threads = threads
         self.pages = pages
         self._graph = open_graph(bundle, threads)
-        self.vocab_size = self._graph.vocab_size
-        self._step = StepThreads(threads) if self._graph.own_products else nullcontext()
+        self.vocab_size = bundle.manifest.model.vocab_size
+        self.graph_seconds = 0.0  # of the last step: what is beyond it is packing and binding
         self._kv = _kv_arrays(bundle.manifest, pages)
-        self._binding = self._graph.session.io_binding()
-        self._bind_pages()
+        self._graph.bind_pages(self._kv)
 
     @classmethod
     def open(
@@ -99,21 +95,16 @@ class Runner:
 
     def step(self, batch: Batch) -> Float32:
         """Logits [S, V] of the wanted rows; the pages behind `batch.slots` are written in place. Raises StepError."""
-        wanted = len(batch.sample_rows)
-        rows = batch.sample_rows if wanted else np.zeros(1, np.int32)  # dense kernels take no empty product
-        logits = np.empty((len(rows), self.vocab_size), np.float32)
-        binding = self._binding
+        logits = np.empty((len(batch.sample_rows), self.vocab_size), np.float32)
         try:
-            for name, value in self._inputs(batch, rows):
-                binding.bind_cpu_input(name, value)
-            binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
-            with self._step:
-                self._graph.session.run_with_iobinding(binding)
-        except Exception as error:  # the runtime raises its own classes, none of them public
+            if len(batch.block_tables) != self.groups:
+                raise InputError("bind step", "", f"pages of {len(batch.block_tables)} KV groups, not of {self.groups}")
+            self.graph_seconds = self._graph.run(batch, logits)
+        except Exception as error:  # ONNX Runtime raises its own classes, none of them public
             cause = " ".join(str(error).split())[:600]
             tokens = f"{len(batch.input_ids)} tokens of {len(batch.context_len)} sequences"
             raise StepError("run step", f"{self.bundle.short} ({tokens})", cause) from error
-        return logits[:wanted]
+        return logits
 
     def sample(self, logits: Float32, rows: SampleRows) -> Sampled:
         """Raises StepError where a parameter is out of range. Calls the op directly: its twenty inputs cost less than
@@ -141,10 +132,8 @@ class Runner:
         return logits_of(self, ids, batch_tokens)
 
     def close(self) -> None:
-        self._binding.clear_binding_inputs()
-        self._binding.clear_binding_outputs()
+        self._graph.close()
         self._kv.clear()
-        del self._binding, self._graph
 
     def __enter__(self) -> Runner:
         return self
@@ -165,28 +154,7 @@ class Runner:
             hint = "export the bundle again, with --max-context if the model's tables are shorter"
             raise IncompatibleError("open engine", self.bundle.short, cause, hint) from error
 
-    def _inputs(self, batch: Batch, rows: npt.NDArray[np.int32]) -> list[tuple[str, Any]]:
-        found: list[tuple[str, Any]] = [
-            ("input_ids", batch.input_ids), ("positions", batch.positions), ("query_start", batch.query_start),
-            ("context_len", batch.context_len), ("sample_rows", rows),
-        ]  # fmt: skip
-        if len(batch.block_tables) != self.groups:
-            raise InputError("bind step", "", f"pages of {len(batch.block_tables)} KV groups, not of {self.groups}")
-        if self._graph.has_plan:
-            found.append(("plan", _NO_PLAN))
-        for group, (table, slot) in enumerate(zip(batch.block_tables, batch.slots, strict=True)):
-            found += [(f"block_table.{group}", table), (f"slot.{group}", slot)]
-        return found
 
-    def _bind_pages(self) -> None:
-        """The same memory as input and as output: the op appends to it and nothing is copied."""
-        for layer, array in self._kv.items():
-            place = ("cpu", 0, np.uint8, array.shape, array.ctypes.data)
-            self._binding.bind_input(f"kv.{layer}", *place)
-            self._binding.bind_output(f"kv_out.{layer}", *place)
-
-
-_NO_PLAN = np.zeros(0, np.int32)
 _LINE = 64  # bytes: kernels read pages by whole cache lines
 
 

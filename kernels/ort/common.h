@@ -12,7 +12,6 @@
 #include <thread>
 #include <vector>
 
-#include "../cpu/pool.h"
 #include "../include/parallel.h"
 
 namespace skerry::ort {
@@ -43,11 +42,7 @@ struct Lane {
   std::atomic<int> next{0};
 };
 
-// The pool of the step that this thread is in the middle of (skerry_step_begin), or null.
-inline thread_local Pool* step_pool = nullptr;
-
 inline Parallel parallel_of(OrtKernelContext* context) {
-  if (step_pool != nullptr) return step_pool->parallel();
   static const int threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
   const auto run = [](void* kernel_context, int count, Parallel::Task task, void* argument) {
     Lane lane{task, argument, count};

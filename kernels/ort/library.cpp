@@ -29,15 +29,3 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* ORT_API_CALL Regist
     return api->CreateStatus(ORT_FAIL, error.what());
   }
 }
-
-// A step: between these two, ops that the calling thread runs spread over `threads` threads that spin from one op to
-// the next. Without them ops use ONNX Runtime's own pool.
-extern "C" __attribute__((visibility("default"))) void skerry_step_begin(int threads) {
-  skerry::ort::step_pool = skerry::Pool::of(threads);
-  if (skerry::ort::step_pool != nullptr) skerry::ort::step_pool->begin();
-}
-
-extern "C" __attribute__((visibility("default"))) void skerry_step_end() {
-  if (skerry::ort::step_pool != nullptr) skerry::ort::step_pool->end();
-  skerry::ort::step_pool = nullptr;
-}

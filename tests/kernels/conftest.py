@@ -188,10 +188,10 @@ def tiny_graph(seed: int = 0, *, op: str = "PagedAttention", drop: str = "", pag
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
-def tiny_bundle(path: Path, model: Any = None, **manifest: Any) -> Bundle:
+def tiny_bundle(path: Path, graph: Any = None, **manifest: Any) -> Bundle:
     """A sealed bundle around a tiny graph; its other files are placeholders."""
     path.mkdir(parents=True, exist_ok=True)
-    (path / "graph.onnx").write_bytes((model or tiny_graph()).SerializeToString())
+    (path / "graph.onnx").write_bytes((graph or tiny_graph()).SerializeToString())
     for name in ("weights.bin", "tokenizer.json", "chat_template.jinja", "generation.json"):
         (path / name).write_bytes(b"{}")
     spec = ModelSpec(
@@ -215,7 +215,7 @@ def make_graph() -> Callable[..., Any]:
 
 @pytest.fixture
 def make_bundle(tmp_path: Path) -> Callable[..., Bundle]:
-    return lambda model=None, **manifest: tiny_bundle(tmp_path / "bundle", model, **manifest)
+    return lambda graph=None, **manifest: tiny_bundle(tmp_path / "bundle", graph, **manifest)
 
 
 @pytest.fixture(scope="module")
