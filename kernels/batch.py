@@ -6,7 +6,7 @@ the graph reads. Everything in a Batch is int32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,38 +49,50 @@ def pack_rows(rows: Sequence[Row], page_size: int) -> Batch:
     if not rows:
         raise InputError("pack step", "", "no rows")
     groups = len(rows[0].pages)
-    counts = [len(row.tokens) for row in rows]
-    ends = [row.start + count for row, count in zip(rows, counts)]
-    query_start = np.zeros(len(rows) + 1, np.int32)
-    np.cumsum(counts, out=query_start[1:])
-    input_ids, positions = (np.empty(int(query_start[-1]), np.int32) for _ in range(2))
-    width = max(1, -(-max(ends) // page_size))
+    ids, positions, wanted, starts, ends = [], [], [], [0], []
+    slots: list[list[int]] = [[] for _ in range(groups)]
+    width = max(1, max(-(-(row.start + len(row.tokens)) // page_size) for row in rows))
     tables = [np.full((len(rows), width), -1, np.int32) for _ in range(groups)]
-    slots = [np.empty(len(input_ids), np.int32) for _ in range(groups)]
-    wanted: list[int] = []
     for index, row in enumerate(rows):
-        first, last, needed = int(query_start[index]), int(query_start[index + 1]), -(-ends[index] // page_size)
-        if first == last or row.start < 0 or len(row.pages) != groups:
-            raise InputError("pack step", f"row {index}", f"{last - first} tokens at {row.start}, {groups} page lists")
-        input_ids[first:last] = row.tokens
-        positions[first:last] = row.start if last == first + 1 else np.arange(row.start, ends[index])
+        count, first = len(row.tokens), starts[-1]
+        end = row.start + count
+        needed = -(-end // page_size)
+        if count == 0 or row.start < 0 or len(row.pages) != groups:
+            raise InputError("pack step", f"row {index}", f"{count} tokens at {row.start}, {len(row.pages)} page lists")
+        ids += row.tokens
+        positions += range(row.start, end)
         for group, pages in enumerate(row.pages):
             if len(pages) < needed:
-                cause = f"{len(pages)} pages of {page_size} for {ends[index]} tokens"
+                cause = f"{len(pages)} pages of {page_size} for {end} tokens"
                 raise InputError("pack step", f"row {index}", cause, "reserve pages before packing")
             tables[group][index, :needed] = pages[:needed]
-            slots[group][first:last] = _slots(row, tables[group][index], positions[first:last], page_size)
-        wanted += _wanted(row, index, first, last - first)
-    context_len = np.array(ends, np.int32)
-    return Batch(input_ids, positions, query_start, context_len, tables, slots, np.array(wanted, np.int32))
+            slots[group] += _slots(row, pages, end, page_size)
+        wanted += _wanted(row, index, first, count)
+        starts.append(first + count)
+        ends.append(end)
+    return _batch([ids, positions, *slots, starts, ends, wanted], tables)
 
 
-def _slots(row: Row, table: Int32, at: Int32, page_size: int) -> Int32 | int:
-    if len(at) == 1:  # a decode row: most rows of most steps
-        return -1 if row.shared else int(table[row.start // page_size]) * page_size + row.start % page_size
-    slots = table[at // page_size] * page_size + at % page_size
-    slots[: row.shared] = -1
-    return slots
+def _batch(parts: list[list[int]], tables: list[Int32]) -> Batch:
+    """One array for all of them, and views of it: between two steps nothing of Python is in a cache, and an array costs
+    more to make than to fill."""
+    flat = np.array([value for part in parts for value in part], np.int32)
+    views, at = [], 0
+    for part in parts:
+        views.append(flat[at : at + len(part)])
+        at += len(part)
+    ids, positions, *slots, starts, ends, wanted = views
+    return Batch(ids, positions, starts, ends, tables, slots, wanted)
+
+
+def _slots(row: Row, pages: Sequence[int] | Int32, end: int, page_size: int) -> Iterable[int]:
+    if end == row.start + 1:  # a decode row: most rows of most steps
+        page, offset = divmod(row.start, page_size)
+        return (-1 if row.shared else int(pages[page]) * page_size + offset,)
+    at = np.arange(row.start, end)
+    found = np.asarray(pages)[at // page_size] * page_size + at % page_size
+    found[: row.shared] = -1
+    return found.tolist()
 
 
 def _wanted(row: Row, index: int, first: int, count: int) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -66,28 +67,24 @@ class SampleRows:
 
     @classmethod
     def build(cls, rows: Sequence[SampleParams], top_n: int = 0) -> SampleRows:
+        # Between two steps nothing of Python is in a cache, so few arrays are made, and views of them are taken.
+        floats = np.array(
+            [(r.temperature, r.top_p, r.min_p, r.repetition, r.frequency, r.presence) for r in rows], np.float32
+        ).reshape(-1, 6)
+        temperature, top_p, min_p, repetition, frequency, presence = np.ascontiguousarray(floats.T)
         masks = [row.mask for row in rows if row.mask is not None]
-        return cls(
-            temperature=_floats([row.temperature for row in rows]),
-            top_k=_ints([row.top_k for row in rows]),
-            top_p=_floats([row.top_p for row in rows]),
-            min_p=_floats([row.min_p for row in rows]),
-            repetition=_floats([row.repetition for row in rows]),
-            frequency=_floats([row.frequency for row in rows]),
-            presence=_floats([row.presence for row in rows]),
-            seed=np.array([row.seed & 0xFFFFFFFFFFFFFFFF for row in rows], np.uint64),
-            token_index=_ints([row.token_index for row in rows]),
-            target=_ints([row.target for row in rows]),
-            hist_start=_starts([len(row.history) for row in rows]),
-            hist_ids=_ints([id for row in rows for id in row.history]),
-            hist_counts=_ints([count for row in rows for count in row.history.values()]),
-            bias_start=_starts([len(row.bias) for row in rows]),
-            bias_ids=_ints([id for row in rows for id in row.bias]),
-            bias_values=_floats([value for row in rows for value in row.bias.values()]),
-            mask=np.ascontiguousarray(masks, np.int32) if masks else np.zeros((0, 0), np.int32),
-            mask_row=_ints(_mask_rows(rows)),
-            top_n=top_n,
+        mask_row = _mask_rows(rows) if masks else [-1] * len(rows)
+        ints = np.array(
+            [[r.top_k for r in rows], [r.token_index for r in rows], [r.target for r in rows], mask_row], np.int32
         )
+        hist_start, hist_ids, hist_counts = _ragged([row.history for row in rows], np.int32)
+        bias_start, bias_ids, bias_values = _ragged([row.bias for row in rows], np.float32)
+        return cls(
+            temperature, ints[0], top_p, min_p, repetition, frequency, presence,
+            np.array([row.seed & 0xFFFFFFFFFFFFFFFF for row in rows], np.uint64), ints[1], ints[2],
+            hist_start, hist_ids, hist_counts, bias_start, bias_ids, bias_values,
+            np.ascontiguousarray(masks, np.int32) if masks else _NO_MASKS, ints[3], top_n,
+        )  # fmt: skip
 
     @classmethod
     def score(cls, targets: Sequence[int] | Int32) -> SampleRows:
@@ -115,16 +112,16 @@ class Sampled:
     top_logprobs: Float32  # [S, N]
 
 
-def _ints(values: list[int]) -> Int32:
-    return np.array(values, np.int32)
+_NO_MASKS = np.zeros((0, 0), np.int32)
 
 
-def _floats(values: list[float]) -> Float32:
-    return np.array(values, np.float32)
-
-
-def _starts(lengths: list[int]) -> Int32:
-    return np.array([0, *accumulate(lengths)], np.int32)
+def _ragged(rows: list[Mapping[int, Any]], dtype: type) -> tuple[Int32, Int32, npt.NDArray[Any]]:
+    """Where each row's entries start, their ids and their values."""
+    if not any(rows):
+        return np.zeros(len(rows) + 1, np.int32), np.zeros(0, np.int32), np.zeros(0, dtype)
+    starts = np.array([0, *accumulate(map(len, rows))], np.int32)
+    ids = np.array([id for row in rows for id in row], np.int32)
+    return starts, ids, np.array([value for row in rows for value in row.values()], dtype)
 
 
 def _mask_rows(rows: Sequence[SampleParams]) -> list[int]:

@@ -73,10 +73,6 @@ void adjust(const SampleArgs& a, int64_t row, float* x) {
   }
 }
 
-int32_t first_of(const float* x, int64_t n, float value) {
-  return static_cast<int32_t>(std::find(x, x + n, value) - x);
-}
-
 // Keeps the candidates of the cut, in place; the first so many ties by index.
 int64_t apply(const Cut& cut, int64_t n, Workspace& space) {
   int64_t count = 0;
@@ -254,7 +250,8 @@ void write_broken(const SampleArgs& a, int64_t row) {
   std::fill_n(a.top_logprobs + row * a.top_n, a.top_n, kNan);
 }
 
-// Adjusted and scaled logits of a row that will be drawn from; null where nothing can be. *max: their maximum.
+// Adjusted and scaled logits of a row that will be drawn from; null where nothing can be. *max: the raw logits'
+// maximum, then theirs.
 const float* prepare(const SampleArgs& a, int64_t row, Workspace& space, float* max) {
   const SampleMath& math = sample_math();
   const float* x = a.logits + row * a.vocabulary;
@@ -267,16 +264,16 @@ const float* prepare(const SampleArgs& a, int64_t row, Workspace& space, float* 
     math.scale(x, a.vocabulary, a.temperature[row], space.scaled.data());
     x = space.scaled.data();
   }
+  if (x == a.logits + row * a.vocabulary) return x;
   bool broken = false;
   *max = math.maximum(x, a.vocabulary, &broken);
   return broken || *max == -kInfinity ? nullptr : x;
 }
 
-int32_t choose(const SampleArgs& a, int64_t row, Workspace& space) {
-  float max = 0.0f;
+int32_t choose(const SampleArgs& a, int64_t row, float max, Workspace& space) {
   const float* x = prepare(a, row, space, &max);
   if (x == nullptr) return -1;
-  if (a.temperature[row] < kGreedyTemperature) return first_of(x, a.vocabulary, max);
+  if (a.temperature[row] < kGreedyTemperature) return static_cast<int32_t>(sample_math().first_of(x, a.vocabulary, max));
   sample_math().weights(x, a.vocabulary, max, space.weight.data());
   if (keeps_all(a, row)) return draw_all(a, row, space.weight.data());
   return draw(a, row, select(a, row, x, max, space.weight.data(), space), space);
@@ -294,7 +291,7 @@ void sample_row(void* argument, int row) {
   const double lse = static_cast<double>(max) + std::log(found.sum);
   a.entropy[row] = static_cast<float>(std::max(0.0, std::log(found.sum) - found.weighted / found.sum));
   if (a.top_n > 0) write_top(a, row, raw, max, lse, space);
-  a.token[row] = a.target[row] >= 0 ? a.target[row] : choose(a, row, space);
+  a.token[row] = a.target[row] >= 0 ? a.target[row] : choose(a, row, max, space);
   a.logprob[row] = a.token[row] >= 0 ? static_cast<float>(raw[a.token[row]] - lse) : kNan;
 }
 
@@ -372,12 +369,12 @@ std::string sample(const SampleArgs& args, const Parallel& parallel) {
 int64_t kept_ids(const SampleArgs& args, int64_t row, int32_t* kept) {
   Workspace& space = workspace(args.vocabulary);
   bool broken = false;
-  if (sample_math().maximum(args.logits + row * args.vocabulary, args.vocabulary, &broken); broken) return 0;
-  float max = 0.0f;
+  float max = sample_math().maximum(args.logits + row * args.vocabulary, args.vocabulary, &broken);
+  if (broken || max == -kInfinity) return 0;
   const float* x = prepare(args, row, space, &max);
   if (x == nullptr) return 0;
   if (args.temperature[row] < kGreedyTemperature) {
-    kept[0] = first_of(x, args.vocabulary, max);
+    kept[0] = static_cast<int32_t>(sample_math().first_of(x, args.vocabulary, max));
     return 1;
   }
   sample_math().weights(x, args.vocabulary, max, space.weight.data());

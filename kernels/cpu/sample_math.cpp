@@ -10,13 +10,15 @@ namespace {
 
 constexpr int kLanes = 16;
 
+// Four registers' worth of lanes: one alone waits for its own last comparison.
 float maximum(const float* x, int64_t n, bool* broken) {
-  float top[kLanes];
-  int32_t bad[kLanes] = {};
-  for (int i = 0; i < kLanes; ++i) top[i] = -INFINITY;
+  constexpr int kWide = 4 * kLanes;
+  float top[kWide];
+  int32_t bad[kWide] = {};
+  for (int i = 0; i < kWide; ++i) top[i] = -INFINITY;
   int64_t j = 0;
-  for (; j + kLanes <= n; j += kLanes) {
-    for (int i = 0; i < kLanes; ++i) {
+  for (; j + kWide <= n; j += kWide) {
+    for (int i = 0; i < kWide; ++i) {
       top[i] = x[j + i] > top[i] ? x[j + i] : top[i];
       bad[i] |= !(x[j + i] < INFINITY);
     }
@@ -25,12 +27,26 @@ float maximum(const float* x, int64_t n, bool* broken) {
     top[0] = x[j] > top[0] ? x[j] : top[0];
     bad[0] |= !(x[j] < INFINITY);
   }
-  for (int i = 1; i < kLanes; ++i) {
+  for (int i = 1; i < kWide; ++i) {
     top[0] = top[i] > top[0] ? top[i] : top[0];
     bad[0] |= bad[i];
   }
   *broken = bad[0] != 0;
   return top[0];
+}
+
+int64_t first_of(const float* x, int64_t n, float value) {
+  constexpr int kBlock = 256;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = begin + kBlock < n ? begin + kBlock : n;
+    int32_t any = 0;
+    for (int64_t i = begin; i < end; ++i) any |= x[i] == value;
+    if (any == 0) continue;
+    for (int64_t i = begin; i < end; ++i) {
+      if (x[i] == value) return i;
+    }
+  }
+  return n;
 }
 
 void scale(const float* x, int64_t n, float temperature, float* out) {
@@ -164,7 +180,7 @@ void noise(uint64_t seed, uint32_t token_index, uint32_t first_block, int64_t co
 
 }  // namespace
 
-extern const SampleMath SKERRY_SAMPLE_TABLE = {maximum,    scale,      weights,      mass,
+extern const SampleMath SKERRY_SAMPLE_TABLE = {maximum,    first_of,   scale,        weights, mass,
                                                statistics, count_from, any_survivor, noise};
 
 }  // namespace skerry

@@ -14,6 +14,8 @@ struct RowStatistics {
 struct SampleMath {
   // Largest value; *broken is set where the row holds a NaN or +inf.
   float (*maximum)(const float* x, int64_t n, bool* broken);
+  // Index of the first that equals `value`; n if none does.
+  int64_t (*first_of)(const float* x, int64_t n, float value);
   // out[i] = x[i] / temperature + 0
   void (*scale)(const float* x, int64_t n, float temperature, float* out);
   // weight[i] = e^(x[i] - max) in double, 0 more than 700 below the maximum
