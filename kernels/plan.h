@@ -1,4 +1,5 @@
-// Which piece of attention is one task: (sequence, KV head, run of query tokens, run of KV splits).
+// Which piece of attention is one task: (sequence, KV heads, run of query tokens, run of KV splits). Few rows are bound by
+// memory, so a task has all heads of its splits and reads pages from end to end; of many rows a task has one head.
 // Shared by every backend that plans on the host. Plans differ with threads and batch; results do not, because each
 // split's partial result is computed on its own and partials are merged in ascending order.
 #pragma once
@@ -11,16 +12,18 @@
 
 namespace skerry {
 
+inline constexpr int kManyRows = 12;  // from which rows of one head keys and values stay at hand
 inline constexpr int kTileRows = 64;  // query rows (tokens x heads of one KV group) that share one pass over the keys
 
 struct AttentionItem {
   int32_t sequence;
-  int32_t kv_head;
+  int32_t kv_head;  // the first of `heads`
+  int32_t heads;
   int32_t first_token;  // within the sequence's query
   int32_t tokens;
   int32_t first_split;
   int32_t splits;
-  int64_t partial;  // index of the first of `splits` partial results, or -1: the item finishes its rows by itself
+  int64_t partial;  // index of the first of [splits][heads] partial results, or -1: the item finishes its rows by itself
 };
 
 struct AttentionPlan {
@@ -41,11 +44,13 @@ inline AttentionPlan plan_attention(const PagedAttentionShape& shape, const Page
   AttentionPlan plan;
   const int group = shape.num_heads / shape.num_kv_heads;
   const int tile_tokens = std::max(1, kTileRows / group);
-  int64_t tiles = 0;
+  const auto heads_of = [&](int64_t tokens) { return tokens * group < kManyRows ? shape.num_kv_heads : 1; };
+  int64_t items = 0;
   for (int64_t b = 0; b < args.sequences; ++b) {
-    tiles += (args.query_start[b + 1] - args.query_start[b] + tile_tokens - 1) / tile_tokens;
+    const int64_t tokens = args.query_start[b + 1] - args.query_start[b];
+    items += (tokens + tile_tokens - 1) / tile_tokens * (shape.num_kv_heads / heads_of(tokens));
   }
-  const bool split = threads > 1 && tiles * shape.num_kv_heads < 4 * threads;
+  const bool split = threads > 1 && items < 4 * threads;
   for (int64_t b = 0; b < args.sequences; ++b) {
     const int32_t tokens = args.query_start[b + 1] - args.query_start[b];
     for (int32_t first = (tokens - 1) / tile_tokens * tile_tokens; tokens > 0 && first >= 0; first -= tile_tokens) {
@@ -55,8 +60,9 @@ inline AttentionPlan plan_attention(const PagedAttentionShape& shape, const Page
       const int64_t splits = (last + kSplitTokens - 1) / kSplitTokens - begin;
       plan.work += static_cast<double>(splits) * kSplitTokens * shape.head_size * 2 * std::max(4, count * group) *
                    shape.num_kv_heads;
-      for (int32_t h = 0; h < shape.num_kv_heads; ++h) {
-        AttentionItem item{static_cast<int32_t>(b),      h, first, count, static_cast<int32_t>(begin),
+      const int heads = heads_of(count);
+      for (int32_t h = 0; h < shape.num_kv_heads; h += heads) {
+        AttentionItem item{static_cast<int32_t>(b),     h,  heads, first, count, static_cast<int32_t>(begin),
                            static_cast<int32_t>(splits), -1};
         if (!split || splits < 2) {
           plan.items.push_back(item);
@@ -64,10 +70,12 @@ inline AttentionPlan plan_attention(const PagedAttentionShape& shape, const Page
         }
         item.partial = plan.partials;
         plan.merges.push_back(item);
-        for (int64_t s = 0; s < splits; ++s) {
-          plan.items.push_back({item.sequence, h, first, count, static_cast<int32_t>(begin + s), 1, plan.partials + s});
+        for (int64_t s = 0, run = 0; s < splits; s += run) {
+          run = (splits + threads - 1) / threads; run = std::min(run, splits - s);  // long ones first, as a product's tasks are dealt
+          plan.items.push_back({item.sequence, h, heads, first, count, static_cast<int32_t>(begin + s),
+                                static_cast<int32_t>(run), plan.partials + s * heads});
         }
-        plan.partials += splits;
+        plan.partials += splits * heads;
         plan.partial_rows = std::max<int64_t>(plan.partial_rows, int64_t{count} * group);
       }
     }

@@ -12,42 +12,57 @@ namespace skerry {
 namespace {
 
 constexpr int kTop = 16383;     // of a weight: two digits to the base of 128, which a signed and an unsigned byte hold
-constexpr int kPagesAhead = 8;  // fetched: 9 KB of a head of 64
+constexpr int kLines = 2, kLinesAQuad = 3;  // fetched ahead at each group of dimensions, and at each quad of values
+constexpr int kPagesAhead = 2;   // that are fetched at once where no split before has done so
 constexpr int kCodeVectors = SKERRY_REGISTERS >= 32 ? 2 : 1;
+constexpr int kPagesAtOnce = kCodeVectors > kParts ? kCodeVectors / kParts : 1;
 constexpr int kQuads = kPage / 4;
 constexpr int kGroups = kBlockSize / 4;
 constexpr int kGroupBytes = kPage * 4;
 constexpr int kBlockBytes = kPage * kBlockSize;
 
-// A page's keys: codes [blocks][8][16][4], scales [blocks][16]; its values: codes [4][padded size][4], scales [16].
+// Pages of a split. Keys of a head: codes [blocks][8][16][4], scales [blocks][16]; values: codes [4][padded size][4],
+// scales [16].
 struct CodePages {
-  const uint8_t* key[kPages + kPagesAhead];    // past the last one: what to fetch meanwhile, the first values
-  const uint8_t* value[kPages + kPagesAhead];  // and after those the keys of the next split
+  const uint8_t* page[kPages];
 };
 
 SKERRY_INLINE void locate(const AttentionTile& t, int first, Span any, CodePages* pages) {
-  const int begin = any.from / kPage, end = pages_until(any.to);
-  for (int p = begin; p < end + kPagesAhead; ++p) {
-    const int page = first / kPage + p;
-    const uint8_t* base = t.kv + t.table[page < t.pages ? page : t.pages - 1] * t.page_bytes;
-    pages->key[p] = base + t.key_offset;
-    pages->value[p] = base + t.value_offset;
-  }
-  for (int p = end; p < end + kPagesAhead; ++p) {
-    const uint8_t* next = pages->key[p];
-    pages->key[p] = pages->value[begin + p - end < end ? begin + p - end : begin];
-    pages->value[p] = next;
+  for (int p = any.from / kPage; p < pages_until(any.to); ++p) {
+    pages->page[p] = t.kv + t.table[first / kPage + p] * t.page_bytes;
   }
 }
 
-// R rows against C registers of keys: register c is part c % kParts of page c / kParts.
+// The next `lines` lines, the first of which lies before page `last` of the table, to be fetched by whoever asks; null:
+// there are none. Past a page's end they go on with its neighbour, which most often comes next.
+SKERRY_INLINE const uint8_t* take(const AttentionTile& t, int last, int lines) {
+  Lookahead* ahead = t.ahead;
+  if (ahead->page >= last) return nullptr;
+  const uint8_t* from = ahead->at;
+  ahead->at += 64 * lines;
+  while (ahead->at >= ahead->end && ++ahead->page < ahead->last) {
+    const uint8_t* base = t.kv + t.table[ahead->page] * t.page_bytes;
+    if (base != ahead->end) ahead->at = base;
+    ahead->end = base + t.page_bytes;
+  }
+  return from;
+}
+
+template <int N>
+SKERRY_INLINE void fetch(const uint8_t* from) {
+  for (int i = 0; i < N; ++i) __builtin_prefetch(from + 64 * i);
+}
+
+// R rows against C registers of keys: register c is part c % kParts of page c / kParts. `last`: page of the table before
+// which lines are fetched meanwhile; 0: none are.
 template <int R, int C>
-SKERRY_INLINE void score_codes(const AttentionTile& t, int row, const uint8_t* const* page, int part, bool ahead,
+SKERRY_INLINE void score_codes(const AttentionTile& t, int row, const uint8_t* const* page, int part, int last,
                                float* out) {
   const int blocks = code_blocks(t.head_size);
   const int8_t* q = t.codes + static_cast<int64_t>(row) * blocks * kBlockSize;
   const float* q_scale = t.code_scale + static_cast<int64_t>(row) * blocks;
   const int32_t* q_sum = t.code_sum + static_cast<int64_t>(row) * blocks;
+  const uint8_t* lines = last > 0 ? take(t, last, kLines * kGroups * blocks) : nullptr;
   Vec total[R][C] = {};
   for (int b = 0; b < blocks; ++b) {
     VecI acc[R][C];
@@ -57,11 +72,11 @@ SKERRY_INLINE void score_codes(const AttentionTile& t, int row, const uint8_t* c
     }
     for (int g = 0; g < kGroups; ++g) {
       const int at = b * kBlockBytes + g * kGroupBytes;
+      if (lines != nullptr) fetch<kLines>(lines + 64 * kLines * (b * kGroups + g));
       Bytes k[C];
       for (int c = 0; c < C; ++c) {
         const int piece = (part + c) % kParts;
-        if (ahead && piece == 0) __builtin_prefetch(page[(part + c) / kParts + kPagesAhead] + at);
-        k[c] = load_codes(page[(part + c) / kParts] + at + piece * kLanes * 4);
+        k[c] = load_codes(page[(part + c) / kParts] + t.key_offset + at + piece * kLanes * 4);
       }
       for (int r = 0; r < R; ++r) {
         const int32_t a = load_as<int32_t>(q + (r * blocks + b) * kBlockSize + 4 * g);
@@ -70,8 +85,7 @@ SKERRY_INLINE void score_codes(const AttentionTile& t, int row, const uint8_t* c
     }
     for (int c = 0; c < C; ++c) {
       const int scales = blocks * kBlockBytes + b * kGroupBytes, piece = (part + c) % kParts;
-      const Vec scale = load_as<Vec>(page[(part + c) / kParts] + scales + piece * kLanes * 4);
-      if (ahead && piece == 0) __builtin_prefetch(page[(part + c) / kParts + kPagesAhead] + scales);
+      const Vec scale = load_as<Vec>(page[(part + c) / kParts] + t.key_offset + scales + piece * kLanes * 4);
       for (int r = 0; r < R; ++r) {
         total[r][c] = fma(__builtin_convertvector(acc[r][c], Vec), scale * q_scale[r * blocks + b], total[r][c]);
       }
@@ -92,13 +106,13 @@ struct Digits {
 // Weights of the keys [from, to) times the scales of their values; zero in the rest of `any`'s pages.
 SKERRY_INLINE void to_digits(const AttentionTile& t, const CodePages& pages, const float* weight, Span any, Span own,
                              Digits* out) {
-  const int scales = kPage * padded(t.head_size);
+  const int64_t scales = t.value_offset + kPage * padded(t.head_size);
   alignas(64) float scaled[kSplit];
   VecI top = {};
   const int begin = own.from / kPage * kPage, end = pages_until(own.to) * kPage;
   for (int j = begin; j < end; j += kLanes) {
     const Vec w = load(weight + j);
-    const Vec v = load_as<Vec>(pages.value[j / kPage] + scales + j % kPage * 4);
+    const Vec v = load_as<Vec>(pages.page[j / kPage] + scales + j % kPage * 4);
     const Vec x = w > 0.0f ? w * v : splat(0.0f);  // the scale of a key that is not seen may be anything
     const VecI bits = load_as<VecI>(&x);           // none is negative: they are in the order of their bits
     top = bits > top ? bits : top;
@@ -129,8 +143,9 @@ SKERRY_INLINE void to_digits(const AttentionTile& t, const CodePages& pages, con
 
 // value[r] = sum over the keys of `any` of weight * value, for R rows and C vectors from dimension d.
 template <int R, int C>
-SKERRY_INLINE void add_codes(const uint8_t* const* page, const Digits* digits, Span any, int d, int size, bool ahead,
-                             float* value) {
+SKERRY_INLINE void add_codes(const AttentionTile& t, const uint8_t* const* page, const Digits* digits, Span any, int d,
+                             int last, float* value) {
+  const int size = padded(t.head_size);
   VecI high[R][C], low[R][C];
   for (int r = 0; r < R; ++r) {
     for (int c = 0; c < C; ++c) {
@@ -139,13 +154,12 @@ SKERRY_INLINE void add_codes(const uint8_t* const* page, const Digits* digits, S
     }
   }
   for (int p = any.from / kPage; p < pages_until(any.to); ++p) {
+    const uint8_t* lines = last > 0 ? take(t, last, kLinesAQuad * kQuads) : nullptr;
     for (int quad = 0; quad < kQuads; ++quad) {
       const int at = (quad * size + d) * 4;
+      if (lines != nullptr) fetch<kLinesAQuad>(lines + 64 * kLinesAQuad * quad);
       Bytes v[C];
-      for (int c = 0; c < C; ++c) {
-        if (ahead && c * kLanes % 16 == 0) __builtin_prefetch(page[p + kPagesAhead] + at + c * kLanes * 4);
-        v[c] = load_codes(page[p] + at + c * kLanes * 4);
-      }
+      for (int c = 0; c < C; ++c) v[c] = load_codes(page[p] + t.value_offset + at + c * kLanes * 4);
       for (int r = 0; r < R; ++r) {
         const int32_t h = load_as<int32_t>(digits[r].high + p * kPage + quad * 4);
         const int32_t l = load_as<int32_t>(digits[r].low + p * kPage + quad * 4);
@@ -164,11 +178,26 @@ SKERRY_INLINE void add_codes(const uint8_t* const* page, const Digits* digits, S
   }
 }
 
-// R rows from `row`: scores, weights, weighted values.
+// Scores of R rows from `row` against pages [begin, end) of the split, where any of them sees a key.
 template <int R>
-SKERRY_INLINE void attend_code_rows(const AttentionTile& t, int row, int first, const CodePages& pages,
-                                    const Room& room) {
-  const Span any = seen_by_any(t, row, R, first);
+SKERRY_INLINE void score_pages(const AttentionTile& t, int row, Span any, const CodePages& pages, int begin, int end,
+                               int ahead, float* all_scores) {
+  float* scores = all_scores + row * kSplit;
+  begin = begin > any.from / kPage ? begin : any.from / kPage;
+  end = end < pages_until(any.to) ? end : pages_until(any.to);
+  int at = begin * kParts;
+  for (; at + kCodeVectors <= end * kParts; at += kCodeVectors) {
+    score_codes<R, kCodeVectors>(t, row, pages.page + at / kParts, at % kParts, ahead, scores + at * kLanes);
+  }
+  for (; at < end * kParts; ++at) {
+    score_codes<R, 1>(t, row, pages.page + at / kParts, at % kParts, ahead, scores + at * kLanes);
+  }
+}
+
+// Weights and weighted values of R rows from `row`, whose scores are there.
+template <int R>
+SKERRY_INLINE void weigh_values(const AttentionTile& t, int row, Span any, int first, const CodePages& pages, int ahead,
+                                const Room& room) {
   if (any.from >= any.to) {
     for (int r = row; r < row + R; ++r) {
       room.max[r] = -INFINITY;
@@ -176,16 +205,7 @@ SKERRY_INLINE void attend_code_rows(const AttentionTile& t, int row, int first, 
     }
     return;
   }
-  const bool ahead = t.rows < kManyRows;
   float* scores = room.scores + row * kSplit;
-  const int last = pages_until(any.to) * kParts;
-  int at = any.from / kPage * kParts;
-  for (; at + kCodeVectors <= last; at += kCodeVectors) {
-    score_codes<R, kCodeVectors>(t, row, pages.key + at / kParts, at % kParts, ahead, scores + at * kLanes);
-  }
-  for (; at < last; ++at) {
-    score_codes<R, 1>(t, row, pages.key + at / kParts, at % kParts, ahead, scores + at * kLanes);
-  }
   Digits digits[R];
   for (int r = 0; r < R; ++r) {
     Span own = seen(t, row + r, first);
@@ -201,19 +221,64 @@ SKERRY_INLINE void attend_code_rows(const AttentionTile& t, int row, int first, 
   float* value = room.value + static_cast<int64_t>(row) * size;
   int d = 0;
   for (; d + kCodeVectors * kLanes <= size; d += kCodeVectors * kLanes) {
-    add_codes<R, kCodeVectors>(pages.value, digits, any, d, size, ahead, value);
+    add_codes<R, kCodeVectors>(t, pages.page, digits, any, d, ahead, value);
   }
-  for (; d < size; d += kLanes) add_codes<R, 1>(pages.value, digits, any, d, size, ahead, value);
+  for (; d < size; d += kLanes) add_codes<R, 1>(t, pages.page, digits, any, d, ahead, value);
 }
 
-void attend_codes(const AttentionTile& t, int first, Span any, const Room& room) {
+template <int R>
+struct Rows {
+  static constexpr int count = R;
+};
+
+// Calls body(Rows<R>, first row) for rows in fours and what is left.
+template <class Body>
+SKERRY_INLINE void in_fours(int rows, const Body& body) {
+  int row = 0;
+  for (; row + kRows <= rows; row += kRows) body(Rows<kRows>{}, row);
+  if (rows - row == 3) body(Rows<3>{}, row);
+  if (rows - row == 2) body(Rows<2>{}, row);
+  if (rows - row == 1) body(Rows<1>{}, row);
+}
+
+// Many rows of one head: the keys stay at hand while rows pass.
+void attend_many_codes(const AttentionTile& t, int first, Span any, const Room& room) {
   CodePages pages;
   locate(t, first, any, &pages);
-  int row = 0;
-  for (; row + kRows <= t.rows; row += kRows) attend_code_rows<kRows>(t, row, first, pages, room);
-  if (t.rows - row == 3) attend_code_rows<3>(t, row, first, pages, room);
-  if (t.rows - row == 2) attend_code_rows<2>(t, row, first, pages, room);
-  if (t.rows - row == 1) attend_code_rows<1>(t, row, first, pages, room);
+  in_fours(t.rows, [&](auto rows, int row) __attribute__((always_inline)) {
+    constexpr int R = decltype(rows)::count;
+    const Span own = seen_by_any(t, row, R, first);
+    score_pages<R>(t, row, own, pages, 0, kPages, 0, room.scores);
+    weigh_values<R>(t, row, own, first, pages, 0, room);
+  });
+}
+
+// Few rows of all heads: scores are computed page by page, so that pages are read from end to end.
+void attend_few_codes(const AttentionTile* tiles, int heads, int first, Span any) {
+  const AttentionTile& t = tiles[0];
+  Lookahead* ahead = t.ahead;
+  const int begin = any.from / kPage, end = pages_until(any.to), page = first / kPage;
+  const int last = page + 2 * kPages < ahead->last ? page + 2 * kPages : ahead->last;  // to the end of the next split
+  CodePages pages;
+  locate(t, first, any, &pages);
+  for (int p = begin; p < end; p += kPagesAtOnce) {
+    const int soon = page + p + kPagesAtOnce + kPagesAhead < last ? page + p + kPagesAtOnce + kPagesAhead : last;
+    while (const uint8_t* lines = take(t, soon, kLines)) fetch<kLines>(lines);
+    in_fours(t.rows, [&](auto rows, int row) __attribute__((always_inline)) {
+      constexpr int R = decltype(rows)::count;
+      const Span own = seen_by_any(t, row, R, first);
+      for (int h = 0; h < heads; ++h) {
+        score_pages<R>(tiles[h], row, own, pages, p, p + kPagesAtOnce, last, Room(tiles[h]).scores);
+      }
+    });
+  }
+  for (int h = 0; h < heads; ++h) {
+    const Room room(tiles[h]);
+    in_fours(t.rows, [&](auto rows, int row) __attribute__((always_inline)) {
+      constexpr int R = decltype(rows)::count;
+      weigh_values<R>(tiles[h], row, seen_by_any(t, row, R, first), first, pages, last, room);
+    });
+  }
 }
 
 // x [size] as codes of whole blocks, the last one filled up with zeros.

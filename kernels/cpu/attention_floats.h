@@ -36,7 +36,8 @@ SKERRY_INLINE void locate(const AttentionTile& t, int first, int low, int high, 
   const int end = (last + 1) * kPage;
   for (int j = 0; j < kKeysAhead; ++j) {
     const int page = (first + end + j) / kPage;
-    const uint8_t* base = t.kv + t.table[page < t.pages ? page : t.pages - 1] * t.page_bytes;
+    const int known = t.ahead != nullptr && page < t.ahead->last ? page : first / kPage + last;
+    const uint8_t* base = t.kv + t.table[known] * t.page_bytes;
     places->value[end + j] = (const E*)(base + t.key_offset) + j % kPage * t.head_size;
   }
 }

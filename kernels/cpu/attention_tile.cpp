@@ -34,18 +34,19 @@ void merge(int rows, int head_size, const AttentionState& partial, const Attenti
   }
 }
 
-void attend(const AttentionTile& t, int split, const AttentionState& state) {
+void attend(const AttentionTile* tiles, int heads, int split, const AttentionState* states) {
+  const AttentionTile& t = tiles[0];  // what rows see is the same for all heads
   const int first = split * kSplit;
   const Span any = seen_by_any(t, 0, t.rows, first);
   if (any.from >= any.to) return;
-  const Room room(t);
-  memset(room.value, 0, sizeof(float) * t.rows * padded(t.head_size));
-  if (t.layout == 2) {
-    attend_codes(t, first, any, room);
-  } else {
-    attend_floats(t, first, any, room);
+  for (int h = 0; h < heads; ++h) memset(Room(tiles[h]).value, 0, sizeof(float) * t.rows * padded(t.head_size));
+  if (t.layout == 2 && t.ahead != nullptr) attend_few_codes(tiles, heads, first, any);
+  for (int h = 0; h < heads; ++h) {
+    const Room room(tiles[h]);
+    if (t.layout != 2) attend_floats(tiles[h], first, any, room);
+    if (t.layout == 2 && t.ahead == nullptr) attend_many_codes(tiles[h], first, any, room);
+    merge(t.rows, t.head_size, {room.max, room.sum, room.value}, states[h]);
   }
-  merge(t.rows, t.head_size, {room.max, room.sum, room.value}, state);
 }
 
 void rotate(const float* x, const float* cos, const float* sin, int head_size, int rotary, bool interleaved,

@@ -5,11 +5,19 @@
 
 namespace skerry {
 
+// Walks the pages of a sequence from end to end, a few lines at a time: what runs ahead of a task that computes. Reads in
+// order come twice as fast as runs of one head's keys and values do.
+struct Lookahead {
+  const uint8_t* at;
+  const uint8_t* end;  // of the page
+  int page;            // of the table
+  int last;            // one past the last page of the task
+};
+
 // One tile of query rows against one KV head. Rows hold rotated, scaled queries; row r sees keys [start[r], end[r]).
 struct AttentionTile {
   const uint8_t* kv;     // the whole cache
   const int32_t* table;  // this sequence's pages
-  int pages;             // how many of them hold its context
   int64_t page_bytes;    // from one page to the next
   int64_t key_offset;    // bytes from a page's start to this head's keys
   int64_t value_offset;  // and to its values
@@ -25,6 +33,7 @@ struct AttentionTile {
   const int32_t* start;  // [rows]
   const int32_t* end;    // [rows]
   float* scratch;        // attention_scratch() floats
+  Lookahead* ahead;      // null: the pages are at hand
 };
 
 // Softmax state of a tile: row maximum, sum of weights, weighted values (not divided by the sum).
@@ -37,15 +46,16 @@ struct AttentionState {
 inline int padded(int n) { return (n + 15) / 16 * 16; }
 inline int code_blocks(int head_size) { return (head_size + 31) / 32; }  // that share a scale
 
-// Scores of a split, its state, and its keys and values as floats where many rows share them.
-inline int64_t attention_scratch(int rows, int head_size) {
-  return int64_t{256} * rows + int64_t{rows} * (padded(head_size) + 2) + int64_t{2 * 256} * padded(head_size) + 64;
+// Scores of a split, its state and, `widened`, its keys and values as floats, which many rows share.
+inline int64_t attention_scratch(int rows, int head_size, bool widened) {
+  const int64_t own = int64_t{256} * rows + padded(rows * (padded(head_size) + 2));
+  return own + (widened ? int64_t{2 * 256} * padded(head_size) : 0);
 }
 
 struct AttentionIsa {
   const char* name;
-  // Result of keys [256 split, 256 (split + 1)) merged into the state.
-  void (*attend)(const AttentionTile& tile, int split, const AttentionState& state);
+  // Results of keys [256 split, 256 (split + 1)) merged into the states, one of each head.
+  void (*attend)(const AttentionTile* tiles, int heads, int split, const AttentionState* states);
   // The same merge for a partial result that was computed elsewhere.
   void (*merge)(int rows, int head_size, const AttentionState& partial, const AttentionState& state);
   // Rotates one head: out[i] from x by the cos and sin rows, multiplied by scale; dimensions past rotary are copied.

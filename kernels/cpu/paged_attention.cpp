@@ -62,85 +62,141 @@ void append_head(void* argument, int head) {
   for (int64_t t = 0; t < tokens; ++t) append_token(job, t, head);
 }
 
-// Rotated, scaled queries of an item's rows: row = token * group + head within the group.
-void gather_queries(const Job& job, const AttentionItem& item, float* q) {
+// Rotated, scaled queries of an item's rows for one KV head: row = token * group + head within the group.
+void gather_queries(const Job& job, const AttentionItem& item, int kv_head, float* q) {
   const auto& [shape, args] = std::tie(job.shape, job.args);
   const int half = shape.rotary_dim / 2;
   for (int i = 0; i < item.tokens; ++i) {
     const int64_t t = args.query_start[item.sequence] + item.first_token + i;
     const int64_t position = args.positions[t];
     for (int g = 0; g < job.group(); ++g, q += shape.head_size) {
-      job.isa.rotate(args.q + (t * shape.num_heads + item.kv_head * job.group() + g) * shape.head_size,
+      job.isa.rotate(args.q + (t * shape.num_heads + kv_head * job.group() + g) * shape.head_size,
                      args.cos + position * half, args.sin + position * half, shape.head_size, shape.rotary_dim,
                      shape.interleaved, shape.scale, q);
     }
   }
 }
 
-void write_rows(const Job& job, const AttentionItem& item, const AttentionState& state) {
+void write_rows(const Job& job, const AttentionItem& item, int kv_head, const AttentionState& state) {
   const auto& [shape, args] = std::tie(job.shape, job.args);
   const int stride = padded(shape.head_size);
   int row = 0;
   for (int i = 0; i < item.tokens; ++i) {
     const int64_t t = args.query_start[item.sequence] + item.first_token + i;
     for (int g = 0; g < job.group(); ++g, ++row) {
-      float* out = args.out + (t * shape.num_heads + item.kv_head * job.group() + g) * shape.head_size;
+      float* out = args.out + (t * shape.num_heads + kv_head * job.group() + g) * shape.head_size;
       const float sum = state.sum[row];
       for (int d = 0; d < shape.head_size; ++d) out[d] = sum == 0.0f ? 0.0f : state.value[row * stride + d] / sum;
     }
   }
 }
 
-void run_item(void* argument, int index) {
-  thread_local Scratch scratch;
-  thread_local std::vector<int32_t> bounds;
-  const Job& job = *static_cast<const Job*>(argument);
-  const auto& [shape, args] = std::tie(job.shape, job.args);
-  const AttentionItem& item = job.plan.items[index];
-  const int rows = item.tokens * job.group();
-  const int32_t tokens = args.query_start[item.sequence + 1] - args.query_start[item.sequence];
-  const int32_t context = args.context_len[item.sequence];
+// What a task computes with: the rows of each of its heads, in scratch memory of its thread.
+class ItemTiles {
+ public:
+  ItemTiles(const Job& job, const AttentionItem& item)
+      : job_(job), item_(item), rows_(item.tokens * job.group()), size_(job.shape.head_size) {
+    thread_local Scratch scratch;
+    thread_local std::vector<int32_t> bounds;
+    const int32_t tokens = job.args.query_start[item.sequence + 1] - job.args.query_start[item.sequence];
+    const int32_t context = job.args.context_len[item.sequence];
+    bounds.resize(2 * rows_);
+    for (int r = 0; r < rows_; ++r) {
+      const int32_t token = item.first_token + r / job.group();
+      bounds[r] = static_cast<int32_t>(first_key(context, tokens, token, job.shape.window));
+      bounds[rows_ + r] = context - tokens + token + 1;
+    }
+    bounds_ = bounds.data();
+    base_ = scratch.get(item.heads * head_floats());
+    for (int h = 0; h < item.heads; ++h) {
+      gather_queries(job, item, item.kv_head + h, head(h));
+      if (job.shape.layout == KvLayout::kCodes) {
+        job.isa.round_queries(head(h), rows_, size_, codes(h), code_scale(h), code_sum(h));
+      }
+    }
+    const int pages = (context + kPageTokens - 1) / kPageTokens;
+    ahead_.page = std::max<int>(item.first_split * kSplitTokens, bounds_[0]) / kPageTokens;
+    ahead_.last = std::min(pages, (item.first_split + item.splits) * kSplitTokens / kPageTokens);
+    ahead_.at = job.args.kv + int64_t{table()[ahead_.page]} * job.shape.page_bytes();
+    ahead_.end = ahead_.at + job.shape.page_bytes();
+  }
 
-  const int64_t query_floats = padded(rows * shape.head_size);
-  const int64_t state_floats = padded(rows * (padded(shape.head_size) + 2));
-  const int64_t blocks = int64_t{rows} * code_blocks(shape.head_size), code_floats = padded(blocks * (32 / 4 + 2));
-  float* q = scratch.get(query_floats + code_floats + state_floats + attention_scratch(rows, shape.head_size));
-  auto* codes = reinterpret_cast<int8_t*>(q + query_floats);
-  float* code_scale = q + query_floats + blocks * (32 / 4);
-  auto* code_sum = reinterpret_cast<int32_t*>(code_scale + blocks);
-  float* own = q + query_floats + code_floats;
-  bounds.resize(2 * rows);
-  for (int r = 0; r < rows; ++r) {
-    const int32_t token = item.first_token + r / job.group();
-    bounds[r] = static_cast<int32_t>(first_key(context, tokens, token, shape.window));
-    bounds[rows + r] = context - tokens + token + 1;
+  int rows() const { return rows_; }
+
+  AttentionTile tile(int h) {
+    const PagedAttentionShape& shape = job_.shape;
+    const int kv_head = item_.kv_head + h;
+    return {job_.args.kv,
+            table(),
+            shape.page_bytes(),
+            kv_head * shape.key_bytes(),
+            shape.num_kv_heads * shape.key_bytes() + kv_head * shape.value_bytes(),
+            static_cast<int>(shape.layout),
+            size_,
+            shape.softcap,
+            rows_,
+            head(h),
+            codes(h),
+            code_scale(h),
+            code_sum(h),
+            bounds_,
+            bounds_ + rows_,
+            head(h) + padded(rows_ * size_) + code_floats() + state_floats(),
+            rows_ < kManyRows ? &ahead_ : nullptr};
   }
-  gather_queries(job, item, q);
-  if (shape.layout == KvLayout::kCodes) {
-    job.isa.round_queries(q, rows, shape.head_size, codes, code_scale, code_sum);
+
+  // Of rows that the task finishes by itself.
+  AttentionState state(int h) const {
+    float* base = head(h) + padded(rows_ * size_) + code_floats();
+    return {base, base + rows_, base + 2 * rows_};
   }
-  const AttentionTile tile{args.kv,
-                           args.block_table + item.sequence * args.table_width,
-                           (context + kPageTokens - 1) / kPageTokens,
-                           shape.page_bytes(),
-                           item.kv_head * shape.key_bytes(),
-                           shape.num_kv_heads * shape.key_bytes() + item.kv_head * shape.value_bytes(),
-                           static_cast<int>(shape.layout),
-                           shape.head_size,
-                           shape.softcap,
-                           rows,
-                           q,
-                           codes,
-                           code_scale,
-                           code_sum,
-                           bounds.data(),
-                           bounds.data() + rows,
-                           own + state_floats};
-  const AttentionState state =
-      item.partial < 0 ? AttentionState{own, own + rows, own + 2 * rows} : job.partial(item.partial, rows);
-  clear(state, rows, shape.head_size);
-  for (int s = 0; s < item.splits; ++s) job.isa.attend(tile, item.first_split + s, state);
-  if (item.partial < 0) write_rows(job, item, state);
+
+ private:
+  const int32_t* table() const { return job_.args.block_table + item_.sequence * job_.args.table_width; }
+  int64_t blocks() const { return int64_t{rows_} * code_blocks(size_); }
+  int64_t code_floats() const { return padded(static_cast<int>(blocks()) * (32 / 4 + 2)); }
+  int64_t state_floats() const { return padded(rows_ * (padded(size_) + 2)); }
+  // Of a head: queries, codes and their scales, state, and what a split needs.
+  int64_t head_floats() const {
+    return padded(rows_ * size_) + code_floats() + state_floats() +
+           attention_scratch(rows_, size_, rows_ >= kManyRows);
+  }
+  float* head(int h) const { return base_ + h * head_floats(); }
+  int8_t* codes(int h) const { return reinterpret_cast<int8_t*>(head(h) + padded(rows_ * size_)); }
+  float* code_scale(int h) const { return head(h) + padded(rows_ * size_) + blocks() * (32 / 4); }
+  int32_t* code_sum(int h) const { return reinterpret_cast<int32_t*>(code_scale(h) + blocks()); }
+
+  const Job& job_;
+  const AttentionItem& item_;
+  int rows_, size_;
+  int32_t* bounds_;
+  float* base_;
+  Lookahead ahead_{};
+};
+
+void run_item(void* argument, int index) {
+  const Job& job = *static_cast<const Job*>(argument);
+  const AttentionItem& item = job.plan.items[index];
+  const int size = job.shape.head_size;
+  ItemTiles tiles(job, item);
+  thread_local std::vector<AttentionTile> of_heads;
+  thread_local std::vector<AttentionState> states;
+  of_heads.clear();
+  states.clear();
+  for (int h = 0; h < item.heads; ++h) {
+    of_heads.push_back(tiles.tile(h));
+    states.push_back(tiles.state(h));
+    if (item.partial < 0) clear(states[h], tiles.rows(), size);
+  }
+  for (int s = 0; s < item.splits; ++s) {
+    for (int h = 0; h < item.heads && item.partial >= 0; ++h) {
+      states[h] = job.partial(item.partial + int64_t{s} * item.heads + h, tiles.rows());
+      clear(states[h], tiles.rows(), size);
+    }
+    job.isa.attend(of_heads.data(), item.heads, item.first_split + s, states.data());
+  }
+  if (item.partial >= 0) return;
+  for (int h = 0; h < item.heads; ++h) write_rows(job, item, item.kv_head + h, states[h]);
 }
 
 void run_merge(void* argument, int index) {
@@ -150,11 +206,14 @@ void run_merge(void* argument, int index) {
   const int rows = item.tokens * job.group();
   float* own = scratch.get(rows * (padded(job.shape.head_size) + 2));
   const AttentionState state{own, own + rows, own + 2 * rows};
-  clear(state, rows, job.shape.head_size);
-  for (int s = 0; s < item.splits; ++s) {
-    job.isa.merge(rows, job.shape.head_size, job.partial(item.partial + s, rows), state);
+  for (int h = 0; h < item.heads; ++h) {
+    clear(state, rows, job.shape.head_size);
+    for (int s = 0; s < item.splits; ++s) {
+      const int64_t partial = item.partial + int64_t{s} * item.heads + h;
+      job.isa.merge(rows, job.shape.head_size, job.partial(partial, rows), state);
+    }
+    write_rows(job, item, item.kv_head + h, state);
   }
-  write_rows(job, item, state);
 }
 
 std::string check_sequence(const PagedAttentionShape& shape, const PagedAttentionArgs& args, int64_t b) {
