@@ -24,11 +24,13 @@ struct AttentionItem {
   int32_t first_split;
   int32_t splits;
   int64_t partial;  // index of the first of [splits][heads] partial results, or -1: the item finishes its rows by itself
+  int32_t merge;    // which of `merges` its partial results belong to
 };
 
 struct AttentionPlan {
   std::vector<AttentionItem> items;
-  std::vector<AttentionItem> merges;  // items whose partials are merged once all items are done
+  std::vector<AttentionItem> merges;  // whole items, whose partial results are merged once all are there
+  std::vector<int32_t> parts;         // of how many items each merge consists
   int64_t partials = 0;               // how many (split x tile) partial results to keep
   int64_t partial_rows = 0;           // rows of the largest of them
   double work = 0;                    // multiply-adds, for the decision to go parallel at all
@@ -63,18 +65,20 @@ inline AttentionPlan plan_attention(const PagedAttentionShape& shape, const Page
       const int heads = heads_of(count);
       for (int32_t h = 0; h < shape.num_kv_heads; h += heads) {
         AttentionItem item{static_cast<int32_t>(b),     h,  heads, first, count, static_cast<int32_t>(begin),
-                           static_cast<int32_t>(splits), -1};
+                           static_cast<int32_t>(splits), -1, -1};
         if (!split || splits < 2) {
           plan.items.push_back(item);
           continue;
         }
         item.partial = plan.partials;
+        item.merge = static_cast<int32_t>(plan.merges.size());
         plan.merges.push_back(item);
-        for (int64_t s = 0, run = 0; s < splits; s += run) {
-          run = (splits + threads - 1) / threads; run = std::min(run, splits - s);  // long ones first, as a product's tasks are dealt
-          plan.items.push_back({item.sequence, h, heads, first, count, static_cast<int32_t>(begin + s),
-                                static_cast<int32_t>(run), plan.partials + s * heads});
+        const int32_t run = static_cast<int32_t>((splits + threads - 1) / threads);  // whoever begins a run waits for it
+        for (int32_t s = 0; s < splits; s += run) {
+          plan.items.push_back({item.sequence, h, heads, first, count, item.first_split + s,
+                                std::min<int32_t>(run, item.splits - s), plan.partials + int64_t{s} * heads, item.merge});
         }
+        plan.parts.push_back((item.splits + run - 1) / run);
         plan.partials += splits * heads;
         plan.partial_rows = std::max<int64_t>(plan.partial_rows, int64_t{count} * group);
       }

@@ -34,10 +34,15 @@ SKERRY_INLINE void locate(const AttentionTile& t, int first, Span any, CodePages
 }
 
 // The next `lines` lines, the first of which lies before page `last` of the table, to be fetched by whoever asks; null:
-// there are none. Past a page's end they go on with its neighbour, which most often comes next.
+// there are none. After the last page comes what the thread reads after attention. Past a page's end they go on with its neighbour, which most often comes next.
 SKERRY_INLINE const uint8_t* take(const AttentionTile& t, int last, int lines) {
   Lookahead* ahead = t.ahead;
-  if (ahead->page >= last) return nullptr;
+  if (ahead->page >= last) {
+    if (last < ahead->last || ahead->next_lines <= 0) return nullptr;
+    ahead->next_lines -= lines;
+    ahead->next += 64 * lines;
+    return ahead->next - 64 * lines;
+  }
   const uint8_t* from = ahead->at;
   ahead->at += 64 * lines;
   while (ahead->at >= ahead->end && ++ahead->page < ahead->last) {
@@ -263,7 +268,7 @@ void attend_few_codes(const AttentionTile* tiles, int heads, int first, Span any
   locate(t, first, any, &pages);
   for (int p = begin; p < end; p += kPagesAtOnce) {
     const int soon = page + p + kPagesAtOnce + kPagesAhead < last ? page + p + kPagesAtOnce + kPagesAhead : last;
-    while (const uint8_t* lines = take(t, soon, kLines)) fetch<kLines>(lines);
+    while (ahead->page < soon) fetch<kLines>(take(t, soon, kLines));
     in_fours(t.rows, [&](auto rows, int row) __attribute__((always_inline)) {
       constexpr int R = decltype(rows)::count;
       const Span own = seen_by_any(t, row, R, first);

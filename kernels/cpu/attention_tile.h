@@ -12,6 +12,9 @@ struct Lookahead {
   const uint8_t* end;  // of the page
   int page;            // of the table
   int last;            // one past the last page of the task
+  // What this thread reads next, when attention is done, and how many lines of it to fetch.
+  const uint8_t* next;
+  int next_lines;
 };
 
 // One tile of query rows against one KV head. Rows hold rotated, scaled queries; row r sees keys [start[r], end[r]).

@@ -1,6 +1,7 @@
 // PagedAttention on the CPU: checks every index, appends, then runs the plan's items.
 #include "../include/paged_attention.h"
 
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -22,8 +23,10 @@ struct Job {
   const PagedAttentionShape& shape;
   const PagedAttentionArgs& args;
   const AttentionIsa& isa;
+  const Parallel& parallel;
   AttentionPlan plan;
   float* partials = nullptr;
+  std::atomic<int32_t>* left = nullptr;  // items of each merge that are not done
 
   int group() const { return shape.num_heads / shape.num_kv_heads; }
   int64_t partial_stride() const { return plan.partial_rows * (padded(shape.head_size) + 2); }
@@ -33,6 +36,8 @@ struct Job {
     return {base, base + rows, base + 2 * rows};
   }
 };
+
+constexpr int kNextLines = 2048;  // 128 KB of what comes after attention: an eighth of a second-level cache
 
 void clear(const AttentionState& state, int rows, int head_size) {
   for (int r = 0; r < rows; ++r) state.max[r] = -std::numeric_limits<float>::infinity();
@@ -119,6 +124,9 @@ class ItemTiles {
     ahead_.last = std::min(pages, (item.first_split + item.splits) * kSplitTokens / kPageTokens);
     ahead_.at = job.args.kv + int64_t{table()[ahead_.page]} * job.shape.page_bytes();
     ahead_.end = ahead_.at + job.shape.page_bytes();
+    const bool streams = rows_ < kManyRows && job.parallel.next != nullptr;
+    ahead_.next = streams ? static_cast<const uint8_t*>(job.parallel.next(job.parallel.context)) : nullptr;
+    ahead_.next_lines = ahead_.next != nullptr ? kNextLines : 0;
   }
 
   int rows() const { return rows_; }
@@ -174,6 +182,22 @@ class ItemTiles {
   Lookahead ahead_{};
 };
 
+// In order, whoever computed them.
+void merge_partials(const Job& job, const AttentionItem& item) {
+  thread_local Scratch scratch;
+  const int rows = item.tokens * job.group();
+  float* own = scratch.get(rows * (padded(job.shape.head_size) + 2));
+  const AttentionState state{own, own + rows, own + 2 * rows};
+  for (int h = 0; h < item.heads; ++h) {
+    clear(state, rows, job.shape.head_size);
+    for (int s = 0; s < item.splits; ++s) {
+      const int64_t partial = item.partial + int64_t{s} * item.heads + h;
+      job.isa.merge(rows, job.shape.head_size, job.partial(partial, rows), state);
+    }
+    write_rows(job, item, item.kv_head + h, state);
+  }
+}
+
 void run_item(void* argument, int index) {
   const Job& job = *static_cast<const Job*>(argument);
   const AttentionItem& item = job.plan.items[index];
@@ -195,25 +219,12 @@ void run_item(void* argument, int index) {
     }
     job.isa.attend(of_heads.data(), item.heads, item.first_split + s, states.data());
   }
-  if (item.partial >= 0) return;
-  for (int h = 0; h < item.heads; ++h) write_rows(job, item, item.kv_head + h, states[h]);
-}
-
-void run_merge(void* argument, int index) {
-  thread_local Scratch scratch;
-  const Job& job = *static_cast<const Job*>(argument);
-  const AttentionItem& item = job.plan.merges[index];
-  const int rows = item.tokens * job.group();
-  float* own = scratch.get(rows * (padded(job.shape.head_size) + 2));
-  const AttentionState state{own, own + rows, own + 2 * rows};
-  for (int h = 0; h < item.heads; ++h) {
-    clear(state, rows, job.shape.head_size);
-    for (int s = 0; s < item.splits; ++s) {
-      const int64_t partial = item.partial + int64_t{s} * item.heads + h;
-      job.isa.merge(rows, job.shape.head_size, job.partial(partial, rows), state);
-    }
-    write_rows(job, item, item.kv_head + h, state);
+  if (item.partial >= 0) {
+    const bool last = job.left[item.merge].fetch_sub(1, std::memory_order_acq_rel) == 1;
+    if (last) merge_partials(job, job.plan.merges[item.merge]);
+    return;
   }
+  for (int h = 0; h < item.heads; ++h) write_rows(job, item, item.kv_head + h, states[h]);
 }
 
 std::string check_sequence(const PagedAttentionShape& shape, const PagedAttentionArgs& args, int64_t b) {
@@ -322,14 +333,16 @@ std::string paged_attention(const PagedAttentionShape& shape, const PagedAttenti
   if (tokens == 0) return "";
 
   thread_local Scratch scratch;
-  Job job{shape, args, attention_isa(), plan_attention(shape, args, parallel.threads)};
+  Job job{shape, args, attention_isa(), parallel, plan_attention(shape, args, parallel.threads)};
   job.partials = scratch.get(job.plan.partials * job.partial_stride());
+  std::vector<std::atomic<int32_t>> left(job.plan.parts.size());
+  for (size_t i = 0; i < left.size(); ++i) left[i].store(job.plan.parts[i], std::memory_order_relaxed);
+  job.left = left.data();
   const Parallel serial;
   const bool large_append = tokens * shape.num_kv_heads * shape.head_size > 65536;
   (large_append ? parallel : serial)(shape.num_kv_heads, append_head, &job);
   const Parallel& workers = job.plan.work < parallel.serial_work ? serial : parallel;
   workers(static_cast<int>(job.plan.items.size()), run_item, &job);
-  workers(static_cast<int>(job.plan.merges.size()), run_merge, &job);
   return "";
 }
 

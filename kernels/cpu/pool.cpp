@@ -15,6 +15,8 @@ constexpr int kCallersLines = 16;              // by the thread that goes on to 
 constexpr int kLinesAtOnce = 8;                // fetched by a waiting thread between two looks at the ticket
 constexpr int kPatience = 4096;                // pauses before a waiting thread gives its core away
 
+thread_local int this_thread = 0;  // of its pool; whoever runs a region is 0
+
 bool claimable(uint64_t ticket) { return (ticket & 0xffff) < (ticket >> 16 & 0xffff); }
 
 void pause() {
@@ -59,8 +61,9 @@ Parallel Pool::parallel() {
   const auto hear = [](void* self, const void* const* begins, int streams) {
     static_cast<Pool*>(self)->announce(begins, streams);
   };
+  const auto next = [](void* self) { return static_cast<const Pool*>(self)->next(); };
   if (!spinning_) return {call, this, threads()};
-  return {call, this, threads(), kSpinningSerialWork, hear};
+  return {call, this, threads(), kSpinningSerialWork, hear, next};
 }
 
 void Pool::begin() {
@@ -86,6 +89,12 @@ void Pool::announce(const void* const* begins, int streams) {
     }
   }
   next_region_ = static_cast<int>(++announced_);
+}
+
+const void* Pool::next() const {
+  const int region = next_region_;
+  if (region < 0 || region == kMostRegions) return nullptr;
+  return begins_[(static_cast<size_t>(region) * threads() + this_thread) * kMostStreams].load(std::memory_order_relaxed);
 }
 
 bool Pool::Ahead::fetch(int lines) {
@@ -150,6 +159,7 @@ void Pool::run(int count, Parallel::Task task, void* argument) {
 }
 
 void Pool::work(int index) {
+  this_thread = index;
   std::unique_lock lock(mutex_);
   while (true) {
     wake_.wait(lock, [&] { return stopping_ || spinning_ || claimable(ticket_); });

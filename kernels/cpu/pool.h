@@ -34,6 +34,7 @@ class Pool {
   void work(int index);
   bool drain();
   void announce(const void* const* begins, int streams);
+  const void* next() const;
 
   // Reads ahead for one thread: a line of each stream of the region that comes next, one after another.
   class Ahead {

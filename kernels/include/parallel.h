@@ -18,6 +18,8 @@ struct Parallel {
   // Says where thread i of the region to come will begin to read: at begins[i * streams] and the streams - 1 after it.
   // A host whose steps repeat has waiting threads fetch what came next last time. Null: nobody listens.
   void (*announce)(void* context, const void* const* begins, int streams) = nullptr;
+  // Where the calling thread began to read, last time, in the region after this one; null: nobody knows.
+  const void* (*next)(void* context) = nullptr;
 
   void operator()(int count, Task task, void* argument) const {
     if (run == nullptr || threads <= 1 || count <= 1) {
