@@ -18,7 +18,7 @@ using std::to_string;
 
 // Weights of a task where one tile of tokens passes them: what is fetched ahead at a task's end is another thread's, so
 // tasks are long; a preempted thread keeps everybody waiting for its task, so they are not too long.
-constexpr int64_t kLeastTaskBytes = 16 << 10, kMostTaskBytes = 256 << 10;
+constexpr int64_t kLeastTaskBytes = 32 << 10, kMostTaskBytes = 1 << 20;
 constexpr int64_t kTaskTokens = 128;        // tokens of a task, so that few panels still keep many threads busy
 constexpr int64_t kSerialBytes = 64 << 10;  // below, handing work over costs more than it saves
 
@@ -181,13 +181,13 @@ std::string check_matmul_block(const MatMulBlockArgs& args) {
 
 namespace {
 
-// Each round of `threads` equal tasks takes half of what is left: threads stream long runs first, and what they wait
-// for at the end is a short task (factoring: Hummel, Schonberg and Flynn, 1992).
+// Each round of `threads` equal tasks takes three quarters of what is left: threads stream long runs first, and what they
+// wait for at the end is a short task (factoring: Hummel, Schonberg and Flynn, 1992).
 void deal_panels(int64_t panels, int64_t panel_bytes, int threads, std::vector<int64_t>& starts) {
   const int64_t least = std::max<int64_t>(1, kLeastTaskBytes / panel_bytes);
   const int64_t most = std::max<int64_t>(1, kMostTaskBytes / panel_bytes);
   while (starts.back() < panels) {
-    const int64_t size = std::clamp((panels - starts.back()) / (2 * threads), least, most);
+    const int64_t size = std::clamp((panels - starts.back()) * 3 / (4 * threads), least, most);
     for (int i = 0; i < threads && starts.back() < panels; ++i) {
       starts.push_back(std::min(panels, starts.back() + size));
     }

@@ -7,7 +7,7 @@
 namespace skerry {
 namespace {
 
-constexpr int kMostClaims = 0xffff;
+constexpr int kMostClaims = 0xf000;  // claims that come too late are counted on, once for each thread
 constexpr double kSpinningSerialWork = 5.0e4;  // a microsecond or two
 constexpr int kMostRegions = 1024;             // of a step, that are remembered
 constexpr int kAheadLines = 1024;              // 128 KB a stream: an eighth of a second-level cache
@@ -115,21 +115,21 @@ bool Pool::Ahead::fetch(int lines) {
 
 // Runs what can be claimed of the current region; false if that was nothing.
 bool Pool::drain() {
-  bool any = false;
-  uint64_t ticket = ticket_.load(std::memory_order_acquire);
-  while (claimable(ticket)) {
-    // These belong to the ticket's region: they change only after its last claim, and then the exchange fails.
+  if (!claimable(ticket_.load(std::memory_order_acquire))) return false;
+  int done = 0;
+  while (true) {
+    const uint64_t ticket = ticket_.fetch_add(1, std::memory_order_acq_rel);
+    if (!claimable(ticket)) break;
+    // These belong to the ticket's region, which lives until this claim is finished.
     const Parallel::Task task = task_.load(std::memory_order_relaxed);
     void* argument = argument_.load(std::memory_order_relaxed);
     const int count = count_.load(std::memory_order_relaxed), run = run_.load(std::memory_order_relaxed);
-    if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
     const int first = static_cast<int>(ticket & 0xffff) * run;
     for (int i = first; i < std::min(count, first + run); ++i) task(argument, i);
-    finished_.fetch_add(1, std::memory_order_release);
-    any = true;
-    ticket = ticket_.load(std::memory_order_acquire);
+    ++done;
   }
-  return any;
+  if (done > 0) finished_.fetch_add(done, std::memory_order_release);
+  return done > 0;
 }
 
 void Pool::run(int count, Parallel::Task task, void* argument) {

@@ -53,19 +53,20 @@ class Pool {
   std::vector<std::thread> workers_;
   bool stopping_ = false;
   uint32_t region_ = 0;
-  std::atomic<Parallel::Task> task_{nullptr};
-  std::atomic<void*> argument_{nullptr};
-  std::atomic<int> count_{0}, run_{1};  // tasks, and how many of them are claimed at once
   std::atomic<bool> spinning_{false};
   // Where every thread began to read in each region of the last step, [kMostRegions][threads][kMostStreams], and the
   // row of the region that comes next (-1: none).
   std::unique_ptr<std::atomic<const char*>[]> begins_;
   size_t announced_ = 0;
   std::atomic<int> next_region_{-1};
-  // What is left to claim: region << 32 | claims << 16 | next claim. A claim succeeds only while its region lives, and
-  // a region lives until all of its claims are finished: a thread that comes late finds nothing, and nobody waits for
-  // it.
+  // What is left to claim: region << 32 | claims << 16 | next claim. A claim below `claims` is one of the region that it
+  // came with, which lives until all of its claims are finished: a thread that comes late finds nothing, or claims of
+  // the next region, and nobody waits for it.
   alignas(64) std::atomic<uint64_t> ticket_{0};
+  // Of the region, in the line that a claim brings along.
+  std::atomic<Parallel::Task> task_{nullptr};
+  std::atomic<void*> argument_{nullptr};
+  std::atomic<int> count_{0}, run_{1};  // tasks, and how many of them are claimed at once
   alignas(64) std::atomic<int> finished_{0};
 };
 
