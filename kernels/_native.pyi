@@ -48,6 +48,10 @@ def matmul_block(
     residual: _F | None = None,
     epsilon: float = 0.0,
     activation: int = 0,
+    adapters: npt.NDArray[np.float16] | None = None,
+    adapter_rows: _I | None = None,
+    query_start: _I | None = None,
+    adapter_offset: int = -1,
     threads: int = 1,
 ) -> list[_F]: ...
 def gather_block(ids: _I, table: tuple[npt.NDArray[np.uint8], int, int, _F | None], width: int) -> _F: ...
