@@ -22,13 +22,15 @@ Int32 = npt.NDArray[np.int32]
 class Row:
     """`tokens` follow `start` tokens that are already in the cache; `pages[g]` are the sequence's pages in KV group g,
     enough of them for start + len(tokens). `sample`: whose logits are wanted, as indices into `tokens`. The first
-    `shared` tokens are computed but not written (their slots belong to a prefix that others read)."""
+    `shared` tokens are computed but not written (their slots belong to a prefix that others read). `adapter`: the slot
+    of the one that the sequence answers with, -1: none."""
 
     tokens: Sequence[int]
     start: int
     pages: Sequence[Sequence[int] | Int32]
     sample: Sequence[int] | Literal["last", "none"] = "last"
     shared: int = 0
+    adapter: int = -1
 
 
 @dataclass
@@ -42,6 +44,7 @@ class Batch:
     block_tables: list[Int32]  # per KV group [B, M]; -1 past a sequence's pages
     slots: list[Int32]  # per KV group [T]: page * page_size + offset, -1: no write
     sample_rows: Int32  # [S], indices into the token axis
+    adapter_rows: Int32  # [B], -1: none
 
 
 def pack_rows(rows: Sequence[Row], page_size: int) -> Batch:
@@ -71,8 +74,9 @@ def pack_rows(rows: Sequence[Row], page_size: int) -> Batch:
             tables[group][index, :needed] = pages[:needed]
             slots[group][first:last] = _slots(row, tables[group][index], positions[first:last], page_size)
         wanted += _wanted(row, index, first, last - first)
-    context_len = np.array(ends, np.int32)
-    return Batch(input_ids, positions, query_start, context_len, tables, slots, np.array(wanted, np.int32))
+    context_len, sample_rows = np.array(ends, np.int32), np.array(wanted, np.int32)
+    adapter_rows = np.array([row.adapter for row in rows], np.int32)
+    return Batch(input_ids, positions, query_start, context_len, tables, slots, sample_rows, adapter_rows)
 
 
 def _slots(row: Row, table: Int32, at: Int32, page_size: int) -> Int32 | int:

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from skerry.core.bundle import Bundle, KvGroup, graph_problems
+from skerry.core.bundle import AdapterLayout, Bundle, KvGroup, graph_problems
 from skerry.core.errors import IncompatibleError
 from skerry.core.target import OPS
 from skerry.kernels.library import instruction_set, library_path
 from skerry.kernels.pages import check_pages, page_bytes
 
-_INT32, _BYTES = "tensor(int32)", "tensor(uint8)"
+_INT32, _BYTES, _HALVES = "tensor(int32)", "tensor(uint8)", "tensor(float16)"
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def open_graph(bundle: Bundle, threads: int) -> Graph:
     session = _session(bundle.file("graph.onnx"), name, 1 if own else threads)
     inputs = {item.name: item for item in session.get_inputs()}
     outputs = {item.name: item for item in session.get_outputs()}
-    wanted = _inputs(bundle.manifest.kv)
+    wanted = _inputs(bundle.manifest.kv, bundle.manifest.adapters)
     missing = sorted(wanted.keys() - inputs.keys() - {"plan"})
     unknown = sorted(inputs.keys() - wanted.keys())
     missing += sorted({"logits", *(f"kv_out.{layer}" for layer, _ in _layers(bundle.manifest.kv))} - outputs.keys())
@@ -47,7 +47,7 @@ def open_graph(bundle: Bundle, threads: int) -> Graph:
         if item.name in wanted and (item.type, len(item.shape)) != wanted[item.name]
     ]
     if not problems:
-        problems = _kv_problems(inputs, bundle.manifest.kv)
+        problems = _kv_problems(inputs, bundle.manifest.kv) + _adapter_problems(inputs, bundle.manifest.adapters)
     vocabulary = outputs["logits"].shape[-1] if not problems else None
     if not problems and vocabulary != bundle.manifest.model.vocab_size:
         problems = [f"logits have {vocabulary} columns, the manifest says {bundle.manifest.model.vocab_size}"]
@@ -88,13 +88,15 @@ def _layers(groups: tuple[KvGroup, ...]) -> list[tuple[int, KvGroup]]:
     return [(layer, group) for group in groups for layer in group.layers]
 
 
-def _inputs(groups: tuple[KvGroup, ...]) -> dict[str, tuple[str, int]]:
+def _inputs(groups: tuple[KvGroup, ...], adapters: AdapterLayout | None) -> dict[str, tuple[str, int]]:
     """Type and rank of each input."""
     flat = ("input_ids", "positions", "query_start", "context_len", "plan", "sample_rows")
     found = {name: (_INT32, 1) for name in flat}
     for index in range(len(groups)):
         found[f"block_table.{index}"] = (_INT32, 2)
         found[f"slot.{index}"] = (_INT32, 1)
+    if adapters is not None:
+        found |= {"adapter_rows": (_INT32, 1), "adapters": (_HALVES, 3)}
     return found | {f"kv.{layer}": (_BYTES, 2) for layer, _ in _layers(groups)}
 
 
@@ -106,3 +108,10 @@ def _kv_problems(inputs: dict[str, Any], groups: tuple[KvGroup, ...]) -> list[st
         if found != wanted:
             problems.append(f"kv.{layer} has pages of {found} bytes, {wanted} by the manifest's {group.layout}")
     return problems
+
+
+def _adapter_problems(inputs: dict[str, Any], adapters: AdapterLayout | None) -> list[str]:
+    found = inputs["adapters"].shape[2] if adapters is not None else None
+    if adapters is None or found == adapters.columns:
+        return []
+    return [f"adapters have {found} columns, the manifest says {adapters.columns}"]

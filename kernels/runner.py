@@ -6,7 +6,7 @@ at a time may use a Runner. Pages are numbered 0..pages-1 in every KV group; all
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from skerry.core.bundle import Bundle, Manifest, open_bundle
 from skerry.core.errors import IncompatibleError, InputError, SkerryError, UsageError
 from skerry.core.memory import available_memory
 from skerry.core.target import usable_cores
+from skerry.kernels.adapters import AdapterSlots, Delta, adapter_bytes
 from skerry.kernels.batch import Batch, Row, pack_rows
 from skerry.kernels.graph import open_graph
 from skerry.kernels.library import StepThreads
@@ -28,7 +29,7 @@ from skerry.kernels.sampling import Sampled, SampleParams, SampleRows
 from skerry.kernels.score import Scored, logits_of, score_sequences
 
 __all__ = [
-    "Batch", "Row", "Runner", "SampleParams", "SampleRows", "Sampled", "Scored", "StepError", "pack_rows",
+    "Batch", "Delta", "Row", "Runner", "SampleParams", "SampleRows", "Sampled", "Scored", "StepError", "pack_rows",
 ]  # fmt: skip
 
 Float32 = npt.NDArray[np.float32]
@@ -44,7 +45,7 @@ class StepError(SkerryError):
 class Runner:
     """Open with `Runner.open`; `close` lets go of weights and pages."""
 
-    def __init__(self, bundle: Bundle, threads: int, pages: int) -> None:
+    def __init__(self, bundle: Bundle, threads: int, pages: int, adapter_slots: int = 0, adapter_rank: int = 1) -> None:
         self.bundle = bundle
         self.threads = threads
         self.pages = pages
@@ -52,6 +53,8 @@ class Runner:
         self.vocab_size = self._graph.vocab_size
         self._step = StepThreads(threads) if self._graph.own_products else nullcontext()
         self._kv = _kv_arrays(bundle.manifest, pages)
+        layout = bundle.manifest.adapters
+        self._adapters = None if layout is None else AdapterSlots(layout, adapter_slots, adapter_rank)
         self._binding = self._graph.session.io_binding()
         self._bind_pages()
 
@@ -63,17 +66,20 @@ class Runner:
         threads: int | None = None,
         pages: int | None = None,
         memory_bytes: int | None = None,
+        adapter_slots: int = 0,
+        adapter_rank: int = 16,
     ) -> Runner:
-        """`pages` per KV group, or as many as fit in `memory_bytes`. Raises Bundle-, Incompatible- or UsageError; where
-        memory is short, before anything is loaded."""
+        """`pages` per KV group, or as many as fit in `memory_bytes`; besides them slots for adapters up to a rank.
+        Raises Bundle-, Incompatible- or UsageError; where memory is short, before anything is loaded."""
         if not isinstance(bundle, Bundle):
             bundle = open_bundle(bundle, verify=False)
         threads = usable_cores() if threads is None else threads
         count = _page_count(bundle.manifest, pages, memory_bytes)
         if threads < 1 or count < 1:
             raise UsageError("open engine", bundle.short, f"{threads} threads, {count} pages", "both at least 1")
-        check_memory(bundle.manifest, bundle.short, count)
-        runner = cls(bundle, threads, count)
+        adapters = adapter_bytes(bundle.manifest.adapters, adapter_slots, adapter_rank, bundle.short)
+        check_memory(bundle.manifest, bundle.short, count, adapters)
+        runner = cls(bundle, threads, count, adapter_slots, adapter_rank)
         runner._try_last_position()
         return runner
 
@@ -115,6 +121,15 @@ class Runner:
             raise StepError("run step", f"{self.bundle.short} ({tokens})", cause) from error
         return logits[:wanted]
 
+    def load_adapter(self, slot: int, deltas: Mapping[str, Delta]) -> None:
+        """(A [r, inputs], B [outputs, r], scale) by the names of the manifest's adapters, into a slot that is free or
+        taken; projections that are not named keep the model's own product. Raises InputError, IncompatibleError."""
+        self._slots().load(slot, deltas)
+
+    def drop_adapter(self, slot: int) -> None:
+        """Raises NotFound where nothing is loaded, InputError, IncompatibleError."""
+        self._slots().drop(slot)
+
     def sample(self, logits: Float32, rows: SampleRows) -> Sampled:
         """Raises StepError where a parameter is out of range. Calls the op directly: its twenty inputs cost less than
         through a session (DESIGN.md)."""
@@ -144,7 +159,7 @@ class Runner:
         self._binding.clear_binding_inputs()
         self._binding.clear_binding_outputs()
         self._kv.clear()
-        del self._binding, self._graph
+        del self._binding, self._graph, self._adapters
 
     def __enter__(self) -> Runner:
         return self
@@ -165,6 +180,12 @@ class Runner:
             hint = "export the bundle again, with --max-context if the model's tables are shorter"
             raise IncompatibleError("open engine", self.bundle.short, cause, hint) from error
 
+    def _slots(self) -> AdapterSlots:
+        if self._adapters is None:
+            hint = "export it with --adapters"
+            raise IncompatibleError("use adapters", self.bundle.short, "its graph takes none", hint)
+        return self._adapters
+
     def _inputs(self, batch: Batch, rows: npt.NDArray[np.int32]) -> list[tuple[str, Any]]:
         found: list[tuple[str, Any]] = [
             ("input_ids", batch.input_ids), ("positions", batch.positions), ("query_start", batch.query_start),
@@ -174,16 +195,24 @@ class Runner:
             raise InputError("bind step", "", f"pages of {len(batch.block_tables)} KV groups, not of {self.groups}")
         if self._graph.has_plan:
             found.append(("plan", _NO_PLAN))
+        if self._adapters is not None:
+            self._adapters.check_rows(batch.adapter_rows)
+            found.append(("adapter_rows", batch.adapter_rows))
+        elif batch.adapter_rows.max() >= 0:
+            self._slots()
         for group, (table, slot) in enumerate(zip(batch.block_tables, batch.slots, strict=True)):
             found += [(f"block_table.{group}", table), (f"slot.{group}", slot)]
         return found
 
     def _bind_pages(self) -> None:
-        """The same memory as input and as output: the op appends to it and nothing is copied."""
+        """The same memory as input and as output: the op appends to it and nothing is copied. And the adapters."""
         for layer, array in self._kv.items():
             place = ("cpu", 0, np.uint8, array.shape, array.ctypes.data)
             self._binding.bind_input(f"kv.{layer}", *place)
             self._binding.bind_output(f"kv_out.{layer}", *place)
+        if self._adapters is not None:
+            values = self._adapters.values
+            self._binding.bind_input("adapters", "cpu", 0, np.float16, values.shape, values.ctypes.data)
 
 
 _NO_PLAN = np.zeros(0, np.int32)
