@@ -8,6 +8,7 @@ without data (`Parameter` tells where each comes from); `lower` rewrites the gra
              block_table.g[B, M] slot.g[T] per KV group g                                            int32
              kv.i [pages, bytes of a page] per layer i (kernels.pages)                               uint8
              sample_rows[S]                                                                          int32
+             with `--adapters` (adapters.py, which `lower` calls): adapter_rows[B] int32, adapters[A, R, W] float16
     outputs  logits[S, V] hidden[S, D] float32, kv_out.i (the same memory as kv.i)
 """
 

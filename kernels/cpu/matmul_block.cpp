@@ -205,29 +205,25 @@ void add_bias(const BlockSegment& segment, int64_t first, int rows, int count, f
   }
 }
 
-// One segment's rows of a panel with bias and adapters.
-void run_segment(const Job& job, int s, int64_t panel, int64_t tile_index, int rows, float* out) {
-  const BlockSegment& segment = job.args.segment[s];
-  const ActivationTile tile = job.activations.tile(tile_index);
-  job.isa.panel(panel_at(segment, panel, job.blocks()), static_cast<int>(segment.format), job.blocks(), tile, out);
-  add_bias(segment, panel * kPanelRows, rows, tile.count, out);
-  if (job.adapters != nullptr) add_adapters(job, s, panel * kPanelRows, rows, tile_index, tile.count, out);
-}
-
 void run_panel(const Job& job, int s, int64_t panel, int64_t tile_index) {
   alignas(64) float buffer[2][16 * kPanelRows];
   const MatMulBlockArgs& args = job.args;
   const BlockSegment& segment = args.segment[s];
-  const int count = job.activations.tile(tile_index).count;
+  const ActivationTile tile = job.activations.tile(tile_index);
   const int64_t first = panel * kPanelRows;
   const int rows = static_cast<int>(std::min<int64_t>(kPanelRows, segment.rows - first));
   float* out = buffer[0];
-  run_segment(job, s, panel, tile_index, rows, out);
+  job.isa.panel(panel_at(segment, panel, job.blocks()), static_cast<int>(segment.format), job.blocks(), tile, out);
+  add_bias(segment, first, rows, tile.count, out);
+  if (job.adapters != nullptr) add_adapters(job, s, first, rows, tile_index, tile.count, out);
   if (args.activation != Activation::kNone) {
-    run_segment(job, 1, panel, tile_index, rows, buffer[1]);
-    job.isa.gate(static_cast<int>(args.activation), out, buffer[1], count * kPanelRows);
+    const BlockSegment& up = args.segment[1];
+    job.isa.panel(panel_at(up, panel, job.blocks()), static_cast<int>(up.format), job.blocks(), tile, buffer[1]);
+    add_bias(up, first, rows, tile.count, buffer[1]);
+    if (job.adapters != nullptr) add_adapters(job, 1, first, rows, tile_index, tile.count, buffer[1]);
+    job.isa.gate(static_cast<int>(args.activation), out, buffer[1], tile.count * kPanelRows);
   }
-  for (int t = 0; t < count; ++t, out += kPanelRows) {
+  for (int t = 0; t < tile.count; ++t, out += kPanelRows) {
     const int64_t at = (tile_index * job.isa.tokens + t) * segment.rows + first;
     if (args.residual != nullptr) {
       for (int r = 0; r < rows; ++r) out[r] += args.residual[at + r];
