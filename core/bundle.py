@@ -26,6 +26,7 @@ PRECISIONS = ("fp32", "int8", "mixed", "int4", "stored")
 MAX_FILES, MAX_FILE_BYTES = 64, 1 << 40
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_PROJECTION = ("inputs", "outputs", "down", "up")
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,33 @@ class KvGroup:
 
 
 @dataclass(frozen=True)
+class AdapterProjection:
+    """A product [outputs, inputs] of the decoder, by the name of its weight without `.weight`, and where in a row of an
+    adapter its columns begin: `inputs` of them for down, `outputs` for up."""
+
+    name: str
+    inputs: int
+    outputs: int
+    down: int
+    up: int
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        return (self.down, self.down + self.inputs), (self.up, self.up + self.outputs)
+
+
+@dataclass(frozen=True)
+class AdapterLayout:
+    """What the graph's input `adapters` [slots, rank, columns] means."""
+
+    columns: int
+    projections: tuple[AdapterProjection, ...]
+
+
+@dataclass(frozen=True)
 class Manifest:
+    """`adapters`: None, and absent from the document, where the graph takes none."""
+
     schema: int
     name: str
     version: str
@@ -73,6 +100,7 @@ class Manifest:
     tokenizer_digest: str
     qualified: bool
     lineage: dict[str, Any]
+    adapters: AdapterLayout | None = None
 
     def entry(self, name: str) -> FileEntry:
         for entry in self.files:
@@ -88,6 +116,8 @@ class Manifest:
         document = asdict(self)
         document["target"] = {"backend": self.target.backend, "sm": self.target.sm}
         document["model"] = self.model.to_json()
+        if self.adapters is None:
+            del document["adapters"]
         return canonical_json(document)
 
     @classmethod
@@ -114,6 +144,7 @@ class Manifest:
                 tokenizer_digest=_digest(document["tokenizer_digest"]),
                 qualified=bool(document["qualified"]),
                 lineage=dict(document["lineage"]),
+                adapters=_adapters(document["adapters"]) if "adapters" in document else None,
             )
         except (KeyError, TypeError, ValueError, InputError) as error:
             raise BundleError("read manifest", "", f"malformed: {error}", "export the bundle again") from error
@@ -159,6 +190,22 @@ def _kv_group(raw: Any) -> KvGroup:
         dtype=_text(raw["dtype"], "dtype"), layout=_text(raw["layout"], "layout"),
         window=_count(raw["window"], 1 << 31),
     )  # fmt: skip
+
+
+def _adapters(raw: Any) -> AdapterLayout:
+    columns = _count(raw["columns"], 1 << 31)
+    projections = tuple(
+        AdapterProjection(_text(one["name"], "projection"), *(_count(one[key], columns) for key in _PROJECTION))
+        for one in raw["projections"]
+    )
+    if len({one.name for one in projections}) != len(projections):
+        raise ValueError("two adapter projections of one name")
+    end = 0
+    for first, last in sorted(span for one in projections for span in one.spans):
+        if first < end or last > columns:
+            raise ValueError(f"adapter columns {first} to {last} overlap others or are beyond {columns}")
+        end = last
+    return AdapterLayout(columns, projections)
 
 
 def _file_entry(raw: Any) -> FileEntry:
@@ -215,6 +262,7 @@ def seal(
     ops: tuple[str, ...] = OPS,
     qualified: bool = True,
     lineage: dict[str, Any],
+    adapters: AdapterLayout | None = None,
 ) -> Bundle:
     """Digests every file of a finished directory and writes its manifest last. Raises BundleError (a file missing)."""
     path = Path(path)
@@ -226,7 +274,7 @@ def seal(
     manifest = Manifest(
         schema=1, name=name, version=version, target=target, model=model, precision=precision, kv=kv,
         max_context=max_context, ops=tuple(sorted(ops)), files=files, engine_digest=engine_digest(files),
-        tokenizer_digest=tokenizer, qualified=qualified, lineage=lineage,
+        tokenizer_digest=tokenizer, qualified=qualified, lineage=lineage, adapters=adapters,
     )  # fmt: skip
     raw = manifest.to_bytes()
     Manifest.from_bytes(raw)  # nothing is sealed that would not be read back

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 BACKENDS = ("ort-cpu", "ort-cuda", "tensorrt", "tensorrt-rtx")
 # Ops of the `skerry` domain with the version of their contract; a manifest lists those its graph uses.
-OPS = ("skerry.GatherBlock:1", "skerry.MatMulBlock:1", "skerry.PagedAttention:1", "skerry.Sample:1")
+OPS = (
+    "skerry.GatherBlock:1", "skerry.MatMulBlock:1", "skerry.MatMulBlock:2", "skerry.PagedAttention:1",
+    "skerry.Sample:1",
+)  # fmt: skip
 OPSET = max(int(op.rpartition(":")[2]) for op in OPS)
 # Layouts of a KV page, in the order of PagedAttention's attribute `kv_layout`.
 KV_LAYOUTS = ("f32.k16t", "f16.k16t", "i8.k16t")

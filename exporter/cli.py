@@ -93,6 +93,11 @@ def _progress() -> Iterator[Progress]:
     show_default=True,
     help="auto: 8-bit pages where the loss they add is small.",
 )
+@click.option(
+    "--adapters",
+    is_flag=True,
+    help="Room for LoRA adapters beside the products of the layers: one engine, many adapters.",
+)
 @click.option("--skip-baseline", is_flag=True, help="Leave baseline.json out: no drift detection for this bundle.")
 @click.option(
     "--keep-refused", is_flag=True, help="Leave a refused bundle at --out, marked unqualified; still exits 3."
@@ -105,7 +110,7 @@ def export(
     checkpoint: Path, target: str, sm: int | None, precision: str, rounding: str, form: str, calibration: Path | None,
     budget_kl: float | None, bits: float | None, out: Path, name: str, version: str,
     threads: int | None, eval_dir: Path | None, max_context: int | None, window_requests: int, hash_seed: int,
-    kv_cache: str, skip_baseline: bool, keep_refused: bool, unmeasured: bool, as_json: bool,
+    kv_cache: str, adapters: bool, skip_baseline: bool, keep_refused: bool, unmeasured: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Compile CHECKPOINT (a directory or a .gguf file) into a bundle and gate its quality.
 
@@ -125,8 +130,8 @@ def export(
     with _progress() as progress:
         options = Options(
             name=name, version=version, threads=threads, eval_dir=eval_dir, max_context=max_context,
-            window_requests=window_requests, hash_seed=hash_seed, kv_cache=kv_cache, skip_baseline=skip_baseline,
-            keep_refused=keep_refused, unmeasured=unmeasured, progress=progress,
+            window_requests=window_requests, hash_seed=hash_seed, kv_cache=kv_cache, adapters=adapters,
+            skip_baseline=skip_baseline, keep_refused=keep_refused, unmeasured=unmeasured, progress=progress,
             rounding=Rounding(rounding, BlockFormat[form], calibration, budget_kl, bits),
         )  # fmt: skip
         bundle = run(checkpoint, wanted, precision, out, options)

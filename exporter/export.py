@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skerry.core.bundle import Bundle, KvGroup, open_bundle, seal
+from skerry.core.bundle import AdapterLayout, Bundle, KvGroup, open_bundle, seal
 from skerry.core.chat import ChatTemplate
 from skerry.core.files import write_json
 from skerry.core.memory import require_memory
 from skerry.core.target import Target
 from skerry.core.tokenizer import Tokenizer
 from skerry.exporter import gate, provenance
+from skerry.exporter.adapters import check_precision, layout_of
 from skerry.exporter.baseline import HASH_SEED, WINDOW_REQUESTS, measure_baseline
 from skerry.exporter.engine import open_runner
 from skerry.exporter.golden import measure_golden
@@ -43,8 +44,8 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Options:
-    """What may vary besides checkpoint, target and precision; of it only `max_context` and `rounding` change an engine
-    file."""
+    """What may vary besides checkpoint, target and precision; of it only `max_context`, `rounding` and `adapters`
+    change an engine file."""
 
     name: str = ""
     version: str = ""
@@ -58,6 +59,7 @@ class Options:
     keep_refused: bool = False
     unmeasured: bool = False
     rounding: Rounding = DEFAULT
+    adapters: bool = False  # room for low-rank terms beside the products
     progress: Progress = lambda stage, done, total: None
 
 
@@ -72,6 +74,7 @@ class Engine:
     formats: dict[str, int]
     settings: dict[str, Any]
     rounded: dict[str, Any]
+    adapters: AdapterLayout | None = None
     kv_loss: KvLoss | None = None  # what 8-bit pages add, where that was measured
 
 
@@ -81,11 +84,15 @@ def export(checkpoint: Path, target: Target, precision: str, out: Path, options:
     check_out(out)
     rules_for(target, "fp32")
     subject = open_subject(checkpoint, options.max_context)
+    if options.adapters:
+        check_precision(subject.precision(precision))
     check_room(subject, precision)
     options.rounding.check(subject.precision(precision))
     texts = open_texts(subject.directory, options.eval_dir)
     with staged(out) as staging:
-        engine = build_engine(subject, target, precision, staging, options.progress, options.rounding, texts)
+        engine = build_engine(
+            subject, target, precision, staging, options.progress, options.rounding, texts, options.adapters
+        )
         parity: Parity | None = None
         refused: list[str] = []
         if options.unmeasured:
@@ -114,7 +121,7 @@ def check_room(subject: Subject, precision: str) -> None:
 
 def build_engine(
     subject: Subject, target: Target, precision: str, out: Path, progress: Progress, rounding: Rounding = PLAIN,
-    texts: Texts | None = None,
+    texts: Texts | None = None, adapters: bool = False,
 ) -> Engine:  # fmt: skip
     """graph.onnx, weights.bin and the text files, and sensitivity.json of a mixture. The same bytes for the same input
     on every machine, but for what is rounded by calibration. `texts`, the packaged ones by default, has the prompts."""
@@ -130,13 +137,14 @@ def build_engine(
     if plan.report is not None:
         write_json(out / "sensitivity.json", plan.report)
     emitted = emit(subject.spec, subject.decoder, layouts("auto", precision)[0])
+    layout = layout_of(subject.decoder) if adapters else None
     with WeightFile(out / "weights.bin") as file:
-        lowering = Lowering(subject.spec, precision, subject.source, file, progress, plan)
+        lowering = Lowering(subject.spec, precision, subject.source, file, progress, plan, layout)
         model = lower(emitted, target, lowering)
     (out / "graph.onnx").write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
     ops = tuple(sorted({*skerry_ops(model), SAMPLE_OP}))
     rounded = {} if precision in ("fp32", "stored") else plan.made
-    return Engine(precision, emitted.groups, ops, lowering.counts, lowering.formats(), settings, rounded)
+    return Engine(precision, emitted.groups, ops, lowering.counts, lowering.formats(), settings, rounded, layout)
 
 
 def measure_engine(
@@ -224,6 +232,7 @@ def seal_engine(
         out, name=bundle_name(subject, options), version=bundle_version(subject, options), target=target,
         model=subject.spec, precision=engine.precision, kv=engine.groups, max_context=subject.spec.max_context,
         ops=engine.ops, qualified=qualified, lineage=provenance.lineage(subject, made, texts),
+        adapters=engine.adapters,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ without data (`Parameter` tells where each comes from); `lower` rewrites the gra
              block_table.g[B, M] slot.g[T] per KV group g                                            int32
              kv.i [pages, bytes of a page] per layer i (kernels.pages)                               uint8
              sample_rows[S]                                                                          int32
+             with `--adapters` (adapters.py, which `lower` calls): adapter_rows[B] int32, adapters[A, R, W] float16
     outputs  logits[S, V] hidden[S, D] float32, kv_out.i (the same memory as kv.i)
 """
 
@@ -20,6 +21,7 @@ import onnx_ir as ir
 
 from skerry.core.bundle import KvGroup
 from skerry.core.model import ModelSpec
+from skerry.core.target import OPS
 from skerry.exporter.blocks import Attention, Decoder, Dense, Layer, Mlp
 from skerry.exporter.rope import Rope
 from skerry.kernels.pages import DTYPES, LAYOUTS, PAGE_TOKENS, page_bytes
@@ -236,6 +238,12 @@ class _Writer:
 
 
 def skerry_ops(model: ir.Model) -> tuple[str, ...]:
-    """Ops of our domain with their version, as the manifest lists them; nodes compare them with what they have."""
-    found = {f"skerry.{n.op_type}:{model.graph.opset_imports['skerry']}" for n in model.graph if n.domain == "skerry"}
+    """Ops of our domain with their version, as the manifest lists them; nodes compare them with what they have. As in
+    ONNX's own domain an op is in the latest version that is not beyond the one which the graph imports."""
+    imported = model.graph.opset_imports["skerry"]
+    known = [op.removeprefix("skerry.").split(":") for op in OPS]
+    found = set()
+    for kind in {node.op_type for node in model.graph if node.domain == "skerry"}:
+        version = max(int(version) for name, version in known if name == kind and int(version) <= imported)
+        found.add(f"skerry.{kind}:{version}")
     return tuple(sorted(found))

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from skerry.core.bundle import AdapterLayout
 from skerry.core.errors import IncompatibleError, SkerryError
 from skerry.core.model import ModelSpec
 from skerry.core.target import Target
+from skerry.exporter.adapters import add_adapters
 from skerry.exporter.graph import COS, SIN, Emitted
 from skerry.exporter.placement import WeightFile
 from skerry.exporter.quantize import check_width, quantize
@@ -51,6 +53,7 @@ class Lowering:
     file: WeightFile
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None
     plan: Plan | None = None
+    adapters: AdapterLayout | None = None
     packed: dict[str, Packed] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
 
@@ -84,7 +87,8 @@ class Rule:
 
 def lower(emitted: Emitted, target: Target, lowering: Lowering) -> ir.Model:
     """The graph for `target`, weights placed. Raises IncompatibleError for a target or precision without rules."""
-    for rule in rules_for(target, lowering.precision):
+    room = [] if lowering.adapters is None else [Rule("adapters", lambda e: 4 * len(e.decoder.layers), _adapters)]
+    for rule in rules_for(target, lowering.precision) + room:
         found, wanted = rule.apply(emitted.model.graph, lowering), rule.expected(emitted)
         lowering.counts[rule.name] = found
         if found != wanted:
@@ -198,6 +202,11 @@ def _block_plain(graph: ir.Graph, lowering: Lowering) -> int:
         _fuse(graph, lowering, [node], None, head=str(node.outputs[0].name).startswith("logits"))
         count += 1
     return count
+
+
+def _adapters(graph: ir.Graph, lowering: Lowering) -> int:
+    assert lowering.adapters is not None
+    return add_adapters(graph, lowering.adapters)
 
 
 def _fuse(

@@ -48,6 +48,10 @@ def matmul_block(
     residual: _F | None = None,
     epsilon: float = 0.0,
     activation: int = 0,
+    adapters: npt.NDArray[np.float16] | None = None,
+    adapter_rows: _I | None = None,
+    query_start: _I | None = None,
+    adapter_offset: int = -1,
     threads: int = 1,
 ) -> list[_F]: ...
 def gather_block(ids: _I, table: tuple[npt.NDArray[np.uint8], int, int, _F | None], width: int) -> _F: ...
@@ -71,6 +75,7 @@ class Program:
         residual: Place | None = None,
         epsilon: float = 0.0,
         activation: int = 0,
+        adapter_offset: int = -1,
     ) -> None: ...
     def attention(
         self,
@@ -99,6 +104,7 @@ class Program:
     def element(
         self, name: str, kind: int, x: Place, out: Place, y: Place | None = None, number: float = 0.0
     ) -> None: ...
+    def set_adapters(self, values: npt.NDArray[np.float16]) -> None: ...
     def set_pages(self, layer: int, pages: npt.NDArray[np.uint8]) -> None: ...
     def run(
         self,
@@ -109,6 +115,7 @@ class Program:
         block_tables: Sequence[_I],
         slots: Sequence[_I],
         sample_rows: _I,
+        adapter_rows: _I,
         logits: _F,
         threads: int,
     ) -> float: ...

@@ -22,13 +22,15 @@ Int32 = npt.NDArray[np.int32]
 class Row:
     """`tokens` follow `start` tokens that are already in the cache; `pages[g]` are the sequence's pages in KV group g,
     enough of them for start + len(tokens). `sample`: whose logits are wanted, as indices into `tokens`. The first
-    `shared` tokens are computed but not written (their slots belong to a prefix that others read)."""
+    `shared` tokens are computed but not written (their slots belong to a prefix that others read). `adapter`: the slot
+    of the one that the sequence answers with, -1: none."""
 
     tokens: Sequence[int]
     start: int
     pages: Sequence[Sequence[int] | Int32]
     sample: Sequence[int] | Literal["last", "none"] = "last"
     shared: int = 0
+    adapter: int = -1
 
 
 @dataclass
@@ -42,6 +44,7 @@ class Batch:
     block_tables: list[Int32]  # per KV group [B, M]; -1 past a sequence's pages
     slots: list[Int32]  # per KV group [T]: page * page_size + offset, -1: no write
     sample_rows: Int32  # [S], indices into the token axis
+    adapter_rows: Int32  # [B], -1: none
 
 
 def pack_rows(rows: Sequence[Row], page_size: int) -> Batch:
@@ -70,7 +73,7 @@ def pack_rows(rows: Sequence[Row], page_size: int) -> Batch:
         wanted += _wanted(row, index, first, count)
         starts.append(first + count)
         ends.append(end)
-    return _batch([ids, positions, *slots, starts, ends, wanted], tables)
+    return _batch([ids, positions, *slots, starts, ends, wanted, [row.adapter for row in rows]], tables)
 
 
 def _batch(parts: list[list[int]], tables: list[Int32]) -> Batch:
@@ -81,8 +84,8 @@ def _batch(parts: list[list[int]], tables: list[Int32]) -> Batch:
     for part in parts:
         views.append(flat[at : at + len(part)])
         at += len(part)
-    ids, positions, *slots, starts, ends, wanted = views
-    return Batch(ids, positions, starts, ends, tables, slots, wanted)
+    ids, positions, *slots, starts, ends, wanted, adapters = views
+    return Batch(ids, positions, starts, ends, tables, slots, wanted, adapters)
 
 
 def _slots(row: Row, pages: Sequence[int] | Int32, end: int, page_size: int) -> Iterable[int]:

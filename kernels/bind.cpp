@@ -33,6 +33,30 @@ BlockSegment block_segment(const Segment& given, size_t width) {
   return segment;
 }
 
+// adapters (halves), adapter_rows and query_start: all of them or none.
+BlockAdapters block_adapters(const nb::object& values, const nb::object& rows, const nb::object& query_start,
+                             int64_t offset) {
+  BlockAdapters found;
+  found.offset = offset;
+  const int missing = values.is_none() + rows.is_none() + query_start.is_none();
+  if (missing == 3 && offset < 0) return found;
+  if (missing > 0) throw std::invalid_argument("adapters, adapter_rows and query_start go together");
+  const auto halves = nb::cast<nb::ndarray<nb::c_contig, nb::device::cpu, nb::ro>>(values);
+  if (halves.dtype() != nb::dlpack::dtype{2, 16, 1}) throw std::invalid_argument("adapters are not float16");
+  expect("dimensions of adapters", halves.ndim(), 3);
+  const auto slots = nb::cast<In<int32_t>>(rows);
+  expect("dimensions of adapter_rows", slots.ndim(), 1);
+  found.given = true;
+  found.values = static_cast<const uint16_t*>(halves.data());
+  found.rows = slots.data();
+  found.query_start = checked("query_start", nb::cast<In<int32_t>>(query_start), {slots.shape(0) + 1});
+  found.slots = static_cast<int64_t>(halves.shape(0));
+  found.rank = static_cast<int64_t>(halves.shape(1));
+  found.columns = static_cast<int64_t>(halves.shape(2));
+  found.sequences = static_cast<int64_t>(slots.shape(0));
+  return found;
+}
+
 }  // namespace skerry::bind
 
 namespace {
@@ -176,7 +200,9 @@ Out<int32_t> kept(const In<float>& logits, const nb::object& rows, size_t row) {
 }
 
 nb::list matmul_block(const In<float>& x, const std::vector<Segment>& segments, const nb::object& norm,
-                      const nb::object& residual, float epsilon, int activation, int threads) {
+                      const nb::object& residual, float epsilon, int activation, const nb::object& adapters,
+                      const nb::object& adapter_rows, const nb::object& query_start, int64_t adapter_offset,
+                      int threads) {
   expect("dimensions of x", x.ndim(), 2);
   const size_t tokens = x.shape(0), width = x.shape(1);
   skerry::MatMulBlockArgs args;
@@ -186,6 +212,7 @@ nb::list matmul_block(const In<float>& x, const std::vector<Segment>& segments, 
   args.epsilon = epsilon;
   args.activation = static_cast<skerry::Activation>(activation);
   args.segments = static_cast<int>(segments.size());
+  args.adapters = block_adapters(adapters, adapter_rows, query_start, adapter_offset);
   if (!norm.is_none()) args.norm = checked("norm", nb::cast<In<float>>(norm), {width});
   nb::list outputs;
   for (size_t s = 0; s < segments.size() && s < skerry::kMaxSegments; ++s) {
@@ -228,8 +255,8 @@ NB_MODULE(_native, m) {
   using namespace nb::literals;
   m.attr("ABI") = 1;
   m.attr("VERSION") = SKERRY_VERSION;
-  m.attr("OPS") =
-      nb::make_tuple("skerry.GatherBlock:1", "skerry.MatMulBlock:1", "skerry.PagedAttention:1", "skerry.Sample:1");
+  m.attr("OPS") = nb::make_tuple("skerry.GatherBlock:1", "skerry.MatMulBlock:1", "skerry.MatMulBlock:2",
+                                 "skerry.PagedAttention:1", "skerry.Sample:1");
   m.attr("SPLIT_TOKENS") = skerry::kSplitTokens;
   m.def("isa", [] { return std::string(skerry::isa_name(skerry::isa())); });
   m.def("paged_attention", &paged_attention, "q"_a, "k"_a, "v"_a, "kv"_a, "cos"_a, "sin"_a, "positions"_a,
@@ -237,7 +264,8 @@ NB_MODULE(_native, m) {
         "head_size"_a, "scale"_a, "softcap"_a = 0.0f, "window"_a = 0, "rotary_dim"_a = 0, "interleaved"_a = false,
         "kv_layout"_a = 0, "threads"_a = 1);
   m.def("matmul_block", &matmul_block, "x"_a, "segments"_a, nb::kw_only(), "norm"_a = nb::none(),
-        "residual"_a = nb::none(), "epsilon"_a = 0.0f, "activation"_a = 0, "threads"_a = 1);
+        "residual"_a = nb::none(), "epsilon"_a = 0.0f, "activation"_a = 0, "adapters"_a = nb::none(),
+        "adapter_rows"_a = nb::none(), "query_start"_a = nb::none(), "adapter_offset"_a = -1, "threads"_a = 1);
   m.def("gather_block", &gather_block, "ids"_a, "table"_a, "width"_a);
   m.def("sample", &sample, "logits"_a, "rows"_a, "threads"_a = 1);
   m.def("kept", &kept, "logits"_a, "rows"_a, "row"_a);

@@ -29,12 +29,14 @@ class BoundProgram {
   }
 
   void product(Name name, const PlaceTuple& x, const std::vector<Segment>& segments, const std::vector<PlaceTuple>& out,
-               const nb::object& norm, const std::optional<PlaceTuple>& residual, float epsilon, int activation) {
+               const nb::object& norm, const std::optional<PlaceTuple>& residual, float epsilon, int activation,
+               int64_t adapter_offset) {
     auto step = std::make_unique<ProductStep>();
     step->x = place(x);
     MatMulBlockArgs& args = step->args;
     args.width = step->x.width;
     args.epsilon = epsilon;
+    args.adapters.offset = adapter_offset;
     args.activation = static_cast<Activation>(activation);
     args.segments = static_cast<int>(segments.size());
     if (segments.size() > kMaxSegments) throw std::invalid_argument(name + ": too many segments");
@@ -107,11 +109,19 @@ class BoundProgram {
     kept_.push_back(nb::cast(pages));
   }
 
+  void set_adapters(const nb::ndarray<nb::c_contig, nb::device::cpu, nb::ro>& values) {
+    if (values.dtype() != nb::dlpack::dtype{2, 16, 1}) throw std::invalid_argument("adapters are not float16");
+    expect("dimensions of adapters", values.ndim(), 3);
+    program_.set_adapters({static_cast<const uint16_t*>(values.data()), static_cast<int64_t>(values.shape(0)),
+                           static_cast<int64_t>(values.shape(1)), static_cast<int64_t>(values.shape(2))});
+    kept_.push_back(nb::cast(values));
+  }
+
   // Seconds of the run itself.
   double run(const In<int32_t>& input_ids, const In<int32_t>& positions, const In<int32_t>& query_start,
              const In<int32_t>& context_len, const std::vector<In<int32_t>>& block_tables,
-             const std::vector<In<int32_t>>& slots, const In<int32_t>& sample_rows, const InOut<float>& logits,
-             int threads) {
+             const std::vector<In<int32_t>>& slots, const In<int32_t>& sample_rows, const In<int32_t>& adapter_rows,
+             const InOut<float>& logits, int threads) {
     StepInputs in;
     const size_t tokens = input_ids.size(), sequences = context_len.size(), wanted = sample_rows.size();
     in.input_ids = checked("input_ids", input_ids, {tokens});
@@ -119,6 +129,7 @@ class BoundProgram {
     in.query_start = checked("query_start", query_start, {sequences + 1});
     in.context_len = checked("context_len", context_len, {sequences});
     in.sample_rows = checked("sample_rows", sample_rows, {wanted});
+    in.adapter_rows = checked("adapter_rows", adapter_rows, {sequences});
     in.tokens = static_cast<int64_t>(tokens);
     in.sequences = static_cast<int64_t>(sequences);
     in.wanted = static_cast<int64_t>(wanted);
@@ -184,16 +195,18 @@ void bind_program(nb::module_& m) {
       .def(nb::init<int, int, int>(), "buffers"_a, "layers"_a, "groups"_a)
       .def("gather", &BoundProgram::gather, "name"_a, "table"_a, "out"_a)
       .def("product", &BoundProgram::product, "name"_a, "x"_a, "segments"_a, "out"_a, nb::kw_only(),
-           "norm"_a.none() = nb::none(), "residual"_a = nb::none(), "epsilon"_a = 0.0f, "activation"_a = 0)
+           "norm"_a.none() = nb::none(), "residual"_a = nb::none(), "epsilon"_a = 0.0f, "activation"_a = 0,
+           "adapter_offset"_a = -1)
       .def("attention", &BoundProgram::attention, "name"_a, "q"_a, "k"_a, "v"_a, "out"_a, "cos"_a, "sin"_a, "layer"_a,
            "group"_a, nb::kw_only(), "num_heads"_a, "num_kv_heads"_a, "head_size"_a, "scale"_a, "softcap"_a = 0.0f,
            "window"_a = 0, "rotary_dim"_a = 0, "interleaved"_a = false, "kv_layout"_a = 0)
       .def("pick", &BoundProgram::pick, "name"_a, "x"_a, "out"_a)
       .def("norm", &BoundProgram::norm, "name"_a, "x"_a, "out"_a, "weight"_a, "epsilon"_a)
       .def("element", &BoundProgram::element, "name"_a, "kind"_a, "x"_a, "out"_a, "y"_a = nb::none(), "number"_a = 0.0f)
+      .def("set_adapters", &BoundProgram::set_adapters, "values"_a)
       .def("set_pages", &BoundProgram::set_pages, "layer"_a, "pages"_a)
       .def("run", &BoundProgram::run, "input_ids"_a, "positions"_a, "query_start"_a, "context_len"_a, "block_tables"_a,
-           "slots"_a, "sample_rows"_a, "logits"_a, "threads"_a);
+           "slots"_a, "sample_rows"_a, "adapter_rows"_a, "logits"_a, "threads"_a);
 }
 
 }  // namespace skerry::bind

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from skerry.core.bundle import Bundle, KvGroup, graph_problems
+from skerry.core.bundle import AdapterLayout, Bundle, KvGroup, graph_problems
 from skerry.core.errors import IncompatibleError
 from skerry.core.target import OPS
 from skerry.kernels.batch import Batch
@@ -18,8 +18,8 @@ from skerry.kernels.pages import check_pages, page_bytes
 from skerry.kernels.program import NativeProgram
 from skerry.kernels.session import Session
 
-INT32, BYTES = 6, 2  # TensorProto.DataType
-_NAMES = {1: "float", BYTES: "uint8", INT32: "int32"}
+INT32, BYTES, HALVES = 6, 2, 10  # TensorProto.DataType
+_NAMES = {1: "float", BYTES: "uint8", INT32: "int32", HALVES: "float16"}
 HINT = "export the bundle again with this version"
 
 
@@ -28,6 +28,9 @@ class Executor(Protocol):
 
     def bind_pages(self, kv: dict[int, npt.NDArray[np.uint8]]) -> None:
         """Each layer's cache, uint8 [pages, bytes of a page], written in place by every run."""
+
+    def bind_adapters(self, values: npt.NDArray[np.float16]) -> None:
+        """The slots of all adapters, float16 [slots, rank, columns], for a graph that takes them."""
 
     def run(self, batch: Batch, logits: npt.NDArray[np.float32]) -> float:
         """Fills logits [S, V]. Seconds that the graph itself took."""
@@ -67,7 +70,7 @@ def _contract_problems(graph: OnnxGraph, bundle: Bundle) -> list[str]:
     manifest = bundle.manifest
     inputs = {item.name: item for item in graph.inputs if item.name not in graph.constants}
     outputs = {item.name: item for item in graph.outputs}
-    wanted = _inputs(manifest.kv)
+    wanted = _inputs(manifest.kv, manifest.adapters)
     missing = sorted(wanted.keys() - inputs.keys() - {"plan"})
     unknown = sorted(inputs.keys() - wanted.keys())
     missing += sorted({"logits", *(f"kv_out.{layer}" for layer, _ in _layers(manifest.kv))} - outputs.keys())
@@ -78,7 +81,7 @@ def _contract_problems(graph: OnnxGraph, bundle: Bundle) -> list[str]:
             found = f"{_NAMES.get(item.dtype, f'type {item.dtype}')} of rank {len(item.shape)}"
             problems.append(f"input {item.name} is {found}, expected {_NAMES[kind]} of rank {rank}")
     if not problems:
-        problems = _kv_problems(inputs, manifest.kv)
+        problems = _kv_problems(inputs, manifest.kv) + _adapter_problems(inputs, manifest.adapters)
     if not problems:
         columns = outputs["logits"].shape[-1:]
         if columns != (manifest.model.vocab_size,):
@@ -91,13 +94,15 @@ def _layers(groups: tuple[KvGroup, ...]) -> list[tuple[int, KvGroup]]:
     return [(layer, group) for group in groups for layer in group.layers]
 
 
-def _inputs(groups: tuple[KvGroup, ...]) -> dict[str, tuple[int, int]]:
+def _inputs(groups: tuple[KvGroup, ...], adapters: AdapterLayout | None) -> dict[str, tuple[int, int]]:
     """Type and rank of each input."""
     flat = ("input_ids", "positions", "query_start", "context_len", "plan", "sample_rows")
     found = {name: (INT32, 1) for name in flat}
     for index in range(len(groups)):
         found[f"block_table.{index}"] = (INT32, 2)
         found[f"slot.{index}"] = (INT32, 1)
+    if adapters is not None:
+        found |= {"adapter_rows": (INT32, 1), "adapters": (HALVES, 3)}
     return found | {f"kv.{layer}": (BYTES, 2) for layer, _ in _layers(groups)}
 
 
@@ -109,3 +114,10 @@ def _kv_problems(inputs: Mapping[str, Value], groups: tuple[KvGroup, ...]) -> li
         if found != wanted:
             problems.append(f"kv.{layer} has pages of {found} bytes, {wanted} by the manifest's {group.layout}")
     return problems
+
+
+def _adapter_problems(inputs: Mapping[str, Value], adapters: AdapterLayout | None) -> list[str]:
+    found = inputs["adapters"].shape[2] if adapters is not None else None
+    if adapters is None or found == adapters.columns:
+        return []
+    return [f"adapters have {found} columns, the manifest says {adapters.columns}"]

@@ -49,8 +49,9 @@ def needed_bytes(manifest: Manifest, kv_bytes: int = 0) -> int:
     return sum(fixed_parts(manifest).values()) + (kv_bytes or default_kv_bytes(manifest))
 
 
-def check_memory(manifest: Manifest, name: str, pages: int) -> None:
+def check_memory(manifest: Manifest, name: str, pages: int, adapters: int = 0) -> None:
     """Raises IncompatibleError where engine and pages do not fit into what is free. Pages are counted whole: they are
-    taken as they fill, and it is in the middle of an answer that they would be missing."""
+    taken as they fill, and it is in the middle of an answer that they would be missing. So are `adapters`, in bytes."""
     parts = {**fixed_parts(manifest), "KV pages": pages * bytes_of_pages(manifest)}
+    parts |= {"adapters": adapters} if adapters else {}
     require_memory("open engine", name, parts, HINT)

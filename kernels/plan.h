@@ -1,5 +1,5 @@
-// Which piece of attention is one task: (sequence, KV heads, run of query tokens, run of KV splits). Few rows are bound by
-// memory, so a task has all heads of its splits and reads pages from end to end; of many rows a task has one head.
+// Which piece of attention is one task: (sequence, KV heads, run of query tokens, run of KV splits). Few rows are bound
+// by memory, so a task has all heads of its splits and reads pages from end to end; of many rows a task has one head.
 // Shared by every backend that plans on the host. Plans differ with threads and batch; results do not, because each
 // split's partial result is computed on its own and partials are merged in ascending order.
 #pragma once
@@ -23,8 +23,9 @@ struct AttentionItem {
   int32_t tokens;
   int32_t first_split;
   int32_t splits;
-  int64_t partial;  // index of the first of [splits][heads] partial results, or -1: the item finishes its rows by itself
-  int32_t merge;    // which of `merges` its partial results belong to
+  int64_t
+      partial;    // index of the first of [splits][heads] partial results, or -1: the item finishes its rows by itself
+  int32_t merge;  // which of `merges` its partial results belong to
 };
 
 struct AttentionPlan {
@@ -64,7 +65,7 @@ inline AttentionPlan plan_attention(const PagedAttentionShape& shape, const Page
                    shape.num_kv_heads;
       const int heads = heads_of(count);
       for (int32_t h = 0; h < shape.num_kv_heads; h += heads) {
-        AttentionItem item{static_cast<int32_t>(b),     h,  heads, first, count, static_cast<int32_t>(begin),
+        AttentionItem item{static_cast<int32_t>(b),      h,  heads, first, count, static_cast<int32_t>(begin),
                            static_cast<int32_t>(splits), -1, -1};
         if (!split || splits < 2) {
           plan.items.push_back(item);
@@ -73,10 +74,12 @@ inline AttentionPlan plan_attention(const PagedAttentionShape& shape, const Page
         item.partial = plan.partials;
         item.merge = static_cast<int32_t>(plan.merges.size());
         plan.merges.push_back(item);
-        const int32_t run = static_cast<int32_t>((splits + threads - 1) / threads);  // whoever begins a run waits for it
+        const int32_t run =
+            static_cast<int32_t>((splits + threads - 1) / threads);  // whoever begins a run waits for it
         for (int32_t s = 0; s < splits; s += run) {
           plan.items.push_back({item.sequence, h, heads, first, count, item.first_split + s,
-                                std::min<int32_t>(run, item.splits - s), plan.partials + int64_t{s} * heads, item.merge});
+                                std::min<int32_t>(run, item.splits - s), plan.partials + int64_t{s} * heads,
+                                item.merge});
         }
         plan.parts.push_back((item.splits + run - 1) / run);
         plan.partials += splits * heads;

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 LOGITS = -1  # the buffer that the caller brings
 STEP_INPUTS = ("positions", "query_start", "context_len")
+ADAPTER_INPUTS = 11  # of MatMulBlock, from there on
 ADD, MULTIPLY, DIVIDE, TANH = range(4)
 ELEMENTS = {"Add": ADD, "Mul": MULTIPLY, "Div": DIVIDE, "Tanh": TANH}
 
@@ -46,11 +47,14 @@ class NativeProgram:
         for layer, array in kv.items():
             self._program.set_pages(layer, array)
 
+    def bind_adapters(self, values: npt.NDArray[np.float16]) -> None:
+        self._program.set_adapters(values)
+
     def run(self, batch: Batch, logits: npt.NDArray[np.float32]) -> float:
         """Fills logits [S, V]. Seconds of the run itself. Raises ValueError or TypeError."""
         return self._program.run(
             batch.input_ids, batch.positions, batch.query_start, batch.context_len, batch.block_tables, batch.slots,
-            batch.sample_rows, logits, self._threads,
+            batch.sample_rows, batch.adapter_rows, logits, self._threads,
         )  # fmt: skip
 
     def close(self) -> None:
@@ -149,13 +153,16 @@ class _Compiler:
         ]
         if x[1] != node.integer("width"):
             raise ValueError(f"{node.name} takes rows of {node.integer('width')} elements, not of {x[1]}")
-        norm, residual = node.input(1), node.input(2)
+        norm, residual, offset = node.input(1), node.input(2), node.integer("adapter_offset", -1)
+        adapters = ("query_start", "adapter_rows", "adapters") if offset >= 0 else ()
+        if node.inputs[ADAPTER_INPUTS:] != adapters:
+            raise ValueError(f"{node.name} reads other adapters than a decoder graph has")
         self.program.product(
             node.name, x, segments,
             [self._write(name, count, x[2]) for name, count in zip(node.outputs, rows)],
             norm=self._floats(norm) if norm else None,
             residual=self._read(residual).place if residual else None,
-            epsilon=node.number("epsilon"), activation=node.integer("activation"),
+            epsilon=node.number("epsilon"), activation=node.integer("activation"), adapter_offset=offset,
         )  # fmt: skip
 
     def _attention(self, node: Node) -> None:

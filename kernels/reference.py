@@ -267,6 +267,38 @@ class BlockProduct:
     bias: Float32 | None = None
 
 
+@dataclass(frozen=True)
+class Adapters:
+    """Low-rank terms (LoRA: Hu et al., 2021) of all products of a graph, one slot each: `values` [A, R, W]. From
+    column `offset` on lie, for each product of a node, the K columns of down and the N of up, whose scale is in it.
+    Sequence b has tokens query_start[b] to query_start[b + 1] - 1 and the slot rows[b], -1 for none; tokens past
+    query_start[-1] have none."""
+
+    values: npt.NDArray[np.float16]
+    rows: Int32
+    query_start: Int32
+    offset: int
+
+    def slots(self, tokens: int) -> Int32:
+        """Of each token."""
+        found = np.full(tokens, -1, np.int32)
+        found[: self.query_start[-1]] = np.repeat(self.rows, np.diff(self.query_start))
+        return found
+
+    def deltas(self, x: Float32, widths: Sequence[int]) -> list[npt.NDArray[np.float64]]:
+        """Of x [T, K], for products of so many rows each, [T, N]."""
+        slots, at, found = self.slots(len(x)), self.offset, []
+        for width in widths:
+            delta = np.zeros((len(x), width))
+            for slot in set(slots[slots >= 0].tolist()):
+                columns = self.values[slot].astype(np.float64)
+                down, up = columns[:, at : at + x.shape[1]], columns[:, at + x.shape[1] : at + x.shape[1] + width]
+                delta[slots == slot] = x[slots == slot].astype(np.float64) @ down.T @ up
+            found.append(delta)
+            at += x.shape[1] + width
+        return found
+
+
 def quantize_activations(x: Float32) -> tuple[npt.NDArray[np.int8], Float32]:
     """Codes int8 [T, blocks, 32] and scales float32 [T, blocks], rounded as `round_blocks` says."""
     codes, scales = round_blocks(x, BLOCK)
@@ -287,11 +319,15 @@ def activate(x: Array, activation: Activation) -> Array:
 
 def matmul_block(
     x: Float32, products: Sequence[BlockProduct], *, norm: Float32 | None = None, residual: Float32 | None = None,
-    epsilon: float = 0.0, activation: Activation = Activation.NONE,
+    epsilon: float = 0.0, activation: Activation = Activation.NONE, adapters: Adapters | None = None,
 ) -> list[npt.NDArray[np.float64]]:  # fmt: skip
     """MatMulBlock: x [T, K], normalized if `norm` [K] is given, rounded to 8 bits by block, times each weight [N, K]
     transposed, plus bias, plus residual [T, N]. With an activation: that of the first product, times the second. Sums
-    in float64, of exact products: a backend differs by its float32 sums over blocks alone, in the order of k."""
+    in float64, of exact products: a backend differs by its float32 sums over blocks alone, in the order of k.
+
+    Adapters are of what is normalized and not yet rounded, and are added after the bias. A backend's order, in float32
+    with a fused multiply-add where there is one, halves widened: down, 16 sums by k mod 16 in ascending k, then sum i
+    takes sum i + 8, i + 4, i + 2 and i + 1; up, from 0 in ascending order of rank. So rows of zeros change nothing."""
     normed = x if norm is None else rms_norm(x, norm, epsilon).astype(np.float32)
     codes, scales = quantize_activations(normed)
     rounded = (codes * scales[..., None].astype(np.float64)).reshape(len(x), -1)
@@ -299,6 +335,9 @@ def matmul_block(
     for product in products:
         out = rounded @ product.weight.dequantized().astype(np.float64).T
         outs.append(out if product.bias is None else out + product.bias)
+    if adapters is not None:
+        deltas = adapters.deltas(normed, [product.weight.rows for product in products])
+        outs = [out + delta for out, delta in zip(outs, deltas, strict=True)]
     if activation:
         return [activate(outs[0], activation) * outs[1]]
     return outs if residual is None else [outs[0] + residual]

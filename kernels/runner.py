@@ -6,7 +6,7 @@ at a time may use a Runner. Pages are numbered 0..pages-1 in every KV group; all
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from skerry.core.bundle import Bundle, Manifest, open_bundle
 from skerry.core.errors import IncompatibleError, InputError, SkerryError, UsageError
 from skerry.core.memory import available_memory
 from skerry.core.target import usable_cores
+from skerry.kernels.adapters import AdapterSlots, Delta, adapter_bytes
 from skerry.kernels.batch import Batch, Row, pack_rows
 from skerry.kernels.graph import open_graph
 from skerry.kernels.memory import bytes_of_pages, check_memory, default_kv_bytes, fixed_parts
@@ -25,7 +26,7 @@ from skerry.kernels.sampling import Sampled, SampleParams, SampleRows
 from skerry.kernels.score import Scored, logits_of, score_sequences
 
 __all__ = [
-    "Batch", "Row", "Runner", "SampleParams", "SampleRows", "Sampled", "Scored", "StepError", "pack_rows",
+    "Batch", "Delta", "Row", "Runner", "SampleParams", "SampleRows", "Sampled", "Scored", "StepError", "pack_rows",
 ]  # fmt: skip
 
 Float32 = npt.NDArray[np.float32]
@@ -41,7 +42,7 @@ class StepError(SkerryError):
 class Runner:
     """Open with `Runner.open`; `close` lets go of weights and pages."""
 
-    def __init__(self, bundle: Bundle, threads: int, pages: int) -> None:
+    def __init__(self, bundle: Bundle, threads: int, pages: int, adapter_slots: int = 0, adapter_rank: int = 1) -> None:
         self.bundle = bundle
         self.threads = threads
         self.pages = pages
@@ -50,6 +51,10 @@ class Runner:
         self.graph_seconds = 0.0  # of the last step: what is beyond it is packing and binding
         self._kv = _kv_arrays(bundle.manifest, pages)
         self._graph.bind_pages(self._kv)
+        layout = bundle.manifest.adapters
+        self._adapters = None if layout is None else AdapterSlots(layout, adapter_slots, adapter_rank)
+        if self._adapters is not None:
+            self._graph.bind_adapters(self._adapters.values)
 
     @classmethod
     def open(
@@ -59,17 +64,20 @@ class Runner:
         threads: int | None = None,
         pages: int | None = None,
         memory_bytes: int | None = None,
+        adapter_slots: int = 0,
+        adapter_rank: int = 16,
     ) -> Runner:
-        """`pages` per KV group, or as many as fit in `memory_bytes`. Raises Bundle-, Incompatible- or UsageError; where
-        memory is short, before anything is loaded."""
+        """`pages` per KV group, or as many as fit in `memory_bytes`; besides them slots for adapters up to a rank.
+        Raises Bundle-, Incompatible- or UsageError; where memory is short, before anything is loaded."""
         if not isinstance(bundle, Bundle):
             bundle = open_bundle(bundle, verify=False)
         threads = usable_cores() if threads is None else threads
         count = _page_count(bundle.manifest, pages, memory_bytes)
         if threads < 1 or count < 1:
             raise UsageError("open engine", bundle.short, f"{threads} threads, {count} pages", "both at least 1")
-        check_memory(bundle.manifest, bundle.short, count)
-        runner = cls(bundle, threads, count)
+        adapters = adapter_bytes(bundle.manifest.adapters, adapter_slots, adapter_rank, bundle.short)
+        check_memory(bundle.manifest, bundle.short, count, adapters)
+        runner = cls(bundle, threads, count, adapter_slots, adapter_rank)
         runner._try_last_position()
         return runner
 
@@ -99,12 +107,22 @@ class Runner:
         try:
             if len(batch.block_tables) != self.groups:
                 raise InputError("bind step", "", f"pages of {len(batch.block_tables)} KV groups, not of {self.groups}")
+            self._check_adapters(batch)
             self.graph_seconds = self._graph.run(batch, logits)
         except Exception as error:  # ONNX Runtime raises its own classes, none of them public
             cause = " ".join(str(error).split())[:600]
             tokens = f"{len(batch.input_ids)} tokens of {len(batch.context_len)} sequences"
             raise StepError("run step", f"{self.bundle.short} ({tokens})", cause) from error
         return logits
+
+    def load_adapter(self, slot: int, deltas: Mapping[str, Delta]) -> None:
+        """(A [r, inputs], B [outputs, r], scale) by the names of the manifest's adapters, into a slot that is free or
+        taken; projections that are not named keep the model's own product. Raises InputError, IncompatibleError."""
+        self._slots().load(slot, deltas)
+
+    def drop_adapter(self, slot: int) -> None:
+        """Raises NotFound where nothing is loaded, InputError, IncompatibleError."""
+        self._slots().drop(slot)
 
     def sample(self, logits: Float32, rows: SampleRows) -> Sampled:
         """Raises StepError where a parameter is out of range. Calls the op directly: its twenty inputs cost less than
@@ -153,6 +171,16 @@ class Runner:
             cause = f"a token at the end of its context of {last + 1} tokens does not run: {error.cause}"
             hint = "export the bundle again, with --max-context if the model's tables are shorter"
             raise IncompatibleError("open engine", self.bundle.short, cause, hint) from error
+
+    def _slots(self) -> AdapterSlots:
+        if self._adapters is None:
+            hint = "export it with --adapters"
+            raise IncompatibleError("use adapters", self.bundle.short, "its graph takes none", hint)
+        return self._adapters
+
+    def _check_adapters(self, batch: Batch) -> None:
+        if batch.adapter_rows.max(initial=-1) >= 0:
+            self._slots().check_rows(batch.adapter_rows)
 
 
 _LINE = 64  # bytes: kernels read pages by whole cache lines

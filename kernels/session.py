@@ -22,7 +22,7 @@ class Session:
     def __init__(self, graph: Path, name: str, threads: int) -> None:
         """Raises IncompatibleError where ONNX Runtime refuses the graph."""
         self.session = _open(graph, name, threads)
-        self._has_plan = any(item.name == "plan" for item in self.session.get_inputs())
+        self._inputs = {item.name for item in self.session.get_inputs()}
         self._binding = self.session.io_binding()
 
     def bind_pages(self, kv: dict[int, npt.NDArray[np.uint8]]) -> None:
@@ -31,12 +31,15 @@ class Session:
             self._binding.bind_input(f"kv.{layer}", *place)
             self._binding.bind_output(f"kv_out.{layer}", *place)
 
+    def bind_adapters(self, values: npt.NDArray[np.float16]) -> None:
+        self._binding.bind_input("adapters", "cpu", 0, np.float16, values.shape, values.ctypes.data)
+
     def run(self, batch: Batch, logits: npt.NDArray[np.float32]) -> float:
         """Fills logits [S, V]. Seconds of the run itself. Raises what ONNX Runtime raises."""
         rows = batch.sample_rows
         if len(rows) == 0:  # its dense kernels take no empty product
             rows, logits = np.zeros(1, np.int32), np.empty((1, logits.shape[1]), np.float32)
-        for name, value in self._inputs(batch, rows):
+        for name, value in self._values(batch, rows):
             self._binding.bind_cpu_input(name, value)
         self._binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         began = perf_counter()
@@ -47,13 +50,13 @@ class Session:
         self._binding.clear_binding_inputs()
         self._binding.clear_binding_outputs()
 
-    def _inputs(self, batch: Batch, rows: npt.NDArray[np.int32]) -> list[tuple[str, Any]]:
+    def _values(self, batch: Batch, rows: npt.NDArray[np.int32]) -> list[tuple[str, Any]]:
         found: list[tuple[str, Any]] = [
             ("input_ids", batch.input_ids), ("positions", batch.positions), ("query_start", batch.query_start),
             ("context_len", batch.context_len), ("sample_rows", rows),
         ]  # fmt: skip
-        if self._has_plan:
-            found.append(("plan", _NO_PLAN))
+        found += [("plan", _NO_PLAN)] if "plan" in self._inputs else []
+        found += [("adapter_rows", batch.adapter_rows)] if "adapter_rows" in self._inputs else []
         for group, (table, slot) in enumerate(zip(batch.block_tables, batch.slots, strict=True)):
             found += [(f"block_table.{group}", table), (f"slot.{group}", slot)]
         return found

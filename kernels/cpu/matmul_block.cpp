@@ -19,8 +19,12 @@ using std::to_string;
 // Weights of a task where one tile of tokens passes them: what is fetched ahead at a task's end is another thread's, so
 // tasks are long; a preempted thread keeps everybody waiting for its task, so they are not too long.
 constexpr int64_t kLeastTaskBytes = 32 << 10, kMostTaskBytes = 1 << 20;
-constexpr int64_t kTaskTokens = 128;        // tokens of a task, so that few panels still keep many threads busy
-constexpr int64_t kSerialBytes = 64 << 10;  // below, handing work over costs more than it saves
+constexpr int64_t kTaskTokens = 128;            // tokens of a task, so that few panels still keep many threads busy
+constexpr int64_t kSerialBytes = 64 << 10;      // below, handing work over costs more than it saves
+constexpr int64_t kSerialDownBytes = 16 << 10;  // the same of an adapter's down
+constexpr int64_t kDownTokens = 16;             // of one task, that share what is read of down
+constexpr int kDownRows = 4;                    // of rank, of one task where tokens are few
+constexpr int kPiecesAThread = 2;               // fewer are cut by rank
 
 const MatMulBlockIsa& matmul_isa() {
 #if defined(__aarch64__)
@@ -69,6 +73,19 @@ class Activations {
   uint8_t* base_;
 };
 
+// Tokens of one adapter side by side, and rows of its rank: what one task multiplies by down.
+struct DownPiece {
+  int32_t token, tokens, row, rows;
+};
+
+// The adapters of a call: which token has which, and its products with down, [tokens][segments][rank].
+struct AdapterWork {
+  std::vector<int32_t> slot;  // of each token, -1: none
+  std::vector<DownPiece> pieces;
+  Scratch scratch;
+  float* inner = nullptr;
+};
+
 struct Job {
   const MatMulBlockArgs& args;
   const MatMulBlockIsa& isa;
@@ -76,6 +93,7 @@ struct Job {
   int64_t panels = 0;  // of all segments, or of each of two with an activation
   int64_t tiles_a_task = 1;
   const std::vector<int64_t>& starts;  // first panel of each task and, last, the number of panels
+  const AdapterWork* adapters = nullptr;
 
   int64_t panel_tasks() const { return static_cast<int64_t>(starts.size()) - 1; }
   int64_t blocks() const { return args.width / kBlock; }
@@ -90,6 +108,92 @@ void quantize_tile(void* argument, int index) {
   }
 }
 
+// Where a segment's columns of a slot begin: those of down, then those of up.
+const uint16_t* adapter_at(const MatMulBlockArgs& args, int32_t slot, int segment) {
+  int64_t column = args.adapters.offset;
+  for (int s = 0; s < segment; ++s) column += args.width + args.segment[s].rows;
+  return args.adapters.values + slot * args.adapters.rank * args.adapters.columns + column;
+}
+
+// Slot of each token; false where none has one.
+bool slots_of_tokens(const MatMulBlockArgs& args, std::vector<int32_t>& slot) {
+  const BlockAdapters& adapters = args.adapters;
+  if (std::all_of(adapters.rows, adapters.rows + adapters.sequences, [](int32_t row) { return row < 0; })) return false;
+  slot.assign(args.tokens, -1);
+  for (int64_t b = 0; b < adapters.sequences; ++b) {
+    std::fill(slot.begin() + adapters.query_start[b], slot.begin() + adapters.query_start[b + 1], adapters.rows[b]);
+  }
+  return true;
+}
+
+// Runs of tokens with one slot, cut so that many threads have work and few rows of rank are read by one at a time.
+const AdapterWork* plan_adapters(const MatMulBlockArgs& args, int threads) {
+  thread_local AdapterWork work;
+  if (!args.adapters.given || !slots_of_tokens(args, work.slot)) return nullptr;
+  const int64_t rank = args.adapters.rank;
+  work.inner = work.scratch.get(args.tokens * args.segments * rank);
+  work.pieces.clear();
+  for (int64_t t = 0, end = 0; t < args.tokens; t = end) {
+    for (end = t + 1; end < args.tokens && end < t + kDownTokens && work.slot[end] == work.slot[t];) ++end;
+    if (work.slot[t] < 0) continue;
+    work.pieces.push_back({static_cast<int32_t>(t), static_cast<int32_t>(end - t), 0, static_cast<int32_t>(rank)});
+  }
+  if (static_cast<int>(work.pieces.size()) < kPiecesAThread * threads && threads > 1) {
+    const std::vector<DownPiece> whole = work.pieces;
+    work.pieces.clear();
+    for (DownPiece piece : whole) {
+      for (; piece.row < rank; piece.row += kDownRows) {
+        piece.rows = static_cast<int32_t>(std::min<int64_t>(kDownRows, rank - piece.row));
+        work.pieces.push_back(piece);
+      }
+    }
+  }
+  return &work;
+}
+
+void run_piece(const Job& job, const DownPiece& piece) {
+  thread_local Scratch normed;
+  const MatMulBlockArgs& args = job.args;
+  const int64_t columns = args.adapters.columns, stride = args.segments * args.adapters.rank;
+  const float* x = args.x + piece.token * args.width;
+  if (args.norm != nullptr) {
+    float* to = normed.get(piece.tokens * args.width);
+    for (int t = 0; t < piece.tokens; ++t) {
+      job.isa.normalize(x + t * args.width, args.norm, args.epsilon, args.width, to + t * args.width);
+    }
+    x = to;
+  }
+  for (int s = 0; s < args.segments; ++s) {
+    job.isa.down(adapter_at(args, job.adapters->slot[piece.token], s) + piece.row * columns, columns, piece.rows, x,
+                 args.width, piece.tokens,
+                 job.adapters->inner + piece.token * stride + s * args.adapters.rank + piece.row, stride);
+  }
+}
+
+void run_down(void* argument, int index) {
+  const Job& job = *static_cast<const Job*>(argument);
+  const int tiles = static_cast<int>(job.activations.tiles());
+  if (index < tiles) {
+    quantize_tile(argument, index);
+  } else {
+    run_piece(job, job.adapters->pieces[index - tiles]);
+  }
+}
+
+// What a tile's tokens get of their adapters for one panel of a segment.
+void add_adapters(const Job& job, int segment, int64_t first, int rows, int64_t tile_index, int count, float* out) {
+  const MatMulBlockArgs& args = job.args;
+  const int64_t rank = args.adapters.rank, stride = args.segments * rank, token = tile_index * job.isa.tokens;
+  const int32_t* slot = job.adapters->slot.data() + token;
+  for (int t = 0, end = 0; t < count; t = end) {
+    for (end = t + 1; end < count && slot[end] == slot[t];) ++end;
+    if (slot[t] < 0) continue;
+    job.isa.up(adapter_at(args, slot[t], segment) + args.width + first, args.adapters.columns, static_cast<int>(rank),
+               rows, job.adapters->inner + (token + t) * stride + segment * rank, stride, end - t,
+               out + t * kPanelRows);
+  }
+}
+
 const uint8_t* panel_at(const BlockSegment& segment, int64_t panel, int64_t blocks) {
   return segment.weight + panel * panel_bytes(segment.format, blocks);
 }
@@ -101,19 +205,22 @@ void add_bias(const BlockSegment& segment, int64_t first, int rows, int count, f
   }
 }
 
-void run_panel(const Job& job, const BlockSegment& segment, int64_t panel, int64_t tile_index) {
+void run_panel(const Job& job, int s, int64_t panel, int64_t tile_index) {
   alignas(64) float buffer[2][16 * kPanelRows];
   const MatMulBlockArgs& args = job.args;
+  const BlockSegment& segment = args.segment[s];
   const ActivationTile tile = job.activations.tile(tile_index);
   const int64_t first = panel * kPanelRows;
   const int rows = static_cast<int>(std::min<int64_t>(kPanelRows, segment.rows - first));
   float* out = buffer[0];
   job.isa.panel(panel_at(segment, panel, job.blocks()), static_cast<int>(segment.format), job.blocks(), tile, out);
   add_bias(segment, first, rows, tile.count, out);
+  if (job.adapters != nullptr) add_adapters(job, s, first, rows, tile_index, tile.count, out);
   if (args.activation != Activation::kNone) {
     const BlockSegment& up = args.segment[1];
     job.isa.panel(panel_at(up, panel, job.blocks()), static_cast<int>(up.format), job.blocks(), tile, buffer[1]);
     add_bias(up, first, rows, tile.count, buffer[1]);
+    if (job.adapters != nullptr) add_adapters(job, 1, first, rows, tile_index, tile.count, buffer[1]);
     job.isa.gate(static_cast<int>(args.activation), out, buffer[1], tile.count * kPanelRows);
   }
   for (int t = 0; t < tile.count; ++t, out += kPanelRows) {
@@ -132,10 +239,9 @@ void run_task(void* argument, int index) {
   const int64_t first = job.starts[index % job.panel_tasks()], last = job.starts[index % job.panel_tasks() + 1];
   int64_t before = 0;  // panels of the segments before this one
   for (int s = 0; s < job.args.segments; ++s) {
-    const BlockSegment& segment = job.args.segment[s];
-    const int64_t count = panels_of(segment.rows);
+    const int64_t count = panels_of(job.args.segment[s].rows);
     for (int64_t p = std::max(first, before); p < std::min(last, before + count); ++p) {
-      for (int64_t tile = first_tile; tile < last_tile; ++tile) run_panel(job, segment, p - before, tile);
+      for (int64_t tile = first_tile; tile < last_tile; ++tile) run_panel(job, s, p - before, tile);
     }
     before += count;
     if (job.args.activation != Activation::kNone) break;
@@ -153,6 +259,36 @@ std::string check_segment(const MatMulBlockArgs& args, int index) {
   if (args.width % span(segment.format) != 0) {
     return "segment " + to_string(index) + " has rows of " + to_string(args.width) +
            " elements, its format takes multiples of " + to_string(span(segment.format));
+  }
+  return "";
+}
+
+std::string check_adapters(const MatMulBlockArgs& args) {
+  const BlockAdapters& adapters = args.adapters;
+  if (adapters.offset < -1) return "adapter_offset " + to_string(adapters.offset);
+  if (!adapters.given) return "";
+  if (adapters.offset < 0) return "adapters are given, but adapter_offset is -1";
+  int64_t end = adapters.offset;
+  for (int s = 0; s < args.segments; ++s) end += args.width + args.segment[s].rows;
+  if (end > adapters.columns) {
+    return "adapter columns " + to_string(adapters.offset) + " to " + to_string(end) + " are beyond the " +
+           to_string(adapters.columns) + " of adapters";
+  }
+  if (adapters.query_start[0] != 0) return "query_start begins with " + to_string(adapters.query_start[0]) + ", not 0";
+  for (int64_t b = 0; b < adapters.sequences; ++b) {
+    const int32_t first = adapters.query_start[b], last = adapters.query_start[b + 1], row = adapters.rows[b];
+    if (last < first) {
+      return "query_start decreases from " + to_string(first) + " to " + to_string(last) + " at sequence " +
+             to_string(b);
+    }
+    if (row < -1 || row >= adapters.slots) {
+      return "adapter_rows has " + to_string(row) + " for sequence " + to_string(b) + ", there are " +
+             to_string(adapters.slots) + " slots";
+    }
+  }
+  if (adapters.query_start[adapters.sequences] > args.tokens) {
+    return "query_start ends at " + to_string(adapters.query_start[adapters.sequences]) + " but there are " +
+           to_string(args.tokens) + " tokens";
   }
   return "";
 }
@@ -176,13 +312,13 @@ std::string check_matmul_block(const MatMulBlockArgs& args) {
       (args.segments != 2 || args.segment[0].rows != args.segment[1].rows || args.residual != nullptr)) {
     return "a gated product takes two segments of equal rows and no residual";
   }
-  return "";
+  return check_adapters(args);
 }
 
 namespace {
 
-// Each round of `threads` equal tasks takes three quarters of what is left: threads stream long runs first, and what they
-// wait for at the end is a short task (factoring: Hummel, Schonberg and Flynn, 1992).
+// Each round of `threads` equal tasks takes three quarters of what is left: threads stream long runs first, and what
+// they wait for at the end is a short task (factoring: Hummel, Schonberg and Flynn, 1992).
 void deal_panels(int64_t panels, int64_t panel_bytes, int threads, std::vector<int64_t>& starts) {
   const int64_t least = std::max<int64_t>(1, kLeastTaskBytes / panel_bytes);
   const int64_t most = std::max<int64_t>(1, kMostTaskBytes / panel_bytes);
@@ -238,7 +374,14 @@ std::string matmul_block(const MatMulBlockArgs& args, const Parallel& parallel) 
     for (int64_t panel = 1; panel <= job.panels; ++panel) starts.push_back(panel);
   }
   const Parallel serial;
-  (tiles > 1 ? parallel : serial)(static_cast<int>(tiles), quantize_tile, &job);
+  job.adapters = plan_adapters(args, parallel.threads);
+  if (job.adapters == nullptr) {
+    (tiles > 1 ? parallel : serial)(static_cast<int>(tiles), quantize_tile, &job);
+  } else {
+    const int64_t read = args.adapters.rank * args.segments * args.width * int64_t{sizeof(uint16_t)};
+    const size_t pieces = job.adapters->pieces.size();
+    (tiles > 1 || read >= kSerialDownBytes ? parallel : serial)(static_cast<int>(tiles + pieces), run_down, &job);
+  }
   const int64_t tasks = job.panel_tasks() * ((tiles + job.tiles_a_task - 1) / job.tiles_a_task);
   if (tasks > std::numeric_limits<int>::max()) return to_string(args.tokens) + " tokens are too many for one step";
   (bytes * args.tokens < kSerialBytes ? serial : parallel)(static_cast<int>(tasks), run_task, &job);

@@ -2,7 +2,8 @@
 //
 // Order of arithmetic, the same for every tile: the products of a block are whole numbers, summed exactly; blocks are
 // added in order, sum = fma(block, scale of weights * scale of activations, sum), then the minima's term. Lanes are
-// output rows, so the width of a register changes nothing.
+// output rows, so the width of a register changes nothing. Those of an adapter's down are k mod 16, added as a tree;
+// those of its up are output rows again.
 #include "matmul_block_tile.h"
 
 #include <math.h>
@@ -170,10 +171,13 @@ SKERRY_INLINE float sum_of_squares(const float* x, int64_t n) {
   return total;
 }
 
+SKERRY_INLINE float inverse_rms_of(const float* x, float epsilon, int64_t width) {
+  return 1.0f / sqrtf(sum_of_squares(x, width) / static_cast<float>(width) + epsilon);
+}
+
 void quantize(const float* x, const float* norm, float epsilon, int64_t blocks, const ActivationTile& tile, int at) {
   const int64_t width = blocks * kBlockSize;
-  const float inverse_rms =
-      norm == nullptr ? 1.0f : 1.0f / sqrtf(sum_of_squares(x, width) / static_cast<float>(width) + epsilon);
+  const float inverse_rms = norm == nullptr ? 1.0f : inverse_rms_of(x, epsilon, width);
   for (int64_t b = 0; b < blocks; ++b) {
     Vec v[kBlockVectors];
     for (int i = 0; i < kBlockVectors; ++i) {
@@ -206,10 +210,98 @@ void gate(int activation, float* first, const float* second, int n) {
   }
 }
 
+void normalize(const float* x, const float* norm, float epsilon, int64_t width, float* out) {
+  const float inverse_rms = inverse_rms_of(x, epsilon, width);
+  for (int64_t i = 0; i < width; i += kLanes) store(out + i, load(x + i) * inverse_rms * load(norm + i));
+}
+
+// Lanes i and i + 8, then 4, 2 and 1 apart.
+SKERRY_INLINE float tree_of_lanes(const Vec* sum) {
+  float lanes[kRows];
+  memcpy(lanes, sum, sizeof lanes);
+  for (int half = kRows / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+// R rows against T tokens: that many sums are under way at once.
+template <int R, int T>
+SKERRY_INLINE void down_of(const uint16_t* down, int64_t columns, const float* x, int64_t width, float* out,
+                           int64_t stride) {
+  Vec sum[R][T][kParts] = {};
+  for (int64_t k = 0; k < width; k += kRows) {
+    for (int p = 0; p < kParts; ++p) {
+      const int64_t at = k + p * kLanes;
+      Vec v[T];
+      for (int t = 0; t < T; ++t) v[t] = load(x + t * width + at);
+      for (int r = 0; r < R; ++r) {
+        const Vec w = load(down + r * columns + at);
+        for (int t = 0; t < T; ++t) sum[r][t][p] = fma(w, v[t], sum[r][t][p]);
+      }
+    }
+  }
+  for (int t = 0; t < T; ++t) {
+    for (int r = 0; r < R; ++r) out[t * stride + r] = tree_of_lanes(sum[r][t]);
+  }
+}
+
+constexpr int kAdapterRows = 4, kAdapterTokens = SKERRY_LANES == 16 ? 4 : 1;
+
+template <int T>
+SKERRY_INLINE void down_rows(const uint16_t* down, int64_t columns, int rank, const float* x, int64_t width, float* out,
+                             int64_t stride) {
+  int r = 0;
+  for (; r + kAdapterRows <= rank; r += kAdapterRows) {
+    down_of<kAdapterRows, T>(down + r * columns, columns, x, width, out + r, stride);
+  }
+  for (; r < rank; ++r) down_of<1, T>(down + r * columns, columns, x, width, out + r, stride);
+}
+
+void down(const uint16_t* down, int64_t columns, int rank, const float* x, int64_t width, int tokens, float* out,
+          int64_t stride) {
+  int t = 0;
+  for (; t + kAdapterTokens <= tokens; t += kAdapterTokens) {
+    down_rows<kAdapterTokens>(down, columns, rank, x + t * width, width, out + t * stride, stride);
+  }
+  for (; t < tokens; ++t) down_rows<1>(down, columns, rank, x + t * width, width, out + t * stride, stride);
+}
+
+template <int T>
+SKERRY_INLINE void up_of(const uint16_t* up, int64_t columns, int rank, int rows, const float* inner, int64_t stride,
+                         float* out) {
+  Vec sum[T][kParts] = {};
+  for (int r = 0; r < rank; ++r) {
+    uint16_t edge[kRows] = {};
+    const uint16_t* from = up + r * columns;
+    if (rows < kRows) from = (const uint16_t*)memcpy(edge, from, rows * sizeof *from);
+    for (int p = 0; p < kParts; ++p) {
+      const Vec w = load(from + p * kLanes);
+      for (int t = 0; t < T; ++t) sum[t][p] = fma(splat(inner[t * stride + r]), w, sum[t][p]);
+    }
+  }
+  for (int t = 0; t < T; ++t) {
+    for (int p = 0; p < kParts; ++p) {
+      float* at = out + t * kRows + p * kLanes;
+      store(at, load(at) + sum[t][p]);
+    }
+  }
+}
+
+void up(const uint16_t* up, int64_t columns, int rank, int rows, const float* inner, int64_t stride, int tokens,
+        float* out) {
+  int t = 0;
+  for (; t + kAdapterTokens <= tokens; t += kAdapterTokens) {
+    up_of<kAdapterTokens>(up, columns, rank, rows, inner + t * stride, stride, out + t * kRows);
+  }
+  for (; t < tokens; ++t) up_of<1>(up, columns, rank, rows, inner + t * stride, stride, out + t * kRows);
+}
+
 }  // namespace
 
 #define SKERRY_STRING_(x) #x
 #define SKERRY_STRING(x) SKERRY_STRING_(x)
-extern const MatMulBlockIsa SKERRY_MATMUL_TABLE = {SKERRY_STRING(SKERRY_ISA_NAME), kTokens, quantize, panel, gate};
+extern const MatMulBlockIsa SKERRY_MATMUL_TABLE = {
+    SKERRY_STRING(SKERRY_ISA_NAME), kTokens, quantize, panel, gate, normalize, down, up};
 
 }  // namespace skerry

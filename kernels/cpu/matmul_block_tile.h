@@ -28,6 +28,14 @@ struct MatMulBlockIsa {
   void (*panel)(const uint8_t* panel, int format, int64_t blocks, const ActivationTile& tile, float* out);
   // first[n] = act(first[n]) * second[n]; n a multiple of 16, `activation` as in Activation.
   void (*gate)(int activation, float* first, const float* second, int n);
+  // out[width] = x RMS-normalized, as `quantize` has it before it rounds.
+  void (*normalize)(const float* x, const float* norm, float epsilon, int64_t width, float* out);
+  // out[t * stride + r] = sum over k of down[r * columns + k] * x[t * width + k], r < rank.
+  void (*down)(const uint16_t* down, int64_t columns, int rank, const float* x, int64_t width, int tokens, float* out,
+               int64_t stride);
+  // out[t][16] += sum over r of inner[t * stride + r] * up[r * columns + lane], lane < rows.
+  void (*up)(const uint16_t* up, int64_t columns, int rank, int rows, const float* inner, int64_t stride, int tokens,
+             float* out);
 };
 
 extern const MatMulBlockIsa kMatMulBlockBase;

@@ -83,6 +83,17 @@ std::string ProductStep::run(const Frame& frame) const {
   filled.tokens = frame.rows(x);
   if (adds_residual) filled.residual = frame.at(residual);
   for (int s = 0; s < outputs(); ++s) filled.segment[s].out = frame.at(out[s]);
+  if (args.adapters.offset >= 0) {
+    BlockAdapters& adapters = filled.adapters;
+    adapters.given = frame.adapters.data != nullptr;
+    adapters.values = frame.adapters.data;
+    adapters.slots = frame.adapters.slots;
+    adapters.rank = frame.adapters.rank;
+    adapters.columns = frame.adapters.columns;
+    adapters.query_start = frame.inputs.query_start;
+    adapters.rows = frame.inputs.adapter_rows;
+    adapters.sequences = frame.inputs.sequences;
+  }
   return matmul_block(filled, frame.parallel);
 }
 
@@ -236,7 +247,7 @@ std::string Program::run(const StepInputs& inputs, int threads) {
   Pool* pool = Pool::of(threads);
   if (pool != nullptr) pool->begin();
   const Parallel parallel = pool == nullptr ? Parallel{} : pool->parallel();
-  const Frame frame{inputs, kv_, parallel, buffers_};
+  const Frame frame{inputs, kv_, adapters_, parallel, buffers_};
   std::string problem;
   for (const Named& step : steps_) {
     problem = step.step->run(frame);

@@ -32,11 +32,12 @@ struct StepInputs {
     const int32_t* slot = nullptr;  // [tokens]
   };
 
-  const int32_t* input_ids = nullptr;    // [tokens]
-  const int32_t* positions = nullptr;    // [tokens]
-  const int32_t* query_start = nullptr;  // [sequences + 1]
-  const int32_t* context_len = nullptr;  // [sequences]
-  const int32_t* sample_rows = nullptr;  // [wanted]
+  const int32_t* input_ids = nullptr;     // [tokens]
+  const int32_t* positions = nullptr;     // [tokens]
+  const int32_t* query_start = nullptr;   // [sequences + 1]
+  const int32_t* context_len = nullptr;   // [sequences]
+  const int32_t* sample_rows = nullptr;   // [wanted]
+  const int32_t* adapter_rows = nullptr;  // [sequences]; read where the graph takes adapters
   std::vector<Group> groups;
   int64_t tokens = 0, sequences = 0, wanted = 0;
   float* logits = nullptr;  // [wanted, vocabulary]
@@ -47,12 +48,17 @@ struct KvPages {
   int64_t pages = 0;
 };
 
-class Program;
+// Halves [slots, rank, columns].
+struct AdapterValues {
+  const uint16_t* data = nullptr;
+  int64_t slots = 0, rank = 0, columns = 0;
+};
 
 // What steps see while they run.
 struct Frame {
   const StepInputs& inputs;
   const std::vector<KvPages>& kv;  // of each layer
+  const AdapterValues& adapters;
   const Parallel& parallel;
   const std::vector<float*>& buffers;
 
@@ -146,6 +152,7 @@ class Program {
   // `name` is said where the step fails. Empty, or what is wrong with it.
   std::string add(std::string name, std::unique_ptr<Step> step);
   std::string set_pages(int layer, KvPages pages);
+  void set_adapters(const AdapterValues& adapters) { adapters_ = adapters; }
 
   // Runs all steps on `threads` threads, which spin from the first to the last. Empty, or which step complains of what;
   // pages may have been written then.
@@ -167,6 +174,7 @@ class Program {
   std::vector<Scratch> scratch_;
   std::vector<float*> buffers_;
   std::vector<KvPages> kv_;
+  AdapterValues adapters_;
   int groups_;
 };
 

@@ -1,4 +1,4 @@
-// MatMulBlock v1 on raw pointers: block-quantized products with int8 activations. The definition is reference.py; the
+// MatMulBlock v2 on raw pointers: block-quantized products with int8 activations. The definition is reference.py; the
 // packing is blocks.py's. Results depend on no batch, chunk or thread count: a row's sum has one order, block by block.
 #pragma once
 
@@ -61,7 +61,19 @@ struct BlockSegment {
   BlockFormat format = BlockFormat::kQ8_0;
 };
 
-// out_s = norm(x) W_s^T + bias_s (+ residual, with one segment); with an activation: out_0 = act(.._0) * (.._1).
+// Low-rank terms of fine-tunings (LoRA: Hu et al., 2021), one slot each, for every product of a graph. From column
+// `offset` on a node has, for each of its segments, the `width` columns of down and the `rows` columns of up.
+struct BlockAdapters {
+  int64_t offset = -1;                   // -1: no columns are this node's
+  bool given = false;                    // whether there are the tensors below
+  const uint16_t* values = nullptr;      // halves [slots, rank, columns]
+  const int32_t* query_start = nullptr;  // [sequences + 1]; tokens past the last one belong to nobody
+  const int32_t* rows = nullptr;         // [sequences]: the slot of each, -1: none
+  int64_t slots = 0, rank = 0, columns = 0, sequences = 0;
+};
+
+// out_s = norm(x) W_s^T + bias_s + adapter (+ residual, with one segment); with an activation: out_0 = act(.._0) *
+// (.._1).
 struct MatMulBlockArgs {
   const float* x = nullptr;         // [tokens, width]
   const float* norm = nullptr;      // [width]: RMS normalization before the product, or null
@@ -72,6 +84,7 @@ struct MatMulBlockArgs {
   Activation activation = Activation::kNone;
   int segments = 0;
   BlockSegment segment[kMaxSegments];
+  BlockAdapters adapters;
 };
 
 std::string check_matmul_block(const MatMulBlockArgs& args);

@@ -87,6 +87,15 @@ inline void expect(const char* name, int64_t found, int64_t wanted) {
                               std::to_string(wanted));
 }
 
+template <class T>
+T optional(const Ort::ConstKernelInfo& info, const char* name, T fallback) {
+  try {
+    return info.GetAttribute<T>(name);
+  } catch (const Ort::Exception&) {
+    return fallback;
+  }
+}
+
 // The data of an input that is a constant of the graph, or null: its shape is checked once, as asking for it at every
 // run costs as much as a small op.
 template <class T>

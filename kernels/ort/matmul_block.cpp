@@ -5,7 +5,7 @@
 namespace skerry::ort {
 namespace {
 
-enum Input { kX, kNorm, kResidual, kFirst };
+enum Input { kX, kNorm, kResidual, kFirst, kQueryStart = kFirst + 2 * kMaxSegments, kAdapterRows, kAdapters };
 
 template <class T>
 const T* optional_input(const Ort::KernelContext& context, size_t index, const char* name, int64_t count) {
@@ -31,7 +31,13 @@ MatMulBlockKernel::MatMulBlockKernel(const OrtKernelInfo* raw) {
     shape_.segment[s].rows = rows[s];
     shape_.segment[s].format = static_cast<BlockFormat>(formats[s]);
   }
+  shape_.adapters.offset = optional<int64_t>(info, "adapter_offset", -1);
   if (const std::string problem = check_matmul_block(shape_); !problem.empty()) throw std::invalid_argument(problem);
+  const size_t last = std::min<size_t>(info.GetInputCount(), kAdapters + 1);
+  if (shape_.adapters.offset >= 0 ? last <= kAdapters : last > kQueryStart) {
+    throw std::invalid_argument("adapter_offset is " + std::to_string(shape_.adapters.offset) + " with " +
+                                std::to_string(last) + " inputs: query_start, adapter_rows and adapters go with it");
+  }
   shape_.norm = constant<float>(info, kNorm, "length of norm", shape_.width);
   for (int s = 0; s < shape_.segments; ++s) {
     BlockSegment& segment = shape_.segment[s];
@@ -39,6 +45,25 @@ MatMulBlockKernel::MatMulBlockKernel(const OrtKernelInfo* raw) {
     segment.weight = constant<uint8_t>(info, kFirst + 2 * s, "bytes of weight", weights_[s]);
     segment.bias = constant<float>(info, kFirst + 2 * s + 1, "length of bias", segment.rows);
   }
+}
+
+void MatMulBlockKernel::read_adapters(const Ort::KernelContext& context, BlockAdapters& adapters) const {
+  const char* names[] = {"query_start", "adapter_rows", "adapters"};
+  for (size_t i = 0; i < 3; ++i) {
+    if (!context.GetInput(kQueryStart + i)) throw std::invalid_argument(std::string(names[i]) + " is missing");
+  }
+  const auto query_start = input<int32_t>(context, kQueryStart, "query_start", 1);
+  const auto rows = input<int32_t>(context, kAdapterRows, "adapter_rows", 1);
+  const auto values = input<Ort::Float16_t>(context, kAdapters, "adapters", 3);
+  expect("length of query_start", query_start.dim(0), rows.dim(0) + 1);
+  adapters.given = true;
+  adapters.values = reinterpret_cast<const uint16_t*>(values.data);
+  adapters.query_start = query_start.data;
+  adapters.rows = rows.data;
+  adapters.slots = values.dim(0);
+  adapters.rank = values.dim(1);
+  adapters.columns = values.dim(2);
+  adapters.sequences = rows.dim(0);
 }
 
 void MatMulBlockKernel::run(OrtKernelContext* raw) const {
@@ -66,6 +91,7 @@ void MatMulBlockKernel::run(OrtKernelContext* raw) const {
     Ort::UnownedValue out = context.GetOutput(s, {args.tokens, segment.rows});
     segment.out = out.GetTensorMutableData<float>();
   }
+  if (args.adapters.offset >= 0) read_adapters(context, args.adapters);
   const std::string problem = matmul_block(args, parallel_of(raw));
   if (!problem.empty()) throw std::invalid_argument(problem);
 }
@@ -84,6 +110,8 @@ OrtStatusPtr MatMulBlockOp::CreateKernelV2(const OrtApi&, const OrtKernelInfo* i
 }
 
 ONNXTensorElementDataType MatMulBlockOp::GetInputType(size_t index) const {
+  if (index == kAdapters) return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
+  if (index >= kQueryStart) return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
   const bool weight = index >= kFirst && (index - kFirst) % 2 == 0;
   return weight ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
 }

@@ -11,15 +11,6 @@ enum Output { kOut, kKvOut };
 
 int64_t attribute(const Ort::ConstKernelInfo& info, const char* name) { return info.GetAttribute<int64_t>(name); }
 
-template <class T>
-T optional(const Ort::ConstKernelInfo& info, const char* name, T fallback) {
-  try {
-    return info.GetAttribute<T>(name);
-  } catch (const Ort::Exception&) {
-    return fallback;
-  }
-}
-
 }  // namespace
 
 PagedAttentionKernel::PagedAttentionKernel(const OrtKernelInfo* raw) {

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from skerry.core.bundle import CHUNK_BYTES, Manifest, describe_file, find_problems, open_bundle
 from skerry.core.cli import run
 from skerry.core.errors import BundleError, NotFound
+from skerry.core.files import canonical_json
 from skerry.core.packing import pack, unpack
 
 # What each broken fixture must be told apart by.
@@ -74,6 +75,47 @@ def test_manifest_round_trip_keeps_the_bytes(fixtures: Path) -> None:
     assert bundle.file("weights.bin").stat().st_size == bundle.manifest.entry("weights.bin").size
     with pytest.raises(NotFound):
         bundle.file("nothing.bin")
+
+
+PROJECTION = {"name": "model.layers.0.self_attn.q_proj", "inputs": 64, "outputs": 32, "down": 0, "up": 64}
+
+
+def with_adapters(fixtures: Path, adapters: object) -> bytes:
+    document = json.loads((fixtures / "bundles" / "sound" / "manifest.json").read_bytes())
+    return canonical_json({**document, "adapters": adapters})
+
+
+def test_the_columns_of_adapters_are_told_only_where_there_are_any(fixtures: Path) -> None:
+    assert Manifest.from_bytes((fixtures / "bundles" / "sound" / "manifest.json").read_bytes()).adapters is None
+    other = {**PROJECTION, "name": "k", "down": 100, "up": 164}
+    raw = with_adapters(fixtures, {"columns": 200, "projections": [PROJECTION, other]})
+    manifest = Manifest.from_bytes(raw)
+    assert manifest.adapters is not None and manifest.to_bytes() == raw
+    assert [one.spans for one in manifest.adapters.projections] == [((0, 64), (64, 96)), ((100, 164), (164, 196))]
+
+
+@pytest.mark.parametrize(
+    ("columns", "changed", "words"),
+    [
+        (95, [{}], "64 to 96 overlap others or are beyond 95"), (96, [{"up": 63}], "63 to 95 overlap"),
+        (96, [{"down": -1}], "-1 is not a count"), (96, [{"inputs": 1.5}], "1.5 is not a count"),
+        (1 << 40, [{}], "not a count up to"), (96, [{"name": "../q"}], "not a plain name"),
+        (300, [{}, {"down": 200, "up": 264}], "two adapter projections of one name"),
+        (300, [{}, {"name": "k", "down": 90, "up": 200}], "90 to 154 overlap"),
+    ],
+)  # fmt: skip
+def test_columns_of_adapters_that_cannot_be_are_refused(
+    fixtures: Path, columns: int, changed: list[dict[str, object]], words: str
+) -> None:
+    adapters = {"columns": columns, "projections": [{**PROJECTION, **one} for one in changed]}
+    with pytest.raises(BundleError, match=words):
+        Manifest.from_bytes(with_adapters(fixtures, adapters))
+
+
+@pytest.mark.parametrize("adapters", [None, [], {}, {"columns": 1}, {"columns": 1, "projections": [3]}, 7, "q"])
+def test_what_is_no_layout_of_adapters_is_refused(fixtures: Path, adapters: object) -> None:
+    with pytest.raises(BundleError, match="malformed"):
+        Manifest.from_bytes(with_adapters(fixtures, adapters))
 
 
 @given(st.data())

@@ -218,28 +218,31 @@ def test_bad_input_is_refused():
 
 @pytest.mark.parametrize("isa", ["base", "avx2", "avxvnni", "avx512"])
 def test_every_instruction_set(isa: str, tmp_path: Path):
-    """The other tests of this file in a process that was told to use less than the machine has; sums of a token
-    are the same bits wherever the machine has a fused multiply-add."""
+    """The other tests of this file, and those of adapters, in a process that was told to use less than the machine has;
+    sums of a token are the same bits wherever the machine has a fused multiply-add."""
     environment = {**os.environ, "SKERRY_ISA": isa}
     show = "from skerry.kernels import _native; print(_native.isa())"
     chosen = subprocess.run([sys.executable, "-c", show], env=environment, capture_output=True, text=True, check=True)
     if chosen.stdout.strip() != isa:
         pytest.skip(f"this machine has no {isa}")
-    words = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", __file__,
+    files = [__file__, str(Path(__file__).with_name("test_adapters.py"))]
+    words = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *files,
              "--deselect", f"{__file__}::test_every_instruction_set", "-k", "not instruction_set"]  # fmt: skip
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     digests = set()
     for other in (isa, ""):
         code = (
-            "import hashlib, sys; sys.path.insert(0, sys.argv[1]); import numpy as np, test_matmul_block as t;"
+            "import hashlib, sys; sys.path.insert(0, sys.argv[1]); import numpy as np;"
+            "import tests.kernels.test_adapters as a, tests.kernels.test_matmul_block as t;"
             "rng = np.random.default_rng(8); x = rng.normal(size=(5, 256)).astype(np.float32);"
             "p = [t.BlockProduct(t.random_blocks(rng, f, 37, 256)) for f in t.FORMATS];"
             "outs = [t.native(x, [one])[0] for one in p];"  # a node takes four segments, there are more formats
+            "outs += a.adapted(x, p[:2], a.random_adapters(rng, [37, 37], 256, 5, 3, (2, 2, 1)), norm=x[0]);"
             "print(hashlib.sha256(b''.join(out.tobytes() for out in outs)).hexdigest())"
         )
         ran = subprocess.run(
-            [sys.executable, "-c", code, str(Path(__file__).parent)], capture_output=True, text=True, check=True,
+            [sys.executable, "-c", code, str(Path(__file__).parents[2])], capture_output=True, text=True, check=True,
             env={**os.environ, "SKERRY_ISA": other},
         )  # fmt: skip
         digests.add(ran.stdout)

@@ -22,6 +22,7 @@ from skerry.kernels.pages import LAYOUTS, from_pages, to_pages
 from skerry.kernels.reference import Activation, AttentionShape, BlockProduct, matmul_block
 from skerry.kernels.sampling import SampleRows
 from tests.kernels.conftest import assert_stored, build_case, close
+from tests.kernels.test_adapters import random_adapters
 from tests.kernels.test_matmul_block import assert_close, random_blocks
 from tests.kernels.test_sample import random_params
 
@@ -106,6 +107,20 @@ def test_block_product(driver: Driver, form: BlockFormat, tokens: int, rows: int
     out = driver.run("matmul_block", [numbers, x, None, residual, pack(product.weight), bias])
     found = np.frombuffer(out, np.float32).reshape(tokens, rows)
     assert_close(found, matmul_block(x, [product], residual=residual)[0], x, [product])
+
+
+@pytest.mark.parametrize(("rank", "rows"), [(1, 20), (6, 33)])
+def test_adapters(driver: Driver, rank: int, rows: int) -> None:
+    rng = np.random.default_rng(rank)
+    x = rng.normal(size=(7, 96)).astype(np.float32)
+    products = [BlockProduct(random_blocks(rng, BlockFormat.Q8_0, rows, 96)) for _ in range(2)]
+    adapters = random_adapters(rng, [rows, rows], 96, rank)
+    numbers = [7, 96, rows, 0, 0, 0, adapters.offset, *adapters.values.shape, len(adapters.rows)]
+    packed: list[Any] = [part for product in products for part in (pack(product.weight), None)]
+    arrays = [x, None, None, adapters.query_start, adapters.rows, adapters.values, *packed]
+    found = np.frombuffer(driver.run("matmul_block", [np.array(numbers, np.int64), *arrays]), np.float32)
+    for out, wanted in zip(found.reshape(2, 7, rows), matmul_block(x, products, adapters=adapters), strict=True):
+        np.testing.assert_allclose(out, wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize("activation", [Activation.SILU, Activation.GELU_TANH])

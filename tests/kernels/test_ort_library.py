@@ -210,7 +210,9 @@ def quantize_for_test(rng: np.random.Generator, form: BlockFormat, rows: int, wi
     return Blocks(form, rng.integers(0, 1 << form.bits, (*shape, 32), np.uint8), scales, minima)
 
 
-def block_model(inputs: dict[str, np.ndarray], order: list[str], outputs: int, attributes: dict[str, Any]) -> bytes:
+def block_model(
+    inputs: dict[str, np.ndarray], order: list[str], outputs: int, attributes: dict[str, Any], version: int = 1
+) -> bytes:
     from onnx import helper
 
     node = helper.make_node("MatMulBlock", order, [f"y{i}" for i in range(outputs)], domain="skerry", **attributes)
@@ -221,7 +223,7 @@ def block_model(inputs: dict[str, np.ndarray], order: list[str], outputs: int, a
     ]
     results = [helper.make_tensor_value_info(f"y{i}", 1, None) for i in range(outputs)]
     graph = helper.make_graph([node], "g", values, results)
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("skerry", 1)]
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("skerry", version)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
 
 
@@ -265,6 +267,71 @@ def test_bad_block_attributes_fail_at_load(changed: dict[str, Any], message: str
     inputs, _, attributes = block_inputs()
     with pytest.raises(Exception, match=f"create skerry.MatMulBlock: .*{message}"):
         session_of(block_model(inputs, ["x", "norm", "", "w0", "b0", "w1"], 2, attributes | changed))
+
+
+WITH_ADAPTERS = ["x", "norm", "", "w0", "b0", "w1", "", "", "", "", "", "query_start", "adapter_rows", "adapters"]
+
+
+def adapter_inputs() -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    inputs, _, attributes = block_inputs()
+    values = np.random.default_rng(2).normal(size=(2, 3, 300)).astype(np.float16)
+    rows, starts = np.array([1, -1, 0], np.int32), np.array([0, 2, 3, 5], np.int32)
+    inputs |= {"query_start": starts, "adapter_rows": rows, "adapters": values}
+    return inputs, attributes | {"adapter_offset": 59}
+
+
+def test_a_block_product_with_adapters_equals_the_direct_call() -> None:
+    inputs, attributes = adapter_inputs()
+    given = {name: inputs[name] for name in ("norm", "query_start", "adapter_rows", "adapters")}
+    segments = [(inputs["w0"], 33, 0, inputs["b0"]), (inputs["w1"], 16, 2, None)]
+    session = session_of(block_model(inputs, WITH_ADAPTERS, 2, attributes, version=2), 1)
+    for slots in (2, 0):
+        given["adapters"], given["adapter_rows"] = inputs["adapters"][:slots], inputs["adapter_rows"] % (slots + 1) - 1
+        expected = _native.matmul_block(inputs["x"], segments, epsilon=1e-5, adapter_offset=59, **given)
+        found = session.run(None, inputs | given)
+        for one, wanted in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(one, wanted)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_graph_of_either_version_may_leave_adapters_out(version: int) -> None:
+    inputs, _, attributes = block_inputs()
+    session = session_of(block_model(inputs, ["x", "norm", "", "w0", "b0", "w1"], 2, attributes, version))
+    segments = [(inputs["w0"], 33, 0, inputs["b0"]), (inputs["w1"], 16, 2, None)]
+    expected = _native.matmul_block(inputs["x"], segments, norm=inputs["norm"], epsilon=1e-5)
+    for found, wanted in zip(session.run(None, inputs), expected, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("adapter_rows", np.array([2, 0, 0], np.int32), "adapter_rows has 2 for sequence 0, there are 2 slots"),
+        ("adapter_rows", np.zeros(2, np.int32), "length of query_start is 4, expected 3"),
+        ("query_start", np.array([0, 2, 3, 6], np.int32), "query_start ends at 6 but there are 5 tokens"),
+        ("adapters", np.zeros((2, 3, 299), np.float16), "adapter columns 59 to 300 are beyond the 299"),
+    ],
+)
+def test_block_product_refuses_adapters(name: str, value: np.ndarray, message: str) -> None:
+    inputs, attributes = adapter_inputs()
+    session = session_of(block_model(inputs, WITH_ADAPTERS, 2, attributes, version=2))
+    with pytest.raises(Exception, match=f"skerry.MatMulBlock: {message}"):
+        session.run(None, inputs | {name: value})
+
+
+@pytest.mark.parametrize(
+    ("order", "offset", "message"),
+    [
+        (WITH_ADAPTERS, -1, "adapter_offset is -1 with 14 inputs"), (WITH_ADAPTERS[:6], 5, "is 5 with 6 inputs"),
+        (WITH_ADAPTERS[:13], 5, "is 5 with 13 inputs"), (WITH_ADAPTERS, -2, "adapter_offset -2"),
+        ([*WITH_ADAPTERS[:11], "", *WITH_ADAPTERS[12:]], 5, "query_start is missing"),
+    ],
+)  # fmt: skip
+def test_adapters_are_there_with_their_columns_or_not_at_all(order: list[str], offset: int, message: str) -> None:
+    inputs, attributes = adapter_inputs()
+    with pytest.raises(Exception, match=f"skerry.MatMulBlock: .*{message}"):
+        session = session_of(block_model(inputs, order, 2, attributes | {"adapter_offset": offset}, version=2))
+        session.run(None, {name: inputs[name] for name in order if name})
 
 
 def test_gathered_rows_are_those_of_the_matrix() -> None:

@@ -178,7 +178,7 @@ def test_unknown_op(make_bundle, make_graph):
 @pytest.mark.parametrize(
     ("version", "ops", "said"),
     [
-        (2, ("skerry.PagedAttention:1",), "written for version 2 of skerry's ops, this version has 1"),
+        (3, ("skerry.PagedAttention:1",), "written for version 3 of skerry's ops, this version has 2"),
         (1, ("skerry.PagedAttention:2",), r"ops this runtime lacks: skerry\.PagedAttention:2"),
     ],
 )

@@ -42,8 +42,8 @@ void write(const void* data, size_t bytes) {
 
 skerry::Parallel threads() { return skerry::Pool::of(2)->parallel(); }
 
-// int64: tokens, width, rows, format, activation, epsilon as float bits; x, norm, residual, then weight and bias of
-// each.
+// int64: tokens, width, rows, format, activation, epsilon as float bits and, with adapters, their offset, slots, rank,
+// columns, sequences; x, norm, residual and, with adapters, query_start, rows, values; then weight and bias of each.
 void matmul_block(std::vector<Blob>& blobs) {
   const auto* n = as<int64_t>(blobs[0]);
   skerry::MatMulBlockArgs args;
@@ -54,11 +54,17 @@ void matmul_block(std::vector<Blob>& blobs) {
   args.x = as<float>(blobs[1]);
   args.norm = as<float>(blobs[2]);
   args.residual = as<float>(blobs[3]);
-  args.segments = static_cast<int>(blobs.size() - 4) / 2;
+  const bool adapted = blobs[0].size() > 6 * sizeof(int64_t);
+  const size_t first = adapted ? 7 : 4;
+  if (adapted) {
+    args.adapters = {n[6], true, as<uint16_t>(blobs[6]), as<int32_t>(blobs[4]), as<int32_t>(blobs[5]),
+                     n[7], n[8], n[9],                   n[10]};
+  }
+  args.segments = static_cast<int>(blobs.size() - first) / 2;
   std::vector<float> out(n[0] * n[2] * args.segments);
   for (int s = 0; s < args.segments; ++s) {
-    args.segment[s] = {as<uint8_t>(blobs[4 + 2 * s]), as<float>(blobs[5 + 2 * s]), out.data() + s * n[0] * n[2], n[2],
-                       static_cast<skerry::BlockFormat>(n[3])};
+    args.segment[s] = {as<uint8_t>(blobs[first + 2 * s]), as<float>(blobs[first + 1 + 2 * s]),
+                       out.data() + s * n[0] * n[2], n[2], static_cast<skerry::BlockFormat>(n[3])};
   }
   const std::string problem = skerry::matmul_block(args, threads());
   if (!problem.empty()) fail(problem);
