@@ -42,18 +42,23 @@ def prefill(runner: Runner, streams: list[Stream], prompts: list[list[int]], chu
 
 def decode(runner: Runner, streams: list[Stream], tokens: list[int], steps: int) -> list[int]:
     """`steps` steps of one token for each stream, each step fed with what the one before sampled."""
+    rows = _greedy_rows(len(streams))
     for _ in range(steps):
-        tokens = greedy(runner, runner.step(decode_batch(runner, streams, tokens)))
+        tokens = greedy(runner, runner.step(decode_batch(runner, streams, tokens)), rows)
     return tokens
 
 
-def greedy(runner: Runner, logits: Any) -> list[int]:
+def greedy(runner: Runner, logits: Any, rows: SampleRows | None = None) -> list[int]:
     """One token a row, through the op that serves."""
-    sampled = runner.sample(logits, SampleRows.build([SampleParams(temperature=0.0)] * len(logits)))
+    sampled = runner.sample(logits, rows or _greedy_rows(len(logits)))
     tokens = sampled.token.tolist()
     if min(tokens) < 0:
         raise SkerryError("measure engine", runner.bundle.short, "logits that are not numbers", "export it again")
     return tokens
+
+
+def _greedy_rows(count: int) -> SampleRows:
+    return SampleRows.build([SampleParams(temperature=0.0)] * count)
 
 
 def decode_batch(runner: Runner, streams: list[Stream], tokens: list[int]) -> Batch:

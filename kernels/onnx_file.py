@@ -130,14 +130,17 @@ def read_graph(path: Path) -> OnnxGraph:
     try:
         graph = _fields(_part(_fields(memoryview(path.read_bytes())), 7))
         constants = [_constant(_fields(part)) for part in _parts(graph, 5)]
-        return OnnxGraph(
+        found = OnnxGraph(
             tuple(_value(_fields(part)) for part in _parts(graph, 11)),
             tuple(_value(_fields(part)) for part in _parts(graph, 12)),
             tuple(_node(_fields(part)) for part in _parts(graph, 1)),
             {constant.name: constant for constant in constants},
         )
-    except (IndexError, UnicodeDecodeError, struct.error) as error:
+    except (IndexError, ValueError, struct.error) as error:
         raise ValueError(f"no ONNX graph: {error}") from error
+    if not found.nodes:
+        raise ValueError("no ONNX graph: it has no nodes")
+    return found
 
 
 def _node(node: _Fields) -> Node:

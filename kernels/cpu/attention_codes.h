@@ -11,9 +11,9 @@
 namespace skerry {
 namespace {
 
-constexpr int kTop = 16383;     // of a weight: two digits to the base of 128, which a signed and an unsigned byte hold
+constexpr int kTop = 16383;  // of a weight: two digits to the base of 128, which a signed and an unsigned byte hold
 constexpr int kLines = 2, kLinesAQuad = 3;  // fetched ahead at each group of dimensions, and at each quad of values
-constexpr int kPagesAhead = 2;   // that are fetched at once where no split before has done so
+constexpr int kPagesAhead = 2;              // that are fetched at once where no split before has done so
 constexpr int kCodeVectors = SKERRY_REGISTERS >= 32 ? 2 : 1;
 constexpr int kPagesAtOnce = kCodeVectors > kParts ? kCodeVectors / kParts : 1;
 constexpr int kQuads = kPage / 4;
@@ -34,7 +34,8 @@ SKERRY_INLINE void locate(const AttentionTile& t, int first, Span any, CodePages
 }
 
 // The next `lines` lines, the first of which lies before page `last` of the table, to be fetched by whoever asks; null:
-// there are none. After the last page comes what the thread reads after attention. Past a page's end they go on with its neighbour, which most often comes next.
+// there are none. After the last page comes what the thread reads after attention. Past a page's end they go on with
+// its neighbour, which most often comes next.
 SKERRY_INLINE const uint8_t* take(const AttentionTile& t, int last, int lines) {
   Lookahead* ahead = t.ahead;
   if (ahead->page >= last) {
@@ -58,8 +59,8 @@ SKERRY_INLINE void fetch(const uint8_t* from) {
   for (int i = 0; i < N; ++i) __builtin_prefetch(from + 64 * i);
 }
 
-// R rows against C registers of keys: register c is part c % kParts of page c / kParts. `last`: page of the table before
-// which lines are fetched meanwhile; 0: none are.
+// R rows against C registers of keys: register c is part c % kParts of page c / kParts. `last`: page of the table
+// before which lines are fetched meanwhile; 0: none are.
 template <int R, int C>
 SKERRY_INLINE void score_codes(const AttentionTile& t, int row, const uint8_t* const* page, int part, int last,
                                float* out) {
@@ -108,42 +109,75 @@ struct Digits {
   float unit;  // of the lower digit
 };
 
-// Weights of the keys [from, to) times the scales of their values; zero in the rest of `any`'s pages.
-SKERRY_INLINE void to_digits(const AttentionTile& t, const CodePages& pages, const float* weight, Span any, Span own,
-                             Digits* out) {
+// Scores of R rows from `row` become weights and, times the scales of their values, digits, for the pages of `any`;
+// keys that a row does not see weigh nothing. Rows pass together, as a row alone waits for its own last sum.
+template <int R>
+SKERRY_INLINE void to_digits(const AttentionTile& t, int row, int first, const CodePages& pages, Span any,
+                             const Room& room, Digits* out) {
+  float* scores = room.scores + row * kSplit;
+  const int begin = any.from / kPage * kPage, end = pages_until(any.to) * kPage;
+  float max[R];
+  for (int r = 0; r < R; ++r) {
+    const Span own = seen(t, row + r, first);
+    const bool sees = own.from < own.to;
+    if (t.softcap > 0.0f && sees) cap_scores(scores + r * kSplit, own.from, own.to, t.softcap);
+    for (int j = begin; j < (sees ? own.from : end); ++j) scores[r * kSplit + j] = -INFINITY;
+    for (int j = sees ? own.to : end; j < end; ++j) scores[r * kSplit + j] = -INFINITY;
+  }
+  Vec top[R];
+  for (int r = 0; r < R; ++r) top[r] = splat(-INFINITY);
+  for (int j = begin; j < end; j += kLanes) {
+    for (int r = 0; r < R; ++r) top[r] = larger(top[r], load(scores + r * kSplit + j));
+  }
+  Vec sum[R][kParts] = {};
+  VecI largest[R] = {};
+  for (int r = 0; r < R; ++r) {
+    const float found = largest_lane(top[r]);
+    room.max[row + r] = found;
+    max[r] = found == -INFINITY ? 0.0f : found;
+  }
   const int64_t scales = t.value_offset + kPage * padded(t.head_size);
-  alignas(64) float scaled[kSplit];
-  VecI top = {};
-  const int begin = own.from / kPage * kPage, end = pages_until(own.to) * kPage;
-  for (int j = begin; j < end; j += kLanes) {
-    const Vec w = load(weight + j);
-    const Vec v = load_as<Vec>(pages.page[j / kPage] + scales + j % kPage * 4);
-    const Vec x = w > 0.0f ? w * v : splat(0.0f);  // the scale of a key that is not seen may be anything
-    const VecI bits = load_as<VecI>(&x);           // none is negative: they are in the order of their bits
-    top = bits > top ? bits : top;
-    store(scaled + j, x);
+  for (int j = begin; j < end; j += kPage) {
+    for (int i = 0; i < kParts; ++i) {
+      const Vec v = load_as<Vec>(pages.page[j / kPage] + scales + i * kLanes * 4);
+      for (int r = 0; r < R; ++r) {
+        float* at = scores + r * kSplit + j + i * kLanes;
+        const Vec w = exp_of_weight(load(at) - max[r]);
+        sum[r][i] += w;
+        const Vec x = w > 0.0f ? w * v : splat(0.0f);  // the scale of a key that is not seen may be anything
+        const VecI bits = load_as<VecI>(&x);           // none is negative: they are in the order of their bits
+        largest[r] = bits > largest[r] ? bits : largest[r];
+        store(at, x);
+      }
+    }
   }
-  const float largest = largest_of_lanes(top);
-  const bool nothing = largest < 1e-30f;
-  const float inverse = nothing ? 0.0f : kTop / largest;
-  const int first = any.from / kPage * kPage, last = pages_until(any.to) * kPage;
-  memset(out->high + first, 0, last - first);
-  memset(out->low + first, 0, last - first);
-  VecI high_sum = {}, low_sum = {};
-  for (int j = begin; j < end; j += kLanes) {
-    const Vec magic = splat(12582912.0f);
-    const VecI code = __builtin_convertvector((load(scaled + j) * inverse + magic) - magic, VecI);
-    const VecI high = code >> 7, low = code & 127;
-    high_sum += high;
-    low_sum += low;
-    typedef int8_t Codes __attribute__((vector_size(kLanes)));
-    const Codes h = __builtin_convertvector(high, Codes), l = __builtin_convertvector(low, Codes);
-    memcpy(out->high + j, &h, sizeof h);
-    memcpy(out->low + j, &l, sizeof l);
+  float inverse[R];
+  VecI high_sum[R] = {}, low_sum[R] = {};
+  for (int r = 0; r < R; ++r) {
+    room.sum[row + r] = sum_of_16(sum[r]);
+    const float most = largest_of_lanes(largest[r]);
+    const bool nothing = most < 1e-30f;
+    inverse[r] = nothing ? 0.0f : kTop / most;
+    out[r].unit = nothing ? 0.0f : most / kTop;
   }
-  out->high_sum = sum_of_lanes(high_sum);
-  out->low_sum = sum_of_lanes(low_sum);
-  out->unit = nothing ? 0.0f : largest / kTop;
+  for (int j = begin; j < end; j += kLanes) {
+    for (int r = 0; r < R; ++r) {
+      const Vec magic = splat(12582912.0f);
+      const Vec x = load(scores + r * kSplit + j) * inverse[r];
+      const VecI code = __builtin_convertvector((x + magic) - magic, VecI);
+      const VecI high = code >> 7, low = code & 127;
+      high_sum[r] += high;
+      low_sum[r] += low;
+      typedef int8_t Codes __attribute__((vector_size(kLanes)));
+      const Codes h = __builtin_convertvector(high, Codes), l = __builtin_convertvector(low, Codes);
+      memcpy(out[r].high + j, &h, sizeof h);
+      memcpy(out[r].low + j, &l, sizeof l);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    out[r].high_sum = sum_of_lanes(high_sum[r]);
+    out[r].low_sum = sum_of_lanes(low_sum[r]);
+  }
 }
 
 // value[r] = sum over the keys of `any` of weight * value, for R rows and C vectors from dimension d.
@@ -210,18 +244,8 @@ SKERRY_INLINE void weigh_values(const AttentionTile& t, int row, Span any, int f
     }
     return;
   }
-  float* scores = room.scores + row * kSplit;
   Digits digits[R];
-  for (int r = 0; r < R; ++r) {
-    Span own = seen(t, row + r, first);
-    float* max = room.max + row + r;
-    if (own.from >= own.to || !softmax(scores + r * kSplit, own.from, own.to, t.softcap, max, room.sum + row + r)) {
-      *max = -INFINITY;
-      room.sum[row + r] = 0.0f;
-      own = {0, 0};
-    }
-    to_digits(t, pages, scores + r * kSplit, any, own, digits + r);
-  }
+  to_digits<R>(t, row, first, pages, any, room, digits);
   const int size = padded(t.head_size);
   float* value = room.value + static_cast<int64_t>(row) * size;
   int d = 0;

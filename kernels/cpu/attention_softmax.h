@@ -61,24 +61,44 @@ SKERRY_INLINE Vec tanh_capped(Vec x, float cap) {
   return cap * (t < 0.0f ? -y : y);
 }
 
+// 16 lanes in a fixed order, whatever the register: halves are added, then their halves.
+SKERRY_INLINE float sum_of_16(const Vec* sum) {
+  float lanes[16];
+  for (int i = 0; i < 16 / kLanes; ++i) store(lanes + i * kLanes, sum[i]);
+  for (int half = 8; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+SKERRY_INLINE void cap_scores(float* s, int from, int to, float softcap) {
+  for (int j = from / 16 * 16; j < to; j += kLanes) store(s + j, tanh_capped(load(s + j), softcap));
+}
+
+// Of each lane, a NaN above all.
+SKERRY_INLINE Vec larger(Vec top, Vec x) { return x > top ? x : (x == x ? top : x); }
+
+SKERRY_INLINE float largest_lane(Vec top) {
+  float lanes[kLanes];
+  store(lanes, top);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) {
+      const float other = lanes[i + half];
+      lanes[i] = other > lanes[i] || other != other ? other : lanes[i];
+    }
+  }
+  return lanes[0];
+}
+
 // Scores of a row become weights. Only [from, to) counts. Returns false where no key has a finite score.
 SKERRY_INLINE bool softmax(float* s, int from, int to, float softcap, float* max_out, float* sum_out) {
-  const int begin = from / 16 * 16;
-  const int end = (to + 15) / 16 * 16;
-  if (softcap > 0.0f) {
-    for (int j = begin; j < end; j += kLanes) store(s + j, tanh_capped(load(s + j), softcap));
-  }
+  const int begin = from / 16 * 16, end = (to + 15) / 16 * 16;
+  if (softcap > 0.0f) cap_scores(s, from, to, softcap);
   for (int j = begin; j < from; ++j) s[j] = -INFINITY;
   for (int j = to; j < end; ++j) s[j] = -INFINITY;
   Vec top = splat(-INFINITY);
-  for (int j = begin; j < end; j += kLanes) {
-    const Vec x = load(s + j);
-    top = x > top ? x : (x == x ? top : x);
-  }
-  float lanes[16];
-  store(lanes, top);
-  float max = -INFINITY;
-  for (int i = 0; i < kLanes; ++i) max = lanes[i] > max ? lanes[i] : (lanes[i] == lanes[i] ? max : lanes[i]);
+  for (int j = begin; j < end; j += kLanes) top = larger(top, load(s + j));
+  const float max = largest_lane(top);
   if (max == -INFINITY) return false;
   Vec sum[16 / kLanes] = {};
   for (int j = begin; j < end; j += 16) {
@@ -88,11 +108,8 @@ SKERRY_INLINE bool softmax(float* s, int from, int to, float softcap, float* max
       sum[i] += p;
     }
   }
-  for (int i = 0; i < 16 / kLanes; ++i) store(lanes + i * kLanes, sum[i]);
-  float total = 0.0f;
-  for (int i = 0; i < 16; ++i) total += lanes[i];
   *max_out = max;
-  *sum_out = total;
+  *sum_out = sum_of_16(sum);
   return true;
 }
 

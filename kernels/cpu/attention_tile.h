@@ -5,8 +5,8 @@
 
 namespace skerry {
 
-// Walks the pages of a sequence from end to end, a few lines at a time: what runs ahead of a task that computes. Reads in
-// order come twice as fast as runs of one head's keys and values do.
+// Walks the pages of a sequence from end to end, a few lines at a time: what runs ahead of a task that computes. Reads
+// in order come twice as fast as runs of one head's keys and values do.
 struct Lookahead {
   const uint8_t* at;
   const uint8_t* end;  // of the page

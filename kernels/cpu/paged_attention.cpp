@@ -166,8 +166,7 @@ class ItemTiles {
   int64_t state_floats() const { return padded(rows_ * (padded(size_) + 2)); }
   // Of a head: queries, codes and their scales, state, and what a split needs.
   int64_t head_floats() const {
-    return padded(rows_ * size_) + code_floats() + state_floats() +
-           attention_scratch(rows_, size_, rows_ >= kManyRows);
+    return padded(rows_ * size_) + code_floats() + state_floats() + attention_scratch(rows_, size_, rows_ >= kManyRows);
   }
   float* head(int h) const { return base_ + h * head_floats(); }
   int8_t* codes(int h) const { return reinterpret_cast<int8_t*>(head(h) + padded(rows_ * size_)); }

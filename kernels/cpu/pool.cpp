@@ -7,7 +7,7 @@
 namespace skerry {
 namespace {
 
-constexpr int kMostClaims = 0xf000;  // claims that come too late are counted on, once for each thread
+constexpr int kMostClaims = 0xf000;            // claims that come too late are counted on, once for each thread
 constexpr double kSpinningSerialWork = 5.0e4;  // a microsecond or two
 constexpr int kMostRegions = 1024;             // of a step, that are remembered
 constexpr int kAheadLines = 1024;              // 128 KB a stream: an eighth of a second-level cache
@@ -94,7 +94,8 @@ void Pool::announce(const void* const* begins, int streams) {
 const void* Pool::next() const {
   const int region = next_region_;
   if (region < 0 || region == kMostRegions) return nullptr;
-  return begins_[(static_cast<size_t>(region) * threads() + this_thread) * kMostStreams].load(std::memory_order_relaxed);
+  return begins_[(static_cast<size_t>(region) * threads() + this_thread) * kMostStreams].load(
+      std::memory_order_relaxed);
 }
 
 bool Pool::Ahead::fetch(int lines) {

@@ -59,9 +59,9 @@ class Pool {
   std::unique_ptr<std::atomic<const char*>[]> begins_;
   size_t announced_ = 0;
   std::atomic<int> next_region_{-1};
-  // What is left to claim: region << 32 | claims << 16 | next claim. A claim below `claims` is one of the region that it
-  // came with, which lives until all of its claims are finished: a thread that comes late finds nothing, or claims of
-  // the next region, and nobody waits for it.
+  // What is left to claim: region << 32 | claims << 16 | next claim. A claim below `claims` is one of the region that
+  // it came with, which lives until all of its claims are finished: a thread that comes late finds nothing, or claims
+  // of the next region, and nobody waits for it.
   alignas(64) std::atomic<uint64_t> ticket_{0};
   // Of the region, in the line that a claim brings along.
   std::atomic<Parallel::Task> task_{nullptr};

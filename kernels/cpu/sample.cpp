@@ -273,7 +273,8 @@ const float* prepare(const SampleArgs& a, int64_t row, Workspace& space, float* 
 int32_t choose(const SampleArgs& a, int64_t row, float max, Workspace& space) {
   const float* x = prepare(a, row, space, &max);
   if (x == nullptr) return -1;
-  if (a.temperature[row] < kGreedyTemperature) return static_cast<int32_t>(sample_math().first_of(x, a.vocabulary, max));
+  if (a.temperature[row] < kGreedyTemperature)
+    return static_cast<int32_t>(sample_math().first_of(x, a.vocabulary, max));
   sample_math().weights(x, a.vocabulary, max, space.weight.data());
   if (keeps_all(a, row)) return draw_all(a, row, space.weight.data());
   return draw(a, row, select(a, row, x, max, space.weight.data(), space), space);

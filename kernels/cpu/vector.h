@@ -111,6 +111,23 @@ SKERRY_INLINE Vec exp_negative(Vec x) {
   return x == x ? p : x;
 }
 
+// The same within 3e-7 where it is above 2^-14, which is what is left of weights that are rounded to 14 bits.
+SKERRY_INLINE Vec exp_of_weight(Vec x) {
+  const Vec magic = splat(12582912.0f);
+  const Vec clamped = x < -87.0f ? splat(-87.0f) : x;
+  const Vec n = fma(clamped, splat(1.44269504088896341f), magic) - magic;
+  const Vec r = fma(n, splat(-0.693147180559945309f), clamped);
+  Vec p = splat(0.00829027221f);
+  p = fma(p, r, splat(0.0418981612f));
+  p = fma(p, r, splat(0.166676387f));
+  p = fma(p, r, splat(0.499991477f));
+  p = fma(p, r, splat(0.999999702f));
+  p = fma(p, r, splat(1.0f));
+  const VecI bits = (__builtin_convertvector(n, VecI) + 127) << 23;
+  p = p * load_as<Vec>(&bits);
+  return x < -87.0f ? splat(0.0f) : p;
+}
+
 // NEON multiplies signed bytes by signed ones, x86 unsigned by signed.
 #if defined(__aarch64__)
 constexpr bool kSigned = true;
@@ -181,9 +198,13 @@ SKERRY_INLINE int32_t sum_of_lanes(VecI x) {
 
 // The largest of floats that are not negative, by their bits: a NaN is above all of them, and so shows.
 SKERRY_INLINE float largest_of_lanes(VecI bits) {
+#if defined(__AVX512F__)
+  const int32_t most = _mm512_reduce_max_epi32((__m512i)bits);
+#else
   int32_t lanes[kLanes], most = 0;
   memcpy(lanes, &bits, sizeof lanes);
   for (int i = 0; i < kLanes; ++i) most = lanes[i] > most ? lanes[i] : most;
+#endif
   float largest;
   memcpy(&largest, &most, sizeof largest);
   return largest;

@@ -183,7 +183,7 @@ def test_a_graph_that_is_none(tmp_path, make_bundle, capsys):
     """Sealed as it is, so the digests agree: the engine itself has to refuse."""
     bundle = make_bundle(tmp_path / "broken", SimpleNamespace(SerializeToString=lambda: b"no graph"))
     assert run(["bench", "engine", str(bundle.path), *QUICK]) == 1
-    assert "ONNX Runtime refuses the graph" in capsys.readouterr().err
+    assert "no ONNX graph" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ def test_later_versions_of_ops_are_refused_by_name(make_bundle, make_graph, vers
 def test_graph_from_garbage(make_bundle):
     sealed = make_bundle()
     sealed.file("graph.onnx").write_bytes(b"not a graph")
-    with pytest.raises(IncompatibleError, match=r"graph\.onnx is refused: wire type 6"):
+    with pytest.raises(IncompatibleError, match=r"graph\.onnx is refused: no ONNX graph: wire type 6"):
         Runner.open(sealed, pages=4)
 
 
