@@ -52,7 +52,9 @@ def pack_rows(rows: Sequence[Row], page_size: int) -> Batch:
     if not rows:
         raise InputError("pack step", "", "no rows")
     groups = len(rows[0].pages)
-    ids, positions, wanted, starts, ends = [], [], [], [0], []
+    ids: list[int] = []
+    positions: list[int] = []
+    wanted, starts, ends = list[int](), [0], list[int]()
     slots: list[list[int]] = [[] for _ in range(groups)]
     width = max(1, max(-(-(row.start + len(row.tokens)) // page_size) for row in rows))
     tables = [np.full((len(rows), width), -1, np.int32) for _ in range(groups)]

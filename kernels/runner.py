@@ -179,7 +179,7 @@ class Runner:
         return self._adapters
 
     def _check_adapters(self, batch: Batch) -> None:
-        if batch.adapter_rows.max(initial=-1) >= 0:
+        if max(batch.adapter_rows.tolist(), default=-1) >= 0:
             self._slots().check_rows(batch.adapter_rows)
 
 
