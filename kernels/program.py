@@ -85,17 +85,12 @@ class _Compiler:
         groups = sum(value.name.startswith("block_table.") for value in graph.inputs)
         # A buffer for each value would do; most are handed out again.
         self.program = _native.Program(sum(len(node.outputs) for node in graph.nodes), layers, groups)
-        self.add_by_op: dict[str, Callable[[Node], None]] = {
-            "skerry.GatherBlock": self._gather, "skerry.MatMulBlock": self._product,
-            "skerry.PagedAttention": self._attention, "Gather": self._pick, "RMSNormalization": self._norm,
-            "Reshape": self._reshape, **dict.fromkeys(ELEMENTS, self._element),
-        }  # fmt: skip
 
     def add(self, index: int, node: Node) -> None:
-        if node.op not in self.add_by_op:
+        if node.op not in _ADD:
             raise ValueError(f"{node.name} is {node.op}")
         try:
-            self.add_by_op[node.op](node)
+            _ADD[node.op](self, node)
         except TypeError as error:
             raise ValueError(f"{node.name} does not fit its op") from error
         for name in node.inputs:
@@ -210,6 +205,14 @@ class _Compiler:
             other = self._read(second).place
         out = self._write(node.outputs[0], x.place[1], x.place[2], x.last)
         self.program.element(node.name, ELEMENTS[node.op], x.place, out, other, by)
+
+
+# Not of the compiler itself: bound methods would keep it, and all that it maps, alive.
+_ADD: dict[str, Callable[[_Compiler, Node], None]] = {
+    "skerry.GatherBlock": _Compiler._gather, "skerry.MatMulBlock": _Compiler._product,
+    "skerry.PagedAttention": _Compiler._attention, "Gather": _Compiler._pick, "RMSNormalization": _Compiler._norm,
+    "Reshape": _Compiler._reshape, **dict.fromkeys(ELEMENTS, _Compiler._element),
+}  # fmt: skip
 
 
 def _numbered(name: str, prefix: str) -> int:

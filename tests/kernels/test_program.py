@@ -3,6 +3,8 @@ program answers as ONNX Runtime does is tests/exporter/test_engine_bits.py's."""
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -91,6 +93,19 @@ def test_a_program_runs_and_wants_any_number_of_rows(seal: Callable[..., Bundle]
         assert runner.step(pack_rows([Row(range(40), 0, [[3, 4, 5]], "none")], 16)).shape == (0, VOCAB)
         next_row = runner.step(pack_rows([Row([7], 40, [[0, 1, 2]]), Row([7], 40, [[3, 4, 5]])], 16))
         np.testing.assert_array_equal(next_row[0], next_row[1])
+
+
+def test_a_closed_runner_lets_go_of_weights_and_pages_at_once(seal: Callable[..., Bundle]) -> None:
+    bundle = seal(program_graph())
+    gc.disable()
+    try:
+        runner = Runner.open(bundle, threads=1, pages=8)
+        pages = weakref.ref(runner._kv[0])
+        runner.step(pack_rows([Row(range(5), 0, [[0]])], 16))
+        runner.close()
+        assert pages() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(
