@@ -22,8 +22,8 @@ QUICK = {
     "--concurrency 8 --out": "--concurrency 8 --repeats 2 --starts 0 --output-tokens 8 --out",
     # Random weights on a busy machine: what is shown here is that it runs, not how fast it is, and a client that was
     # kept waiting makes it a measurement worth nothing (6).
-    "--metric tpot:0.1 --out bench/compare": "--metric e2e:9 --blocks 8 --max-blocks 8 --requests 4 --quality-prompts 8 "
-    "--out bench/compare || test $? -eq 6",
+    "--metric tpot:0.1 --out bench/compare": "--metric e2e:9 --blocks 8 --max-blocks 8 --requests 4 --quality-prompts 8"
+    " --out bench/compare || test $? -eq 6",
 }
 
 
