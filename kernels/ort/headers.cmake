@@ -1,6 +1,6 @@
-#ONNX Runtime 's C headers: its Python wheel carries none. A packaged copy (scripts/ort_headers.sh puts Debian' s under
-#build / ort / include), else the upstream release, each file by hash.Sets SKERRY_ORT_INCLUDE.
-#Built against API 21 on purpose : the API is versioned, so the library runs on every later runtime.
+# ONNX Runtime's C headers: its Python wheel carries none. A packaged copy (scripts/ort_headers.sh puts Debian's under
+# build/ort/include), else the upstream release, each file by hash. Sets SKERRY_ORT_INCLUDE.
+# Built against API 21 on purpose: the API is versioned, so the library runs on every later runtime.
 find_path(SKERRY_ORT_INCLUDE onnxruntime_cxx_api.h
   PATHS ${CMAKE_SOURCE_DIR}/build/ort/include /usr/include/onnxruntime /usr/local/include/onnxruntime
   PATH_SUFFIXES onnxruntime onnxruntime/core/session)
