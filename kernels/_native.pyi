@@ -14,6 +14,9 @@ SPLIT_TOKENS: int
 _F = npt.NDArray[np.float32]
 _I = npt.NDArray[np.int32]
 
+Place = tuple[int, int, bool]  # buffer (-1: the caller's logits), width, whether rows are the wanted ones
+Segment = tuple[npt.NDArray[np.uint8], int, int, _F | None]  # weight, rows, format, bias
+
 def isa() -> str: ...
 def paged_attention(
     q: _F,
@@ -42,7 +45,7 @@ def paged_attention(
 def sample(logits: _F, rows: Any, threads: int = 1) -> tuple[_I, _F, _F, _I, _F]: ...
 def matmul_block(
     x: _F,
-    segments: Sequence[tuple[npt.NDArray[np.uint8], int, int, _F | None]],
+    segments: Sequence[Segment],
     *,
     norm: _F | None = None,
     residual: _F | None = None,
@@ -54,12 +57,9 @@ def matmul_block(
     adapter_offset: int = -1,
     threads: int = 1,
 ) -> list[_F]: ...
-def gather_block(ids: _I, table: tuple[npt.NDArray[np.uint8], int, int, _F | None], width: int) -> _F: ...
+def gather_block(ids: _I, table: Segment, width: int) -> _F: ...
 def kept(logits: _F, rows: Any, row: int) -> _I: ...
 def philox4x32(c0: int, c1: int, c2: int, c3: int, key0: int, key1: int) -> tuple[int, int, int, int]: ...
-
-Place = tuple[int, int, bool]  # buffer (-1: the caller's logits), width, whether rows are the wanted ones
-Segment = tuple[npt.NDArray[np.uint8], int, int, _F | None]  # weight, rows, format, bias
 
 class Program:
     def __init__(self, buffers: int, layers: int, groups: int) -> None: ...

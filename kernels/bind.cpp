@@ -41,9 +41,8 @@ BlockAdapters block_adapters(const nb::object& values, const nb::object& rows, c
   const int missing = values.is_none() + rows.is_none() + query_start.is_none();
   if (missing == 3 && offset < 0) return found;
   if (missing > 0) throw std::invalid_argument("adapters, adapter_rows and query_start go together");
-  const auto halves = nb::cast<nb::ndarray<nb::c_contig, nb::device::cpu, nb::ro>>(values);
-  if (halves.dtype() != nb::dlpack::dtype{2, 16, 1}) throw std::invalid_argument("adapters are not float16");
-  expect("dimensions of adapters", halves.ndim(), 3);
+  const auto halves = nb::cast<HalfTensor>(values);
+  expect_adapters(halves);
   const auto slots = nb::cast<In<int32_t>>(rows);
   expect("dimensions of adapter_rows", slots.ndim(), 1);
   found.given = true;

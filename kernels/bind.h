@@ -50,6 +50,14 @@ const T* checked(const char* name, const In<T>& array, std::initializer_list<siz
   return array.data();
 }
 
+// nanobind has no C++ type of halves: their type is checked by hand.
+using HalfTensor = nb::ndarray<nb::c_contig, nb::device::cpu, nb::ro>;
+
+inline void expect_adapters(const HalfTensor& values) {
+  if (values.dtype() != nb::dlpack::dtype{2, 16, 1}) throw std::invalid_argument("adapters are not float16");
+  expect("dimensions of adapters", values.ndim(), 3);
+}
+
 // weight, rows, format, bias (or None)
 using Segment = std::tuple<In<uint8_t>, int64_t, int, nb::object>;
 

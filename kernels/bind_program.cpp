@@ -67,9 +67,10 @@ class BoundProgram {
     step->k = place(k);
     step->v = place(v);
     step->out = place(out);
+    const auto bytes = static_cast<size_t>(step->shape.page_bytes());
     add(name, std::move(step));
     if (page_bytes_.size() <= static_cast<size_t>(layer)) page_bytes_.resize(layer + 1);
-    page_bytes_[layer] = shapes_bytes(num_kv_heads, head_size, kv_layout);
+    page_bytes_[layer] = bytes;
   }
 
   void pick(Name name, const PlaceTuple& x, const PlaceTuple& out) {
@@ -109,9 +110,8 @@ class BoundProgram {
     kept_.push_back(nb::cast(pages));
   }
 
-  void set_adapters(const nb::ndarray<nb::c_contig, nb::device::cpu, nb::ro>& values) {
-    if (values.dtype() != nb::dlpack::dtype{2, 16, 1}) throw std::invalid_argument("adapters are not float16");
-    expect("dimensions of adapters", values.ndim(), 3);
+  void set_adapters(const HalfTensor& values) {
+    expect_adapters(values);
     program_.set_adapters({static_cast<const uint16_t*>(values.data()), static_cast<int64_t>(values.shape(0)),
                            static_cast<int64_t>(values.shape(1)), static_cast<int64_t>(values.shape(2))});
     kept_.push_back(nb::cast(values));
@@ -153,14 +153,6 @@ class BoundProgram {
   }
 
  private:
-  static size_t shapes_bytes(int num_kv_heads, int head_size, int kv_layout) {
-    PagedAttentionShape shape;
-    shape.num_kv_heads = num_kv_heads;
-    shape.head_size = head_size;
-    shape.layout = static_cast<KvLayout>(kv_layout);
-    return static_cast<size_t>(shape.page_bytes());
-  }
-
   BlockSegment segment(const Segment& given, int64_t width) {
     kept_.push_back(nb::cast(std::get<0>(given)));
     if (!std::get<3>(given).is_none()) kept_.push_back(std::get<3>(given));

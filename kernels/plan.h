@@ -23,9 +23,8 @@ struct AttentionItem {
   int32_t tokens;
   int32_t first_split;
   int32_t splits;
-  int64_t
-      partial;    // index of the first of [splits][heads] partial results, or -1: the item finishes its rows by itself
-  int32_t merge;  // which of `merges` its partial results belong to
+  int64_t partial;  // the first of [splits][heads] partial results, or -1: the item finishes its rows by itself
+  int32_t merge;    // which of `merges` its partial results belong to
 };
 
 struct AttentionPlan {
@@ -74,8 +73,7 @@ inline AttentionPlan plan_attention(const PagedAttentionShape& shape, const Page
         item.partial = plan.partials;
         item.merge = static_cast<int32_t>(plan.merges.size());
         plan.merges.push_back(item);
-        const int32_t run =
-            static_cast<int32_t>((splits + threads - 1) / threads);  // whoever begins a run waits for it
+        const int32_t run = (item.splits + threads - 1) / threads;  // in one piece: each begins without lookahead
         for (int32_t s = 0; s < splits; s += run) {
           plan.items.push_back({item.sequence, h, heads, first, count, item.first_split + s,
                                 std::min<int32_t>(run, item.splits - s), plan.partials + int64_t{s} * heads,

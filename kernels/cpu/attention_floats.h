@@ -99,7 +99,7 @@ SKERRY_INLINE void score_rows(const AttentionTile& t, int row, const Places<E>& 
     const E* const* page = places.page + at / kParts;
     // After the last keys come the first values, regions of the same size.
     const E* const* ahead = at + 2 * kVectors <= end ? page + kVectors / kParts : places.first_values;
-    if (t.rows >= kManyRows) ahead = nullptr;  // many rows read the same keys: they are at hand
+    if (t.ahead == nullptr) ahead = nullptr;  // many rows read the same keys: they are at hand
     score<R, kVectors>(q, t.head_size, page, at % kParts, ahead, out + at * kLanes);
   }
   for (; at < end; ++at) {
@@ -199,7 +199,7 @@ void attend_floats(const AttentionTile& t, int first, Span any, const Room& room
   }
   Places<uint16_t> halves;
   locate(t, first, any.from, any.to, &halves);
-  if (t.rows < kManyRows) {
+  if (t.ahead != nullptr) {
     attend_all(t, first, halves, room);
   } else {
     widen(t, any.from, any.to, halves, room.wide, &places);

@@ -15,7 +15,6 @@ constexpr int kPage = 16;               // tokens of a page
 constexpr int kParts = kPage / kLanes;  // registers that hold a page's keys of one dimension
 constexpr int kPages = kSplit / kPage;  // of a split
 constexpr int kRows = 4;                // query rows that share a load
-constexpr int kManyRows = 3 * kRows;    // as in plan.h
 
 // What a row sees of a split, as offsets from its first key; nothing where from >= to.
 struct Span {

@@ -227,15 +227,19 @@ def block_model(
     return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
 
 
+def assert_equals_the_direct_call(session: Any, inputs: dict[str, np.ndarray]) -> None:
+    segments = [(inputs["w0"], 33, 0, inputs["b0"]), (inputs["w1"], 16, 2, None)]
+    expected = _native.matmul_block(inputs["x"], segments, norm=inputs["norm"], epsilon=1e-5)
+    for found, wanted in zip(session.run(None, inputs), expected, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("tokens", [1, 5, 40])
 def test_block_product_equals_the_direct_call(threads: int, tokens: int) -> None:
     inputs, _, attributes = block_inputs(tokens)
     session = session_of(block_model(inputs, ["x", "norm", "", "w0", "b0", "w1"], 2, attributes), threads)
-    segments = [(inputs["w0"], 33, 0, inputs["b0"]), (inputs["w1"], 16, 2, None)]
-    expected = _native.matmul_block(inputs["x"], segments, norm=inputs["norm"], epsilon=1e-5)
-    for found, wanted in zip(session.run(None, inputs), expected, strict=True):
-        np.testing.assert_array_equal(found, wanted)
+    assert_equals_the_direct_call(session, inputs)
 
 
 @pytest.mark.parametrize(
@@ -297,10 +301,7 @@ def test_a_block_product_with_adapters_equals_the_direct_call() -> None:
 def test_a_graph_of_either_version_may_leave_adapters_out(version: int) -> None:
     inputs, _, attributes = block_inputs()
     session = session_of(block_model(inputs, ["x", "norm", "", "w0", "b0", "w1"], 2, attributes, version))
-    segments = [(inputs["w0"], 33, 0, inputs["b0"]), (inputs["w1"], 16, 2, None)]
-    expected = _native.matmul_block(inputs["x"], segments, norm=inputs["norm"], epsilon=1e-5)
-    for found, wanted in zip(session.run(None, inputs), expected, strict=True):
-        np.testing.assert_array_equal(found, wanted)
+    assert_equals_the_direct_call(session, inputs)
 
 
 @pytest.mark.parametrize(
