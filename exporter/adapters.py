@@ -11,9 +11,9 @@ import onnx_ir as ir
 from skerry.core.bundle import AdapterLayout, AdapterProjection
 from skerry.core.errors import SkerryError, UsageError
 from skerry.exporter.blocks import Decoder
+from skerry.kernels.program import ADAPTER_INPUTS
 
 OP_VERSION = 2  # of MatMulBlock, that has these inputs
-FIRST_INPUT = 11  # after the last segment that a node can have
 
 
 def check_precision(precision: str) -> None:
@@ -43,14 +43,14 @@ def add_adapters(graph: ir.Graph, layout: AdapterLayout) -> int:
     graph.opset_imports["skerry"] = OP_VERSION
     projections, count = {f"{one.name}.weight.blocks": one for one in layout.projections}, 0
     for node in [n for n in graph if n.op_type == "MatMulBlock"]:
-        names = [str(value.name) for value in node.inputs[3:FIRST_INPUT:2] if value is not None]
+        names = [str(value.name) for value in node.inputs[3:ADAPTER_INPUTS:2] if value is not None]
         if not any(name in projections for name in names):
             continue
         own = [projections.get(name) for name in names]
         node.attributes["adapter_offset"] = ir.AttrInt64("adapter_offset", _offset(str(node.name), own))
-        node.resize_inputs(FIRST_INPUT + 3)
+        node.resize_inputs(ADAPTER_INPUTS + 3)
         for index, value in enumerate((query_start, rows, values)):
-            node.replace_input_with(FIRST_INPUT + index, value)
+            node.replace_input_with(ADAPTER_INPUTS + index, value)
         count += 1
     return count
 

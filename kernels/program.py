@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 LOGITS = -1  # the buffer that the caller brings
 STEP_INPUTS = ("positions", "query_start", "context_len")
-ADAPTER_INPUTS = 11  # of MatMulBlock, from there on
+ADAPTER_INPUTS = 11  # of MatMulBlock, from there on: after the last segment that a node can have
 ADD, MULTIPLY, DIVIDE, TANH = range(4)
 ELEMENTS = {"Add": ADD, "Mul": MULTIPLY, "Div": DIVIDE, "Tanh": TANH}
 
