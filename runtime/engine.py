@@ -34,8 +34,9 @@ class Engine(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
-    def step(self, rows: list[StepRow]) -> list[SampledToken | None]:
-        """One token (or None) per row. Raises on failure; the same rows may then be asked again."""
+    def step(self, rows: list[StepRow]) -> list[list[SampledToken]]:
+        """The tokens of each row: none without sampling, else one, and one more for each draft that came true, up to
+        the first that did not. Raises on failure; the same rows may then be asked again."""
         ...
 
 
@@ -47,7 +48,12 @@ class Load:
     waiting: int
     pages_used: int
     pages: int
+    pages_cached: int
     preemptions: int
+    prompt_tokens: int
+    cached_tokens: int
+    drafted: int
+    accepted: int
     steps: int
     failed_steps: int
 
@@ -81,7 +87,7 @@ class EngineLoop:
         with self._changed:
             if self._closing:
                 raise Unavailable("accept request", "", self._closing)
-            sequences = self.scheduler.submit(*requests)
+            sequences = self.scheduler.submit(*requests, now=time.monotonic())
             self._changed.notify()
         return sequences
 
@@ -93,10 +99,12 @@ class EngineLoop:
 
     def load(self) -> Load:
         with self._changed:
-            scheduler = self.scheduler
+            scheduler, pool = self.scheduler, self.scheduler.pool
+            totals, guesses = scheduler.totals, scheduler.speculator
             return Load(
-                len(scheduler.running), len(scheduler.waiting), scheduler.pool.used, scheduler.pool.pages,
-                scheduler.preemptions, self._steps, self._failed,
+                len(scheduler.running), len(scheduler.waiting), pool.used, pool.pages, pool.cached, totals.preemptions,
+                totals.prompt_tokens, totals.cached_tokens, guesses.drafted, guesses.accepted, self._steps,
+                self._failed,
             )  # fmt: skip
 
     def close(self, reason: str = "the server is shutting down") -> None:
@@ -123,7 +131,12 @@ class EngineLoop:
                     self._changed.wait()
                 if self._closing:
                     return
+                expired = self._expire()
                 planned = self.scheduler.plan()
+            if expired:
+                self._deliver(expired)
+            if not planned:
+                continue
             sampled, errors = self._step(planned)
             with self._changed:
                 updates = self._commit(planned, sampled, errors)
@@ -137,21 +150,29 @@ class EngineLoop:
         self._fatal, self._closing = True, cause
         self._on_fatal(cause)
 
-    def _step(self, planned: list[Planned]) -> tuple[list[SampledToken | None], dict[int, str]]:
+    def _expire(self) -> list[Update]:
+        now = time.monotonic()
+        return [Update(sequence, None, why, now) for sequence, why in self.scheduler.expire(now)]
+
+    def _step(self, planned: list[Planned]) -> tuple[list[list[SampledToken]], dict[int, str]]:
         """Runs the batch; when it fails, each row alone, so that a poisoned request costs only itself.
 
         Asking again is safe: a row writes the same values to the same slots. Answers tokens and errors by row.
         """
         self._steps += 1
+        began = time.monotonic()
         try:
             sampled = self.engine.step([item.row for item in planned])
             self._failed_in_a_row = 0
+            if all(item.sequence.remaining == 1 for item in planned):
+                tokens = sum(1 + len(item.row.drafts) for item in planned)
+                self.scheduler.speculator.cost.add(tokens, time.monotonic() - began)
             return sampled, {}
         except Exception as error:  # noqa: BLE001 - whatever an engine throws fails requests, never the process
             log.warning("step of %d rows failed: %s", len(planned), error)
             self._failed += 1
             errors = {0: str(error)}
-        sampled = [None] * len(planned)
+        sampled = [[] for _ in planned]
         if len(planned) > 1:
             errors = {}
             for index, item in enumerate(planned):
@@ -163,16 +184,16 @@ class EngineLoop:
         return sampled, errors
 
     def _commit(
-        self, planned: list[Planned], sampled: list[SampledToken | None], errors: dict[int, str]
+        self, planned: list[Planned], sampled: list[list[SampledToken]], errors: dict[int, str]
     ) -> list[Update]:
         now = time.monotonic()
         updates = []
         for index, cause in errors.items():
             sequence = planned[index].sequence
-            if self.scheduler.finish(sequence):
+            if self.scheduler.finish(sequence, poisoned=True):
                 updates.append(Update(sequence, None, "error", now, cause))
-        for index, reason in self.scheduler.commit(planned, sampled):
-            updates.append(Update(planned[index].sequence, sampled[index], reason, now))
+        for index, token, reason in self.scheduler.commit(planned, sampled):
+            updates.append(Update(planned[index].sequence, token, reason, now))
         return updates
 
     def _abandon(self) -> None:

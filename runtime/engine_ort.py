@@ -1,14 +1,22 @@
-"""Engine on ONNX Runtime: rows become the packed batch of kernels.runner, and logits become tokens by its sampler."""
+"""Engine over the step runner: rows become its packed batch, and logits become tokens by its sampler."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
 
 from skerry.core.errors import SkerryError
 from skerry.kernels.runner import Row, Runner, Sampled, SampleParams, SampleRows, pack_rows
 from skerry.runtime.request import SampledToken, SamplingParams, StepRow
 
+Mask = npt.NDArray[np.int32]
+
 
 class OrtEngine:
-    """Pages hold float32 keys and values; every KV group uses the same page numbers."""
+    """Every KV group uses the same page numbers."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
@@ -17,29 +25,70 @@ class OrtEngine:
         self.max_context = runner.max_context
         self.vocab_size = runner.vocab_size
 
-    def step(self, rows: list[StepRow]) -> list[SampledToken | None]:
-        """Raises SkerryError: the graph failed, or a row's logits are not finite."""
-        groups = self._runner.groups
-        packed = [Row(row.tokens, row.start, [row.pages] * groups, "last" if row.sampling else "none") for row in rows]
-        logits = self._runner.step(pack_rows(packed, self.page_size))
-        drawing = [(row, row.sampling) for row in rows if row.sampling is not None]
+    def step(self, rows: list[StepRow]) -> list[list[SampledToken]]:
+        """Raises SkerryError: the graph failed, a row's logits are not finite, or its grammar failed."""
+        logits = self._runner.step(pack_rows([self._packed(row) for row in rows], self.page_size))
+        drawing = [row for row in rows if row.sampling is not None]
         if not drawing:
-            return [None] * len(rows)
-        top_n = max(sampling.top_n for _, sampling in drawing)
-        params = [_params(row, sampling) for row, sampling in drawing]
+            return [[] for _ in rows]
+        params = [param for row in drawing for param in _params(row)]
+        top_n = max(row.sampling.top_n for row in drawing if row.sampling)
         sampled = self._runner.sample(logits, SampleRows.build(params, top_n))
-        if sampled.token.min() < 0:
-            cause = "the logits are not finite, or logit_bias excludes every token"
-            raise SkerryError("sample", f"{len(drawing)} rows", cause)
-        tokens = iter(_tokens(sampled, [sampling.top_n for _, sampling in drawing]))
-        return [None if row.sampling is None else next(tokens) for row in rows]
+        tokens = iter(_tokens(sampled, [row.sampling.top_n for row in drawing if row.sampling for _ in _drawn(row)]))
+        found: list[list[SampledToken]] = []
+        for row in rows:
+            found.append(_matched(row, [next(tokens) for _ in _drawn(row)]))
+        return found
+
+    def _packed(self, row: StepRow) -> Row:
+        pages = [row.pages] * self._runner.groups
+        if row.sampling is None:
+            return Row(row.tokens, row.start, pages, "none", adapter=row.adapter)
+        if not row.drafts:
+            return Row(row.tokens, row.start, pages, "last", adapter=row.adapter)
+        wanted = [len(row.tokens) - 1 + index for index in _drawn(row)]
+        return Row([*row.tokens, *row.drafts], row.start, pages, wanted, adapter=row.adapter)
 
 
-def _params(row: StepRow, sampling: SamplingParams) -> SampleParams:
+def _drawn(row: StepRow) -> range:
+    """The tokens drawn for a row: one, and one behind each draft."""
+    return range(0 if row.sampling is None else 1 + len(row.drafts))
+
+
+def _matched(row: StepRow, tokens: list[SampledToken]) -> list[SampledToken]:
+    """Those that count: each was drawn behind drafts that came true. Raises SkerryError where none could be drawn."""
+    kept = []
+    for index, token in enumerate(tokens):
+        if token.id < 0:
+            cause = "the logits are not finite, or logit_bias or grammar exclude every token"
+            raise SkerryError("sample", f"token {row.token_index + index}", cause)
+        kept.append(token)
+        if index == len(row.drafts) or token.id != row.drafts[index]:
+            break
+    return kept
+
+
+def _params(row: StepRow) -> list[SampleParams]:
+    """Of each token drawn for a row; behind a draft as if it had been drawn."""
+    assert row.sampling is not None
+    masks = row.constraint.masks() if row.constraint is not None else []
+    history, found = row.history or {}, []
+    for index in _drawn(row):
+        if index and row.history is not None:
+            draft = row.drafts[index - 1]
+            history = {**history, draft: history.get(draft, 0) + 1}
+        mask = masks[index] if index < len(masks) else None
+        found.append(_param(row, row.sampling, row.token_index + index, history, mask))
+    return found
+
+
+def _param(row: StepRow, s: SamplingParams, at: int, history: Mapping[int, int], mask: Mask | None) -> SampleParams:
+    bias = dict(s.logit_bias)
+    if at < row.until:
+        bias |= dict.fromkeys(row.forbidden, -math.inf)
     return SampleParams(
-        temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p,
-        repetition=sampling.repetition, frequency=sampling.frequency, presence=sampling.presence, seed=sampling.seed,
-        token_index=row.token_index, history=row.history or {}, bias=dict(sampling.logit_bias),
+        temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p, repetition=s.repetition,
+        frequency=s.frequency, presence=s.presence, seed=s.seed, token_index=at, history=history, bias=bias, mask=mask,
     )  # fmt: skip
 
 

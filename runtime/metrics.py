@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from skerry.runtime.engine import Load
 from skerry.runtime.observe import Timing
@@ -39,7 +41,12 @@ class Metrics:
         self._gauge("vllm:num_requests_running", "Sequences in the batch", lambda: load().running)
         self._gauge("vllm:num_requests_waiting", "Sequences in the queue", lambda: load().waiting)
         self._gauge("vllm:kv_cache_usage_perc", "Share of KV pages in use (0 to 1)", lambda: _share(load()))
-        self._gauge("skerry:preemptions", "Sequences preempted since the start", lambda: load().preemptions)
+        self._gauge("skerry:kv_pages_cached", "Free KV pages that a prompt may find again", lambda: load().pages_cached)
+        self._total("vllm:num_preemptions", "Sequences preempted", lambda: load().preemptions)
+        self._total("vllm:prefix_cache_queries", "Prompt tokens looked up in the cache", lambda: load().prompt_tokens)
+        self._total("vllm:prefix_cache_hits", "Prompt tokens found in the cache", lambda: load().cached_tokens)
+        self._total("vllm:spec_decode_num_draft_tokens", "Tokens guessed", lambda: load().drafted)
+        self._total("vllm:spec_decode_num_accepted_tokens", "Tokens guessed right", lambda: load().accepted)
         self._gauge("skerry:engine_steps", "Engine steps since the start", lambda: load().steps)
         self._gauge("skerry:engine_steps_failed", "Engine steps that failed", lambda: load().failed_steps)
 
@@ -75,8 +82,22 @@ class Metrics:
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(name, text, ["model_name"], registry=self.registry).labels(self._model)
 
+    def _total(self, name: str, text: str, value: Callable[[], float]) -> None:
+        """A counter that is kept elsewhere and read when asked for."""
+        self.registry.register(_Total(name, text, self._model, value))
+
     def _gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
         Gauge(name, text, ["model_name"], registry=self.registry).labels(self._model).set_function(value)
+
+
+class _Total(Collector):
+    def __init__(self, name: str, text: str, model: str, value: Callable[[], float]) -> None:
+        self._name, self._text, self._model, self._value = name, text, model, value
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        family = CounterMetricFamily(self._name, self._text, labels=["model_name"])
+        family.add_metric([self._model], self._value())
+        yield family
 
 
 def _share(load: Load) -> float:

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from skerry.core.errors import SkerryError
+from skerry.runtime.api_error import ApiError, refuse
+from skerry.runtime.fields import boolean, integer, number, utf8
+from skerry.runtime.messages import message
 from skerry.runtime.request import SamplingParams
 
 MAX_CHOICES, MAX_STOPS, MAX_STOP_LENGTH, MAX_LOGPROBS, MAX_BIASES = 16, 16, 512, 20, 1024
 
 COMMON = frozenset({
     "model", "stream", "stream_options", "seed", "temperature", "top_k", "top_p", "min_p", "presence_penalty",
-    "frequency_penalty", "repetition_penalty", "logit_bias", "logprobs", "max_tokens", "ignore_eos", "stop", "n",
+    "frequency_penalty", "repetition_penalty", "logit_bias", "logprobs", "max_tokens", "min_tokens", "ignore_eos",
+    "stop", "stop_token_ids", "n", "priority", "timeout", "cache_salt", "include_stop_str_in_output", "speculate",
 })  # fmt: skip
 CHAT = COMMON | {"messages", "max_completion_tokens", "top_logprobs"}
 COMPLETION = COMMON | {"prompt"}
@@ -33,51 +35,22 @@ UNIMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (), "prediction": (),
     "web_search_options": (), "reasoning_effort": ("none",), "echo": (False,), "best_of": (1,), "suffix": ("",),
-    "min_tokens": (0,), "use_beam_search": (False,), "length_penalty": (1, 1.0), "stop_token_ids": ([],),
-    "bad_words": ([],), "include_stop_str_in_output": (False,), "skip_special_tokens": (True,), "priority": (0,),
+    "use_beam_search": (False,), "length_penalty": (1, 1.0),
+    "bad_words": ([],), "skip_special_tokens": (True,),
     "prompt_logprobs": (0,), "truncate_prompt_tokens": (), "guided_json": (), "guided_regex": (), "guided_choice": (),
     "guided_grammar": (), "structured_outputs": (), "grammar": ("",), "json_schema": (), "chat_template": (),
     "chat_template_kwargs": ({},), "add_generation_prompt": (True,), "continue_final_message": (False,),
     "documents": ([],), "mirostat": (0,), "typical_p": (1, 1.0), "tfs_z": (1, 1.0), "n_probs": (0,), "lora": ([],),
     "dry_multiplier": (0, 0.0), "xtc_probability": (0, 0.0), "adapter": (), "prompt_embeds": (),
 }  # fmt: skip
-ROLES = ("system", "developer", "user", "assistant")
-
-
-class ApiError(Exception):
-    """An answer in OpenAI's error shape. `retry_after` is in seconds."""
-
-    def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry_after: int = 0
-    ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
-        self.counted = False  # whether the metrics know of it
-
-    @classmethod
-    def of(cls, error: SkerryError) -> ApiError:
-        retry = 1 if error.http_status in (429, 503) else 0
-        return cls(error.http_status, f"{error}" + (f" ({error.hint})" if error.hint else ""), code=error.code,
-                   retry_after=retry)  # fmt: skip
-
-    @property
-    def kind(self) -> str:
-        names = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-        return names.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-
-    def body(self) -> dict[str, Any]:
-        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
-
-
-def refuse(field: str, message: str, code: str = "invalid_value") -> ApiError:
-    return ApiError(400, f"{field}: {message}", param=field, code=code)
 
 
 @dataclass(frozen=True)
 class Call:
     """A checked request body. Exactly one of `messages`, `prompt_text` and `prompt_ids` is set.
 
-    `max_tokens` None: as many as fit. `logprobs` None: not asked; n: with n alternatives a token.
+    `max_tokens` None: as many as fit. `logprobs` None: not asked; n: with n alternatives a token. `priority`: lower
+    goes first. `timeout`: seconds after which nobody waits for the answer. `salt`: prompts of another share no prefix.
     """
 
     chat: bool
@@ -93,6 +66,13 @@ class Call:
     logprobs: int | None
     stream: bool
     include_usage: bool
+    min_tokens: int = 0
+    stop_ids: frozenset[int] = frozenset()
+    shows_stop: bool = False
+    priority: int = 0
+    timeout: float | None = None
+    salt: str = ""
+    speculate: bool = True
 
     @property
     def text_size(self) -> int:
@@ -129,16 +109,16 @@ def parse_chat(body: dict[str, Any], defaults: Defaults) -> Call:
     if not isinstance(messages, list) or not messages:
         raise refuse("messages", "must be a list of at least one message", "missing_required_parameter")
     call = _call(body, defaults, chat=True)
-    limit, older = _integer(body, "max_completion_tokens", 1, 1 << 31), call.max_tokens
+    limit, older = integer(body, "max_completion_tokens", 1, 1 << 31), call.max_tokens
     if limit is not None and older is not None and limit != older:
         raise refuse("max_completion_tokens", f"contradicts max_tokens ({limit} and {older})")
-    wanted = _boolean(body, "logprobs")
-    top = _integer(body, "top_logprobs", 0, MAX_LOGPROBS)
+    wanted = boolean(body, "logprobs")
+    top = integer(body, "top_logprobs", 0, MAX_LOGPROBS)
     if top is not None and not wanted:
         raise refuse("top_logprobs", "needs logprobs: true")
     logprobs = (top or 0) if wanted else None
     return replace(
-        call, messages=tuple(_message(m, f"messages[{i}]") for i, m in enumerate(messages)), logprobs=logprobs,
+        call, messages=tuple(message(m, f"messages[{i}]") for i, m in enumerate(messages)), logprobs=logprobs,
         max_tokens=older if limit is None else limit, sampling=replace(call.sampling, top_n=logprobs or 0),
     )  # fmt: skip
 
@@ -146,7 +126,7 @@ def parse_chat(body: dict[str, Any], defaults: Defaults) -> Call:
 def parse_completion(body: dict[str, Any], defaults: Defaults) -> Call:
     _check_fields(body, COMPLETION)
     call = _call(body, defaults, chat=False)
-    logprobs = _integer(body, "logprobs", 0, MAX_LOGPROBS)
+    logprobs = integer(body, "logprobs", 0, MAX_LOGPROBS)
     text, ids = _prompt(body.get("prompt"), defaults.vocab_size)
     return replace(
         call, prompt_text=text, prompt_ids=ids, logprobs=logprobs, sampling=replace(call.sampling, top_n=logprobs or 0),
@@ -169,65 +149,50 @@ def _call(body: dict[str, Any], defaults: Defaults, chat: bool) -> Call:
     model = body.get("model")
     if model is not None and not isinstance(model, str):
         raise refuse("model", "must be a string")
-    stream = _boolean(body, "stream")
+    stream = boolean(body, "stream")
     options = body.get("stream_options", {})
     if not isinstance(options, dict):
         raise refuse("stream_options", "must be an object")
     if options and not stream:
         raise refuse("stream_options", "needs stream: true")
+    max_tokens, min_tokens = integer(body, "max_tokens", 1, 1 << 31), integer(body, "min_tokens", 0, 1 << 31) or 0
+    if max_tokens is not None and min_tokens > max_tokens:
+        raise refuse("min_tokens", f"is more than max_tokens ({min_tokens} and {max_tokens})")
     return Call(
         chat=chat, model=model, messages=None, prompt_text=None, prompt_ids=None,
-        sampling=_sampling(body, defaults), max_tokens=_integer(body, "max_tokens", 1, 1 << 31),
-        stops=_stops(body.get("stop")), ignore_eos=_boolean(body, "ignore_eos"),
-        choices=_integer(body, "n", 1, MAX_CHOICES) or 1, logprobs=None, stream=stream,
-        include_usage=_boolean(options, "include_usage"),
+        sampling=_sampling(body, defaults), max_tokens=max_tokens,
+        stops=_stops(body.get("stop")), ignore_eos=boolean(body, "ignore_eos"),
+        choices=integer(body, "n", 1, MAX_CHOICES) or 1, logprobs=None, stream=stream,
+        include_usage=boolean(options, "include_usage"), min_tokens=min_tokens,
+        stop_ids=_token_ids(body.get("stop_token_ids"), defaults.vocab_size),
+        shows_stop=boolean(body, "include_stop_str_in_output"),
+        priority=integer(body, "priority", -(1 << 31), 1 << 31) or 0,
+        timeout=number(body, "timeout", 0.0, 86_400.0, 0.0, above=True) if "timeout" in body else None,
+        salt=_salt(body.get("cache_salt", "")), speculate=boolean(body, "speculate", True),
     )  # fmt: skip
 
 
 def _sampling(body: dict[str, Any], defaults: Defaults) -> SamplingParams:
-    seed = _integer(body, "seed", -(1 << 63), (1 << 64) - 1)
-    top_k = _integer(body, "top_k", -1, 1 << 31)
+    seed = integer(body, "seed", -(1 << 63), (1 << 64) - 1)
+    top_k = integer(body, "top_k", -1, 1 << 31)
     params = SamplingParams(
-        temperature=_number(body, "temperature", 0.0, 2.0, defaults.temperature),
+        temperature=number(body, "temperature", 0.0, 2.0, defaults.temperature),
         top_k=max(0, defaults.top_k if top_k is None else top_k),
-        top_p=_number(body, "top_p", 0.0, 1.0, defaults.top_p, above=True),
-        min_p=_number(body, "min_p", 0.0, 1.0, 0.0),
-        repetition=_number(body, "repetition_penalty", 0.0, 10.0, 1.0, above=True),
-        frequency=_number(body, "frequency_penalty", -2.0, 2.0, 0.0),
-        presence=_number(body, "presence_penalty", -2.0, 2.0, 0.0),
+        top_p=number(body, "top_p", 0.0, 1.0, defaults.top_p, above=True),
+        min_p=number(body, "min_p", 0.0, 1.0, 0.0),
+        repetition=number(body, "repetition_penalty", 0.0, 10.0, 1.0, above=True),
+        frequency=number(body, "frequency_penalty", -2.0, 2.0, 0.0),
+        presence=number(body, "presence_penalty", -2.0, 2.0, 0.0),
         logit_bias=_bias(body.get("logit_bias"), defaults.vocab_size),
     )
     return params if seed is None else replace(params, seed=seed & ((1 << 64) - 1))
-
-
-def _message(raw: Any, where: str) -> dict[str, str]:
-    if not isinstance(raw, dict):
-        raise refuse(where, "must be an object")
-    role = raw.get("role")
-    if role not in ROLES:
-        raise refuse(f"{where}.role", f"{str(role)[:40]!r} is none of {', '.join(ROLES)}")
-    for field in ("tool_calls", "function_call", "audio", "refusal"):
-        if raw.get(field):
-            raise refuse(f"{where}.{field}", "is not supported by this server", "unsupported_parameter")
-    content = raw.get("content")
-    if isinstance(content, list):
-        content = "".join(_part(part, f"{where}.content[{i}]") for i, part in enumerate(content))
-    if not isinstance(content, str):
-        raise refuse(f"{where}.content", "must be a string or a list of text parts")
-    return {"role": "system" if role == "developer" else role, "content": _utf8(content, f"{where}.content")}
-
-
-def _part(raw: Any, where: str) -> str:
-    if not isinstance(raw, dict) or raw.get("type") != "text" or not isinstance(raw.get("text"), str):
-        raise refuse(where, "only parts of type text are supported", "unsupported_parameter")
-    return str(raw["text"])
 
 
 def _prompt(raw: Any, vocab_size: int) -> tuple[str | None, tuple[int, ...] | None]:
     if isinstance(raw, list) and len(raw) == 1 and isinstance(raw[0], str | list):
         raw = raw[0]
     if isinstance(raw, str) and raw:
-        return _utf8(raw, "prompt"), None
+        return utf8(raw, "prompt"), None
     if isinstance(raw, list) and raw and isinstance(raw[0], str | list):
         raise refuse("prompt", "several prompts in one request are not supported", "unsupported_parameter")
     if not isinstance(raw, list) or not raw:
@@ -248,6 +213,22 @@ def _stops(raw: Any) -> tuple[str, ...]:
     return tuple(stops)
 
 
+def _token_ids(raw: Any, vocab_size: int) -> frozenset[int]:
+    ids = raw if raw is not None else []
+    if not isinstance(ids, list) or len(ids) > MAX_BIASES:
+        raise refuse("stop_token_ids", f"must be a list of at most {MAX_BIASES} token ids")
+    for token in ids:
+        if type(token) is not int or not 0 <= token < vocab_size:
+            raise refuse("stop_token_ids", f"{str(token)[:40]} is not a token id below {vocab_size}")
+    return frozenset(ids)
+
+
+def _salt(raw: Any) -> str:
+    if not isinstance(raw, str) or len(raw) > MAX_STOP_LENGTH:
+        raise refuse("cache_salt", f"must be a string of at most {MAX_STOP_LENGTH} characters")
+    return utf8(raw, "cache_salt")
+
+
 def _bias(raw: Any, vocab_size: int) -> tuple[tuple[int, float], ...]:
     if raw is None:
         return ()
@@ -257,45 +238,8 @@ def _bias(raw: Any, vocab_size: int) -> tuple[tuple[int, float], ...]:
     for key, value in raw.items():
         if not (key.isascii() and key.isdecimal() and len(key) < 10) or int(key) >= vocab_size:
             raise refuse("logit_bias", f"{key[:40]!r} is not a token id below {vocab_size}")
-        biases[int(key)] = _number({"logit_bias": value}, "logit_bias", -100.0, 100.0, 0.0)
+        biases[int(key)] = number({"logit_bias": value}, "logit_bias", -100.0, 100.0, 0.0)
     return tuple(sorted(biases.items()))
-
-
-def _number(body: dict[str, Any], field: str, low: float, high: float, default: float, above: bool = False) -> float:
-    """`above`: the low end itself is not allowed."""
-    value = body.get(field, default)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise refuse(field, "must be a number")
-    if not low <= value <= high or not math.isfinite(value) or (above and value == low):
-        raise refuse(
-            field, f"must be {'above' if above else 'from'} {low:g} {'and at most' if above else 'to'} {high:g}"
-        )
-    return float(value)
-
-
-def _integer(body: dict[str, Any], field: str, low: int, high: int) -> int | None:
-    value = body.get(field)
-    if value is None:
-        return None
-    if type(value) is not int or not low <= value <= high:
-        raise refuse(field, f"must be an integer from {low} to {high}")
-    return value
-
-
-def _boolean(body: dict[str, Any], field: str) -> bool:
-    value = body.get(field, False)
-    if not isinstance(value, bool):
-        raise refuse(field, "must be true or false")
-    return value
-
-
-def _utf8(text: str, field: str) -> str:
-    """JSON can spell lone surrogates, which are no text."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise refuse(field, f"holds a lone surrogate at character {error.start}") from error
-    return text
 
 
 def _no_constant(name: str) -> float:

@@ -2,10 +2,11 @@
 
 1. `Request`: token ids and parameters, fixed when the HTTP layer has understood the body.
 2. WAITING: in the scheduler's queue, holding no pages.
-3. RUNNING, prefill: pages for the whole prompt reserved, the prompt enters the cache in chunks.
-4. RUNNING, decode: one token a step, a page more whenever the last is full.
-5. Preempted: pages given back, WAITING again at the head of the queue; its tokens are recomputed later.
-6. FINISHED: stop, length, cancelled or error; pages are free at that moment.
+3. RUNNING, prefill: pages for the whole prompt held, those found in the prefix cache among them; the rest of the prompt
+   enters the cache in chunks.
+4. RUNNING, decode: a token a step, or several where guesses came true; a page more whenever the last is full.
+5. Preempted: pages given back, WAITING again in its old place; what the prefix cache has lost by then is recomputed.
+6. FINISHED: stop, length, cancelled, timeout or error; pages are free at that moment.
 
 Every sampled token leaves the engine as an `Update`.
 """
@@ -14,9 +15,18 @@ from __future__ import annotations
 
 import enum
 import itertools
+import math
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from skerry.runtime.speculate import Lookup
 
 _SEED_MASK = (1 << 64) - 1
 _ids = itertools.count(1)
@@ -56,15 +66,60 @@ def choice_seed(seed: int, index: int) -> int:
     return mixed ^ (mixed >> 31)
 
 
+class Constraint(Protocol):
+    """What one sequence may say: its grammar and how far it is in it. Used by the engine's thread alone."""
+
+    def advance(self, tokens: Seq[int], prompt: int) -> None:
+        """Takes note of what was generated so far, `tokens` behind the first `prompt`; what it knows is skipped."""
+        ...
+
+    def forced(self, most: int) -> list[int]:
+        """The next tokens, where the grammar leaves no choice: as good as guesses that come true."""
+        ...
+
+    def prepare(self, drafts: Seq[int]) -> None:
+        """Begins to compute, elsewhere, the masks of the next token and of the one after each draft."""
+        ...
+
+    def masks(self) -> list[npt.NDArray[np.int32]]:
+        """Of the last `prepare`: 1 to 1 + drafts masks, fewer where the grammar ends a draft; waits for them.
+        Raises SkerryError when the grammar has failed."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
-    """`max_tokens` bounds the tokens generated; a token in `stop_ids` ends the text (none with ignore_eos)."""
+    """`max_tokens` bounds the tokens generated; a token in `stop_ids` ends the text, but none of the first
+    `min_tokens`.
+
+    `priority`: lower runs first, and takes rows and pages of higher ones. `deadline`: time.monotonic() after which
+    nobody waits for the answer. `adapter`: the engine's slot, -1 for none. `scope` is the root key of its prefixes:
+    requests of one scope may share pages.
+    """
 
     prompt: tuple[int, ...]
     max_tokens: int
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop_ids: frozenset[int] = frozenset()
+    min_tokens: int = 0
+    priority: int = 0
+    deadline: float = math.inf
+    adapter: int = -1
+    scope: bytes = b""
+    constraint: Constraint | None = None
+    speculate: bool = True
     number: int = field(default_factory=lambda: next(_ids))
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Who goes first: priority, then arrival."""
+        return self.priority, self.number
+
+
+def choice_of(request: Request, index: int) -> Request:
+    """Choice `index` of a request with n > 1: its own seed, its own number."""
+    seed = choice_seed(request.sampling.seed, index)
+    return replace(request, sampling=replace(request.sampling, seed=seed), number=next(_ids))
 
 
 class State(enum.Enum):
@@ -76,16 +131,26 @@ class State(enum.Enum):
 class Sequence:
     """A request's mutable side. Only the scheduler writes to it.
 
-    `tokens` is prompt plus output; the keys and values of the first `computed` of them are in `pages`.
+    `tokens` is prompt plus output; the keys and values of the first `computed` of them are in `pages`. `keys` name its
+    full pages, the first `named` of which the pool knows. `cached` tokens were found in the prefix cache when it was
+    first admitted, -1 before that; `awaits` is the key of a page that another is computing for it.
     """
 
-    __slots__ = ("computed", "counts", "pages", "preemptions", "request", "state", "tokens")
+    __slots__ = (
+        "awaits", "cached", "computed", "counts", "keys", "lookup", "named", "pages", "preemptions", "request", "since",
+        "state", "tokens",
+    )  # fmt: skip
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, since: float = 0.0) -> None:
         self.request = request
+        self.since = since
         self.tokens: list[int] = list(request.prompt)
-        self.computed = 0
+        self.computed = self.named = 0
+        self.cached = -1
         self.pages: list[int] = []
+        self.keys: list[bytes] = []
+        self.awaits = b""
+        self.lookup: Lookup | None = None
         self.state = State.WAITING
         self.preemptions = 0
         self.counts: dict[int, int] | None = dict.fromkeys(request.prompt, 0) if request.sampling.penalised else None
@@ -115,8 +180,10 @@ class StepRow:
 
     `tokens` enter the cache at positions `start`, `start` + 1, ...; `pages` are all the sequence's pages, in order.
     With `sampling` the token after the last one is drawn, its noise keyed on (seed, `token_index`) alone; without it
-    (a chunk in the middle of a prompt) nothing is. `history` maps ids seen to how often they were *generated*
-    (0: prompt only); None unless a penalty is set.
+    (a chunk in the middle of a prompt) nothing is. `drafts` are guesses at the tokens that follow: they enter the cache
+    behind `tokens`, and as long as what is drawn is what was guessed, the next one is drawn as well. `history` maps ids
+    seen to how often they were *generated* (0: prompt only); None unless a penalty is set. `forbidden` ids are not
+    drawn while fewer than `until` tokens are generated.
     """
 
     tokens: list[int]
@@ -125,6 +192,11 @@ class StepRow:
     sampling: SamplingParams | None
     token_index: int = 0
     history: Mapping[int, int] | None = None
+    drafts: tuple[int, ...] = ()
+    constraint: Constraint | None = None
+    adapter: int = -1
+    forbidden: frozenset[int] = frozenset()
+    until: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +213,8 @@ class SampledToken:
 class Update:
     """News about a sequence: a token, an end, or both. `at` is time.monotonic() in the engine's thread.
 
-    `finish`: "" (goes on), "stop", "length", "error" (the engine's fault) or "aborted" (the server shuts down).
+    `finish`: "" (goes on), "stop", "length", "timeout" (its deadline), "expired" (waited too long), "error" (the
+    engine's fault) or "aborted" (the server shuts down).
     """
 
     sequence: Sequence

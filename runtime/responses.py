@@ -31,15 +31,18 @@ class Piece:
 
 @dataclass(frozen=True)
 class Usage:
+    """`cached_tokens` of the prompt were found in the prefix cache."""
+
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
-    def body(self) -> dict[str, int]:
-        total = self.prompt_tokens + self.completion_tokens
+    def body(self) -> dict[str, Any]:
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
-            "total_tokens": total,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
 

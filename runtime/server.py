@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
 import json
 import logging
@@ -17,7 +18,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from skerry.core.errors import SkerryError
-from skerry.runtime.protocol import ApiError, Call, Defaults, parse_body, parse_chat, parse_completion
+from skerry.runtime.api_error import ApiError
+from skerry.runtime.protocol import Call, Defaults, parse_body, parse_chat, parse_completion
 from skerry.runtime.responses import SSE_END, Form, Piece, sse
 from skerry.runtime.service import Answer, ClientGone, Service
 
@@ -48,14 +50,16 @@ class Access:
 
     keys: tuple[bytes, ...] = ()
 
-    def check(self, request: Request) -> None:
+    def check(self, request: Request) -> bytes:
+        """The tenant that asks: a digest of its key, b"" on an open server. Raises ApiError 401."""
         if not self.keys:
-            return
+            return b""
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         given = key.strip().encode()
         matches = [hmac.compare_digest(given, known) for known in self.keys]  # all of them: no timing hint
         if scheme.lower() != "bearer" or not any(matches):
             raise ApiError(401, "missing or wrong API key", code="invalid_api_key")
+        return hashlib.sha256(given).digest()
 
 
 @dataclass(frozen=True)
@@ -73,9 +77,9 @@ def create_app(service: Service, gate: Gate, options: Options | None = None) -> 
 
     async def generate(request: Request, parse: Callable[[dict[str, Any], Defaults], Call]) -> Response:
         gate.check()
-        options.access.check(request)
+        tenant = options.access.check(request)
         call = parse(parse_body(await read_body(request, options.body_limit)), service.model.defaults)
-        answer = await service.ask(call)
+        answer = await service.ask(call, tenant)
         form = Form(call.chat, service.model.name, service.model.fingerprint)
         return EventStream(answer, form) if call.stream else await _whole(request, answer, form)
 

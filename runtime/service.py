@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from skerry.core.chat import ChatTemplate, last_user_text
 from skerry.core.tokenizer import Tokenizer
+from skerry.runtime.api_error import ApiError
 from skerry.runtime.engine import Engine, EngineLoop
+from skerry.runtime.kvcache import root_key
 from skerry.runtime.metrics import Metrics
 from skerry.runtime.observe import Observer, Timing, Trace
-from skerry.runtime.protocol import ApiError, Call, Defaults
-from skerry.runtime.request import Request, SampledToken, Sequence, Update, choice_seed
+from skerry.runtime.protocol import Call, Defaults
+from skerry.runtime.request import Request, SampledToken, Sequence, Update, choice_of
 from skerry.runtime.responses import Piece, TokenInfo, Usage
 from skerry.runtime.scheduler import Limits
 from skerry.runtime.tokenizer import Detokenizer, StopStrings, token_bytes
@@ -59,7 +62,7 @@ class Choice:
         self.last_at = 0.0
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer.decode, sequence.request.prompt)
-        self._stops = StopStrings(call.stops)
+        self._stops = StopStrings(call.stops, call.shows_stop)
         self._infos: list[TokenInfo] | None = [] if call.logprobs is not None else None
 
     def push(self, token: SampledToken, finish: str) -> Piece | None:
@@ -105,7 +108,9 @@ class Answer:
 
     @property
     def usage(self) -> Usage:
-        return Usage(self._trace.prompt_tokens, sum(choice.tokens for choice in self._choices.values()))
+        choices = self._choices.values()
+        cached = max(0, *(choice.sequence.cached for choice in choices)) if choices else 0
+        return Usage(self._trace.prompt_tokens, sum(choice.tokens for choice in choices), cached)
 
     def put(self, update: Update) -> None:
         self._news.put_nowait(update)
@@ -151,6 +156,10 @@ class Answer:
             return None  # a stop string ended it while the engine was a token ahead
         if update.finish == "aborted":
             raise ApiError(503, f"the request was aborted: {update.error}", code="shutting_down", retry_after=1)
+        if update.finish == "timeout":
+            raise ApiError(504, f"not answered within the {self.call.timeout:g} s asked for", code="timeout")
+        if update.finish == "expired":
+            raise ApiError(503, "waited too long in the queue", code="queue_timeout", retry_after=1)
         if update.finish == "error" or update.token is None:
             raise ApiError(500, f"the engine failed on this request: {update.error}", code="engine_error")
         self._service.metrics.token(update.at - choice.last_at if choice.last_at else None)
@@ -195,19 +204,22 @@ class Service:
             message = f"model {name!r} is not served here; this server has {self.model.name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    async def ask(self, call: Call) -> Answer:
-        """Raises ApiError or SkerryError (400 never fits or bad template input, 429 queue full)."""
+    async def ask(self, call: Call, tenant: bytes = b"") -> Answer:
+        """Raises ApiError or SkerryError (400 never fits or bad template input, 429 queue full). Tenants share no
+        prefix: how long an answer takes must tell nobody what others have asked."""
         timing = Timing(arrived=time.monotonic())
         self.check_model(call.model)
         in_thread = call.text_size > THREAD_CHARACTERS
         prompt, observed = await asyncio.to_thread(self._encode, call) if in_thread else self._encode(call)
         room = self.loop.scheduler.max_tokens - len(prompt)
         max_tokens = max(1, room) if call.max_tokens is None else call.max_tokens
-        stop_ids = frozenset() if call.ignore_eos else self.model.stop_ids
-        requests = [
-            Request(prompt, max_tokens, replace(call.sampling, seed=choice_seed(call.sampling.seed, index)), stop_ids)
-            for index in range(call.choices)
-        ]
+        request = Request(
+            prompt, max_tokens, call.sampling,
+            call.stop_ids | (frozenset() if call.ignore_eos else self.model.stop_ids), call.min_tokens,
+            priority=call.priority, deadline=math.inf if call.timeout is None else timing.arrived + call.timeout,
+            scope=root_key(self.model.engine_digest.encode(), tenant, call.salt.encode()), speculate=call.speculate,
+        )  # fmt: skip
+        requests = [choice_of(request, index) for index in range(call.choices)]
         sequences = self.loop.submit(*requests)
         answer = Answer(self, call, sequences, Trace(timing, len(prompt), observed))
         for number in answer.numbers:

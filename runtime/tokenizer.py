@@ -62,10 +62,11 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Lets text through up to the first stop string; a tail that may be the beginning of one waits for more text."""
+    """Lets text through up to the first stop string, that one included where it `shows` it; a tail that may be the
+    beginning of one waits for more text."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stops)
+    def __init__(self, stops: Sequence[str], shows: bool = False) -> None:
+        self._stops, self._shows = tuple(stops), shows
         self._held = ""
         self.hit = ""
 
@@ -78,7 +79,8 @@ class StopStrings:
         self._held += text
         found = min(((at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0), default=None)
         if found is not None:
-            shown, self._held, self.hit = self._held[: found[0]], "", found[1]
+            end = found[0] + (len(found[1]) if self._shows else 0)
+            shown, self._held, self.hit = self._held[:end], "", found[1]
             return shown
         keep = max(_overlap(self._held, stop) for stop in self._stops)
         shown = self._held[: len(self._held) - keep]

@@ -38,14 +38,15 @@ class FakeEngine:
     """Keeps token ids in its pages, as a real engine keeps keys and values, and answers from what it reads back there.
 
     So a page given to two sequences, or lost, changes the text. `script(context)` names the next token; by default it
-    is a hash of the whole context and, unless temperature is 0, of (seed, token index). Positions from `rows` on fail,
-    like a rotary table that is too short. `gate` holds steps up until it is set.
+    is a hash of the whole context and, unless temperature is 0, of (seed, token index): one of `letters`. Positions
+    from `rows` on fail, like a rotary table that is too short. `gate` holds steps up until it is set.
     """
 
     page_size: int = 4
     pages: int = 64
     max_context: int = 128
     vocab_size: int = VOCAB
+    letters: int = 26
     script: Callable[[list[int]], int] | None = None
     rows: int | None = None
     fail_all: bool = False
@@ -57,7 +58,7 @@ class FakeEngine:
         self.cache = [-1] * (self.pages * self.page_size)
         self.gate.set()
 
-    def step(self, rows: list[StepRow]) -> list[SampledToken | None]:
+    def step(self, rows: list[StepRow]) -> list[list[SampledToken]]:
         self.gate.wait()
         if self.delay:
             time.sleep(self.delay)
@@ -65,26 +66,39 @@ class FakeEngine:
         if self.fail_all:
             raise RuntimeError("the graph is broken")
         for row in rows:
-            end = row.start + len(row.tokens)
+            end = row.start + len(row.tokens) + len(row.drafts)
             if self.rows is not None and end > self.rows:
                 raise RuntimeError(f"position {end - 1} is beyond the {self.rows} rows of the rotary table")
-            for offset, token in enumerate(row.tokens):
+            for offset, token in enumerate((*row.tokens, *row.drafts)):
                 self.cache[self._slot(row, row.start + offset)] = token
-        return [self._sample(row) for row in rows]
+        return [self._run(row) for row in rows]
+
+    def _run(self, row: StepRow) -> list[SampledToken]:
+        if row.sampling is None:
+            return []
+        masks = row.constraint.masks() if row.constraint is not None else []
+        masks += [None] * (1 + len(row.drafts) - len(masks))
+        drawn = [self._sample(row, index, mask) for index, mask in enumerate(masks)]
+        right = [token.id == draft for token, draft in zip(drawn, row.drafts)]
+        return drawn[: 1 + (right.index(False) if False in right else len(right))]
 
     def _slot(self, row: StepRow, position: int) -> int:
         return row.pages[position // self.page_size] * self.page_size + position % self.page_size
 
-    def _sample(self, row: StepRow) -> SampledToken | None:
-        if row.sampling is None:
-            return None
-        context = [self.cache[self._slot(row, p)] for p in range(row.start + len(row.tokens))]
+    def _sample(self, row: StepRow, index: int, mask: Any) -> SampledToken:
+        """What follows the row's tokens and the first `index` drafts."""
+        assert row.sampling is not None
+        context = [self.cache[self._slot(row, p)] for p in range(row.start + len(row.tokens) + index)]
         if self.script is not None:
             token = self.script(context)
         else:
-            noise = (row.sampling.seed, row.token_index) if row.sampling.temperature else ()
-            digest = hashlib.sha256(repr((context, noise)).encode()).digest()
-            token = 97 + digest[0] % 26
+            noise = (row.sampling.seed, row.token_index + index) if row.sampling.temperature else ()
+            digest = hashlib.sha256(repr((context, noise, row.adapter)).encode()).digest()
+            token = 97 + digest[0] % self.letters
+        if row.token_index + index < row.until and token in row.forbidden:
+            token = 97
+        if mask is not None and not mask[token // 32] >> (token % 32) & 1:
+            token = next(id for id in range(VOCAB) if mask[id // 32] >> (id % 32) & 1)
         top = tuple((token + i, -0.5 - i) for i in range(row.sampling.top_n))
         return SampledToken(token, -0.5, 1.5, top)
 

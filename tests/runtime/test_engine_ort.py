@@ -48,11 +48,11 @@ def test_every_engine_keeps_the_contract(engine):
         StepRow([97] * 16, 0, [7, 9], None),
         StepRow([97], 0, [5], SamplingParams(seed=1, temperature=0.0)),
     ]
-    first, nothing, greedy = engine.step(rows)
-    assert nothing is None and 0 <= first.id < engine.vocab_size and len(first.top) == 2 and greedy.top == ()
+    [first], nothing, [greedy] = engine.step(rows)
+    assert nothing == [] and 0 <= first.id < engine.vocab_size and len(first.top) == 2 and greedy.top == ()
     assert first.logprob <= 0 and first.entropy >= 0
-    assert engine.step(rows)[0] == first, "asking again writes the same values to the same slots"
-    assert engine.step([rows[2]])[0].id == greedy.id
+    assert engine.step(rows)[0] == [first], "asking again writes the same values to the same slots"
+    assert engine.step([rows[2]])[0][0].id == greedy.id
     finished = run_to_completion(engine, [Request((97,), 3, SamplingParams(seed=2))])
     assert len(finished[0]) == 3
 
@@ -93,7 +93,7 @@ def test_logprobs_are_those_of_the_scorer(bundles):
     runner = Runner.open(bundles(), threads=1, pages=32)
     engine = OrtEngine(runner)
     prompt = list(b"the quick brown fox")
-    (token,) = engine.step([StepRow(prompt, 0, [0, 1], SamplingParams(seed=3, top_n=4))])
+    ((token,),) = engine.step([StepRow(prompt, 0, [0, 1], SamplingParams(seed=3, top_n=4))])
     scored = runner.score([([*prompt, token.id], len(prompt))])[0]
     assert np.isclose(scored.logprob[0], token.logprob, atol=1e-5)
     assert np.isclose(scored.entropy[0], token.entropy, atol=1e-4)

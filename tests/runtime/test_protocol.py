@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from skerry.runtime.api_error import ApiError
 from skerry.runtime.protocol import (
     CHAT,
     COMPLETION,
     HARMLESS,
     UNIMPLEMENTED,
-    ApiError,
     Call,
     Defaults,
     parse_body,

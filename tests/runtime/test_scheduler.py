@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from typing import Any
 
 import pytest
 
 from skerry.runtime.engine import run_to_completion
-from skerry.runtime.kvcache import PagePool
+from skerry.runtime.kvcache import PagePool, root_key
 from skerry.runtime.request import Request, SampledToken, SamplingParams, State
 from skerry.runtime.scheduler import Limits, QueueFull, Scheduler, TooLong
 
 
-def request(prompt: int = 5, output: int = 4, seed: int = 1, first: int = 0) -> Request:
-    return Request(tuple(range(first, first + prompt)), output, SamplingParams(seed=seed))
+NUMBERS = itertools.count()
+
+
+def request(prompt: int = 5, output: int = 4, seed: int = 1, first: int = 0, **fields: Any) -> Request:
+    """Each of a scope of its own: these tests share no prefixes, and guess nothing."""
+    fields = {"scope": root_key(str(next(NUMBERS)).encode()), "speculate": False, **fields}
+    return Request(tuple(range(first, first + prompt)), output, SamplingParams(seed=seed), **fields)
 
 
 def run_step(scheduler: Scheduler) -> list[tuple[int, int]]:
     """One step in which every sampled token is 9; (start, count) of its rows."""
     planned = scheduler.plan()
-    scheduler.commit(planned, [SampledToken(9, 0.0, 0.0) if item.row.sampling else None for item in planned])
+    scheduler.commit(planned, [[SampledToken(9, 0.0, 0.0)] if item.row.sampling else [] for item in planned])
     return [(item.row.start, item.count) for item in planned]
 
 
@@ -77,7 +84,7 @@ def test_the_youngest_is_preempted_and_its_text_does_not_change(fake):
         ages = [sequences.index(s) for s in scheduler.running]
         assert sum(len(s.pages) for s in scheduler.running) == scheduler.pool.used
         assert sequences[0].state is State.FINISHED or ages[0] == 0
-    assert scheduler.preemptions > 0 and sequences[0].preemptions == 0 and scheduler.pool.used == 0
+    assert scheduler.totals.preemptions > 0 and sequences[0].preemptions == 0 and scheduler.pool.used == 0
 
 
 def test_cancel_frees_pages_at_once_in_every_state():
@@ -86,7 +93,7 @@ def test_cancel_frees_pages_at_once_in_every_state():
     run_step(scheduler)
     planned = scheduler.plan()
     assert scheduler.finish(decoding)
-    scheduler.commit(planned, [SampledToken(9, 0.0, 0.0) if item.row.sampling else None for item in planned])
+    scheduler.commit(planned, [[SampledToken(9, 0.0, 0.0)] if item.row.sampling else [] for item in planned])
     assert len(decoding.tokens) == 5, "a token that comes after the end is dropped"
     assert scheduler.finish(waiting) and not scheduler.finish(waiting)
     assert scheduler.finish(prefilling)
@@ -129,3 +136,40 @@ def test_penalties_keep_a_history_of_prompt_and_output():
     run_step(scheduler)
     assert scheduler.plan()[0].row.history == {3: 0, 4: 0, 9: 1}
     assert request().sampling.penalised is False and sequence.counts is not None
+
+
+def test_lower_priorities_go_first_and_take_rows_from_higher_ones():
+    scheduler = Scheduler(PagePool(100, 4), 400, Limits(rows=2))
+    slow, slower = scheduler.submit(request(priority=5), request(priority=7))
+    run_step(scheduler)
+    urgent, normal = scheduler.submit(request(priority=0), request(priority=5))
+    run_step(scheduler)
+    assert scheduler.running == [urgent, slow] and scheduler.waiting == [normal, slower]
+    assert slower.preemptions == 1 and slow.preemptions == 0
+    while scheduler.has_work:
+        run_step(scheduler)
+    assert all(s.state is State.FINISHED and len(s.tokens) == 9 for s in (slow, slower, urgent, normal))
+
+
+def test_an_urgent_prompt_takes_the_pages_of_what_can_wait():
+    scheduler = Scheduler(PagePool(8, 4), 400)
+    (patient,) = scheduler.submit(request(prompt=20, output=8, priority=1))
+    run_step(scheduler)
+    (urgent,) = scheduler.submit(request(prompt=16, output=4, priority=0))
+    run_step(scheduler)
+    assert scheduler.running == [urgent] and patient.preemptions == 1
+    equal = scheduler.submit(request(prompt=16, output=4, priority=0))[0]
+    run_step(scheduler)
+    assert scheduler.running == [urgent] and equal.state is State.WAITING, "equals are not preempted for a newcomer"
+
+
+def test_deadlines_and_the_queues_patience():
+    scheduler = Scheduler(PagePool(100, 4), 400, Limits(rows=2, queue_seconds=10))
+    running, other = scheduler.submit(request(deadline=5.0), request(), now=0.0)
+    run_step(scheduler)
+    waiting, dying = scheduler.submit(request(), request(deadline=8.0), now=1.0)
+    assert scheduler.expire(4.9) == []
+    assert scheduler.expire(5.0) == [(running, "timeout")] and scheduler.pool.used > 0
+    assert scheduler.expire(8.5) == [(dying, "timeout")]
+    assert scheduler.expire(11.5) == [(waiting, "expired")], "who was admitted once has no patience to lose"
+    assert scheduler.running == [other] and scheduler.waiting == []

@@ -26,7 +26,12 @@ def test_chat_answers_with_text_usage_and_reason(start, fake, say, run):
             assert answer["choices"][0]["finish_reason"] == "stop"
             assert answer["object"] == "chat.completion" and answer["model"] == "tiny"
             prompt = len("<user>hi\n>")
-            assert answer["usage"] == {"prompt_tokens": prompt, "completion_tokens": 12, "total_tokens": prompt + 12}
+            assert answer["usage"] == {
+                "prompt_tokens": prompt,
+                "completion_tokens": 12,
+                "total_tokens": prompt + 12,
+                "prompt_tokens_details": {"cached_tokens": 0},
+            }
             short = (await server.chat(max_completion_tokens=5, max_tokens=None)).json()
             assert short["choices"][0]["message"]["content"] == "Hello"
             assert short["choices"][0]["finish_reason"] == "length"
@@ -42,6 +47,8 @@ def test_streamed_chunks_join_to_the_same_text(start, fake, say, run):
             assert response.headers["content-type"].startswith("text/event-stream")
             got = events(response.text)
             assert got[-1] == "[DONE]"
+            cached = got[-2]["usage"].pop("prompt_tokens_details")["cached_tokens"]
+            assert plain["usage"].pop("prompt_tokens_details") == {"cached_tokens": 0} and cached > 0
             assert got[-2]["usage"] == plain["usage"] and got[-2]["choices"] == []
             choices = [event["choices"][0] for event in got[:-2]]
             assert choices[0]["delta"] == {"role": "assistant", "content": ""}
@@ -147,7 +154,7 @@ BAD_FIELDS = [
     ({"messages": [{"role": "user"}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content"),
-    ({"min_tokens": 3}, "min_tokens"), ({"guided_json": {}}, "guided_json"), ({"echo": True}, "echo"),
+    ({"min_tokens": 9}, "min_tokens"), ({"priority": "high"}, "priority"), ({"timeout": 0}, "timeout"), ({"stop_token_ids": [-1]}, "stop_token_ids"), ({"cache_salt": 1}, "cache_salt"), ({"guided_json": {}}, "guided_json"), ({"echo": True}, "echo"),
 ]  # fmt: skip
 
 
