@@ -13,7 +13,6 @@ from skerry.runtime.kvcache import PagePool, root_key
 from skerry.runtime.request import Request, SampledToken, SamplingParams, State
 from skerry.runtime.scheduler import Limits, QueueFull, Scheduler, TooLong
 
-
 NUMBERS = itertools.count()
 
 
