@@ -155,7 +155,8 @@ BAD_FIELDS = [
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content"),
     ({"min_tokens": 9}, "min_tokens"), ({"priority": "high"}, "priority"), ({"timeout": 0}, "timeout"),
-    ({"stop_token_ids": [-1]}, "stop_token_ids"), ({"cache_salt": 1}, "cache_salt"), ({"guided_json": {}}, "guided_json"), ({"echo": True}, "echo"),
+    ({"stop_token_ids": [-1]}, "stop_token_ids"), ({"cache_salt": 1}, "cache_salt"),
+    ({"guided_json": {}}, "guided_json"), ({"echo": True}, "echo"),
 ]  # fmt: skip
 
 
