@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +41,7 @@ class Counts:
 
 @dataclass
 class WorkerProcess:
-    """Mutable, owned by the agent's main thread; only `_read` runs on another one and it only posts."""
+    """Mutable, owned by the agent's main thread; `_read` runs on another one: it posts, and notes when it `heard`."""
 
     installed: Installed
     process: subprocess.Popen[bytes]
@@ -51,6 +52,7 @@ class WorkerProcess:
     observed_manifest: str | None = None
     counts: Counts = field(default_factory=Counts)
     at_accept: Counts = field(default_factory=Counts)
+    heard: float = 0.0  # time.monotonic() of the last sign of life
     accepted_at: float = 0.0
     deadline: float = float("inf")
     reason: str = ""
@@ -137,6 +139,7 @@ def _read(worker: WorkerProcess, post: Post) -> None:
             block = b""
         if not block:
             break
+        worker.heard = time.monotonic()
         pending += block
         *lines, rest = pending.split(b"\n")
         pending = bytearray(rest)

@@ -28,6 +28,7 @@ from skerry.runtime.swap import Move, View, plan
 from skerry.runtime.update import Candidate, crash_loop, fits_beside, restart_delay
 
 CRASH_WINDOW_SECONDS = 120.0
+SILENCE_SECONDS = 60.0  # workers give a sign of life every second; a machine that swaps may hold one up for long
 
 
 @dataclass
@@ -62,6 +63,7 @@ class Supervisor:
         threads: int = 1,
         warm_seconds: float = 120.0,
         drain_seconds: float = 30.0,
+        silence_seconds: float = SILENCE_SECONDS,
         memory: Callable[[], int] | None = None,
         needs: Callable[[Installed], int] = lambda engine: 0,
         clock: Callable[[], float] = time.monotonic,
@@ -70,6 +72,7 @@ class Supervisor:
         self._bundle_path, self._extra, self._post = bundle_path, extra, post
         self._command = list(command or default_command())
         self._threads, self._warm_seconds, self._drain_seconds = threads, warm_seconds, drain_seconds
+        self._silence_seconds = silence_seconds
         self._memory, self._needs, self._clock = memory or available_memory, needs, clock
         self.target: Installed | None = None
         self.trial: Installed | None = None
@@ -218,6 +221,10 @@ class Supervisor:
         for worker in self.draining:
             if now > worker.deadline:
                 worker.kill()
+        active = self.active
+        if active is not None and now - max(active.heard, active.accepted_at) > self._silence_seconds:
+            active.reason = active.reason or f"gave no sign of life for {self._silence_seconds:g} s"
+            active.kill()
         late = self.incoming is not None and self.incoming.state == "starting"
         if late and self.incoming is not None and now - self.incoming.started > self._warm_seconds:
             self.incoming.reason = self.incoming.reason or f"not ready within {self._warm_seconds:g} s"

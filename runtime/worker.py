@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("skerry.worker")
 DRAIN_SECONDS = 30.0
+STALL_SECONDS = 120.0  # far beyond the longest step; a stalled engine is replaced by the agent
 STATS_SECONDS = 1.0
 INTERRUPTED = 130
 
@@ -50,6 +51,7 @@ class WorkerOptions:
     api_keys: tuple[bytes, ...] = ()
     body_limit: int = 1 << 20
     drain_seconds: float = DRAIN_SECONDS
+    stall_seconds: float = STALL_SECONDS
     loader: Callable[..., Loaded] = field(default=load)
 
 
@@ -176,14 +178,29 @@ class Worker:
             self.leave()
 
     async def _report(self, service: Service) -> None:
-        """Statistics to the agent, once a second while they change."""
+        """Once a second a sign of life to the agent: statistics where they have changed. Ends the process when the
+        engine has had work for a long time and no step of it has ended: nobody in this process can stop such a step."""
         last: dict[str, Any] = {}
+        steps, since = 0, time.monotonic()
         while True:
-            stats = service.stats()
+            stats, load, now = service.stats(), service.loop.load(), time.monotonic()
             if stats != last:
-                self._send("stats", **stats, uptime_seconds=round(time.monotonic() - self._began, 1))
-                last = stats
+                self._send("stats", **stats, uptime_seconds=round(now - self._began, 1))
+            else:
+                self._send("alive")
+            last = stats
+            if load.steps != steps or not load.running:
+                steps, since = load.steps, now
+            elif now - since > self.options.stall_seconds:
+                await self._give_up(f"no step has ended for {self.options.stall_seconds:g} s")
             await asyncio.sleep(STATS_SECONDS)
+
+    async def _give_up(self, cause: str) -> None:
+        log.error("engine: %s", cause)
+        self._send("fatal", error={"code": "engine_stalled", "message": cause, "hint": "see the worker's log"})
+        if self._control:
+            await self._control.flush()
+        os._exit(1)
 
     def _fatal(self, cause: str) -> None:
         log.error("engine: %s", cause)

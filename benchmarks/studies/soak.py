@@ -2,13 +2,13 @@
 
     python -m skerry.benchmarks.studies.soak BUNDLE --minutes 30 --out FILE.json
 
-`skerry serve` is started with BUNDLE, and clients ask without pause: whole answers and streams, several choices, shared
-and new prompts of all lengths, log-probabilities, stop strings, schemas, penalties, bodies that are broken, too large or
-too long, and clients that leave in the middle. Meanwhile its memory is read from outside and `/health/live` is timed.
-Then 500 clients leave, and what is left behind is counted.
+`skerry serve` is started with BUNDLE, and clients ask without pause: whole answers and streams, several choices,
+shared and new prompts of all lengths, log-probabilities, stop strings, schemas, penalties, bodies that are broken, too
+large or too long, and clients that leave in the middle. Meanwhile its memory is read from outside and `/health/live` is
+timed. Then 500 clients leave, and what is left behind is counted.
 
-The slope of its memory is that of a straight line (Theil and Sen: the median of all slopes) through the proportional set
-size after the warm-up, the first third of the time. A picture of the series lies beside FILE.
+The slope of its memory is that of a straight line (Theil and Sen: the median of all slopes) through the proportional
+set size after the warm-up, the first third of the time. A picture of the series lies beside FILE.
 """
 
 from __future__ import annotations

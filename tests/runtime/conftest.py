@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -330,3 +331,59 @@ def bundles(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Calla
         return made[key]
 
     return get
+
+
+class Supervised:
+    """A supervisor and its workers over bundles in slots, without a fleet: who should answer is set here. `turn` lets
+    it work until something has come about."""
+
+    def __init__(self, directory: Path, paths: dict[str, Path], **options: Any) -> None:
+        from skerry.core.bundle import read_manifest
+        from skerry.runtime.process import Orphans
+        from skerry.runtime.public import Responder, bind_public
+        from skerry.runtime.slots import Installed
+        from skerry.runtime.supervisor import Supervisor
+
+        manifests = {slot: read_manifest(path) for slot, path in paths.items()}
+        self.engines = {
+            slot: Installed(slot, m.digest, m.manifest.engine_digest, slot) for slot, m in manifests.items()
+        }
+        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        orphans = Orphans(directory / "workers.json")
+        self.public = bind_public("127.0.0.1", 0, orphans)
+        self.url = f"http://127.0.0.1:{self.public.getsockname()[1]}"
+        self.supervisor = Supervisor(
+            Responder(self.public), self.public, orphans, paths.__getitem__, lambda _: [],
+            lambda *news: self._inbox.put(news), **options,
+        )  # fmt: skip
+
+    def start(self, slot: str) -> None:
+        self.supervisor.aim(self.engines[slot], None)
+        self.turn(lambda: self.supervisor.active is not None)
+
+    def turn(self, condition: Callable[[], Any], seconds: float = 60.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, self.supervisor.notices[-5:]
+            self.supervisor.reconcile()
+            while not self._inbox.empty():
+                worker, message = self._inbox.get()
+                self.supervisor.exited(worker) if message is None else self.supervisor.hear(worker, message)
+            time.sleep(0.005)
+
+    def close(self) -> None:
+        self.supervisor.shut_down()
+        self.public.close()
+
+
+@pytest.fixture
+def supervised(tmp_path: Path) -> Iterator[Callable[..., Supervised]]:
+    opened: list[Supervised] = []
+
+    def start(paths: dict[str, Path], **options: Any) -> Supervised:
+        opened.append(Supervised(tmp_path, paths, **options))
+        return opened[-1]
+
+    yield start
+    for node in opened:
+        node.close()

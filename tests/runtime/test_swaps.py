@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import threading
 import time
 from collections.abc import Callable
@@ -17,11 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
-from skerry.core.bundle import read_manifest
-from skerry.runtime.process import Orphans
-from skerry.runtime.public import Responder, bind_public
-from skerry.runtime.slots import Installed
-from skerry.runtime.supervisor import Supervisor, resident_bytes
+from skerry.runtime.supervisor import resident_bytes
 
 SWAPS = int(os.environ.get("SKERRY_SWAPS", "6"))
 CLIENTS = 4
@@ -75,89 +70,49 @@ class Clients:
         self.answers += 1
 
 
-class Node:
-    """A supervisor with real workers over two bundles, without a fleet: who should answer is set here."""
-
-    def __init__(self, directory: Path, bundles: dict[str, Path]) -> None:
-        manifests = {slot: read_manifest(path) for slot, path in bundles.items()}
-        self.engines = {
-            slot: Installed(slot, m.digest, m.manifest.engine_digest, slot) for slot, m in manifests.items()
-        }
-        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        orphans = Orphans(directory / "workers.json")
-        self._public = bind_public("127.0.0.1", 0, orphans)
-        self.url = f"http://127.0.0.1:{self._public.getsockname()[1]}"
-        self.supervisor = Supervisor(
-            Responder(self._public), self._public, orphans, bundles.__getitem__, lambda _: [],
-            lambda *news: self._inbox.put(news), threads=1, memory=lambda: 1 << 40,
-        )  # fmt: skip
-
-    def swap_to(self, slot: str) -> None:
-        """As an update does it: tried beside the old one first, then aimed at."""
-        engine, supervisor = self.engines[slot], self.supervisor
-        supervisor.aim(supervisor.target, engine)
-        self.turn(lambda: (found := supervisor.candidate(engine)) is not None and found.state in ("ready", "accepting"))
-        supervisor.aim(engine, None)
-        self.turn(lambda: supervisor.active is not None and supervisor.active.installed == engine)
-        self.turn(lambda: not supervisor.draining)
-
-    def turn(self, condition: Callable[[], Any]) -> None:
-        deadline = time.monotonic() + 60
-        while not condition():
-            assert time.monotonic() < deadline, self.supervisor.notices[-5:]
-            self.supervisor.reconcile()
-            while not self._inbox.empty():
-                worker, message = self._inbox.get()
-                self.supervisor.exited(worker) if message is None else self.supervisor.hear(worker, message)
-            time.sleep(0.005)
-
-    def close(self) -> None:
-        self.supervisor.shut_down()
-        self._public.close()
+def swap_to(node: Any, slot: str) -> None:
+    """As an update does it: tried beside the old one first, then aimed at."""
+    engine, supervisor = node.engines[slot], node.supervisor
+    supervisor.aim(supervisor.target, engine)
+    node.turn(lambda: (found := supervisor.candidate(engine)) is not None and found.state in ("ready", "accepting"))
+    supervisor.aim(engine, None)
+    node.turn(lambda: supervisor.active is not None and supervisor.active.installed == engine)
+    node.turn(lambda: not supervisor.draining)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(60 + 6 * SWAPS)
-def test_swaps_and_reverts_under_load_fail_no_request(bundles: Callable[..., Path], tmp_path: Path) -> None:
-    node = Node(tmp_path, {"a": bundles("int8"), "b": bundles("int4")})
-    open_files = len(os.listdir("/proc/self/fd"))
-    try:
-        node.supervisor.aim(node.engines["a"], None)
-        node.turn(lambda: node.supervisor.active is not None)
-        with Clients(node.url) as clients:
-            for swap in range(SWAPS):
-                node.swap_to("ba"[swap % 2])
-                if swap % 50 == 49:
-                    active = node.supervisor.active
-                    figures = {"swaps": swap + 1, "answers": clients.answers, "retries": clients.retries,
-                               "rss": resident_bytes(active.pid) if active else 0}  # fmt: skip
-                    print(json.dumps(figures), flush=True)
-            time.sleep(0.3)
-        assert clients.failures == [] and clients.answers > SWAPS
-        assert [n for n in node.supervisor.notices if n.kind == "worker.crashed"] == []
-        assert clients.retries <= clients.answers // 20
-    finally:
-        node.close()
-    assert len(os.listdir("/proc/self/fd")) <= open_files + 8, "descriptors are not left behind"
+def test_swaps_and_reverts_under_load_fail_no_request(bundles: Callable[..., Path], supervised: Any) -> None:
+    node = supervised({"a": bundles("int8"), "b": bundles("int4")}, memory=lambda: 1 << 40)
+    node.start("a")
+    open_files = len(list(Path("/proc/self/fd").iterdir()))
+    with Clients(node.url) as clients:
+        for swap in range(SWAPS):
+            swap_to(node, "ba"[swap % 2])
+            if swap % 50 == 49:
+                active = node.supervisor.active
+                figures = {"swaps": swap + 1, "answers": clients.answers, "retries": clients.retries,
+                           "rss": resident_bytes(active.pid) if active else 0}  # fmt: skip
+                print(json.dumps(figures), flush=True)
+        time.sleep(0.3)
+    assert clients.failures == [] and clients.answers > SWAPS
+    assert [n for n in node.supervisor.notices if n.kind == "worker.crashed"] == []
+    assert clients.retries <= clients.answers // 20
+    assert len(list(Path("/proc/self/fd").iterdir())) <= open_files + 8, "descriptors are not left behind"
 
 
 def test_a_worker_killed_under_load_is_replaced_and_costs_only_what_it_held(
-    bundles: Callable[..., Path], tmp_path: Path
+    bundles: Callable[..., Path], supervised: Any
 ) -> None:
-    node = Node(tmp_path, {"a": bundles("int8")})
-    try:
-        node.supervisor.aim(node.engines["a"], None)
-        node.turn(lambda: node.supervisor.active is not None)
-        with Clients(node.url) as clients:
-            node.turn(lambda: clients.answers > 20)
-            first = node.supervisor.active
-            assert first is not None
-            first.kill()
-            node.turn(lambda: node.supervisor.active not in (None, first))
-            since = clients.answers
-            node.turn(lambda: clients.answers > since + 20)
-        assert len(clients.failures) <= 2 * CLIENTS, "each client loses what it had in flight, and no more"
-        crashed = [n for n in node.supervisor.notices if n.kind == "worker.crashed"]
-        assert len(crashed) == 1 and "SIGKILL" in crashed[0].data["reason"]
-    finally:
-        node.close()
+    node = supervised({"a": bundles("int8")})
+    node.start("a")
+    with Clients(node.url) as clients:
+        node.turn(lambda: clients.answers > 20)
+        first = node.supervisor.active
+        first.kill()
+        node.turn(lambda: node.supervisor.active not in (None, first))
+        since = clients.answers
+        node.turn(lambda: clients.answers > since + 20)
+    assert len(clients.failures) <= 2 * CLIENTS, "each client loses what it had in flight, and no more"
+    crashed = [n for n in node.supervisor.notices if n.kind == "worker.crashed"]
+    assert len(crashed) == 1 and "SIGKILL" in crashed[0].data["reason"]

@@ -299,3 +299,30 @@ def test_interrupted_before_it_was_ready_is_130(bundles):
     assert process.wait(10) in (130, 0)
     out = process.stdout.read() if process.stdout else ""
     assert process.returncode == (0 if "Serving" in out else 130)
+
+
+def test_an_engine_whose_step_never_ends_ends_the_process(monkeypatch, tmp_path):
+    """The step itself cannot be stopped from within, so the process goes, and the agent starts another."""
+    import asyncio
+    from types import SimpleNamespace
+
+    from skerry.runtime import worker as module
+
+    monkeypatch.setattr(module, "STATS_SECONDS", 0.01)
+    monkeypatch.setattr(module.os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
+    loads = iter([(1, 5), (1, 6)])  # (running, steps): it worked, then it hung
+    last = [(1, 6)]
+
+    def load():
+        last[0] = next(loads, last[0])
+        return SimpleNamespace(running=last[0][0], steps=last[0][1])
+
+    service = SimpleNamespace(stats=lambda: {"running": 1}, loop=SimpleNamespace(load=load))
+
+    async def report() -> None:
+        worker = module.Worker(module.WorkerOptions(tmp_path, stall_seconds=0.1), None)
+        await asyncio.wait_for(worker._report(service), 5)
+
+    with pytest.raises(SystemExit) as ended:
+        asyncio.run(report())
+    assert ended.value.code == 1

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,7 @@ from typing import Any
 
 import pytest
 
-from skerry.runtime.process import Orphans
-from skerry.runtime.public import Responder, bind_public
 from skerry.runtime.slots import Installed
-from skerry.runtime.supervisor import Supervisor
 from skerry.runtime.swap import View, plan
 
 OLD, NEW, BAD = (Installed(slot, c * 64, c * 64, c) for slot, c in (("a", "1"), ("b", "2"), ("b", "3")))
@@ -93,41 +91,18 @@ def follow(view: View, move: str) -> View:
 
 @pytest.mark.parametrize(("free", "needs"), [(1 << 20, 0), (1 << 40, 1 << 41)])
 def test_with_memory_for_one_the_old_worker_goes_first_and_clients_wait(
-    tmp_path: Path, make_bundle: Callable[..., Path], fake_worker: tuple[str, ...], free: int, needs: int
+    supervised: Any, make_bundle: Callable[..., Path], fake_worker: tuple[str, ...], free: int, needs: int
 ) -> None:
     """Too little beside the first one's resident size, or too little for what the second one's manifest asks."""
-    import queue
-
-    from skerry.core.bundle import read_manifest
-
-    paths = {slot: make_bundle(f"v-{slot}") for slot in ("a", "b")}
-    engines = {
-        slot: Installed(slot, read_manifest(p).digest, read_manifest(p).manifest.engine_digest, slot)
-        for slot, p in paths.items()
-    }
-    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    orphans = Orphans(tmp_path / "workers.json")
-    public = bind_public("127.0.0.1", 0, orphans)
-    supervisor = Supervisor(
-        Responder(public), public, orphans, paths.__getitem__, lambda _: [], lambda *news: inbox.put(news), fake_worker,
-        memory=lambda: free, needs=lambda engine: needs,
+    node = supervised(
+        {slot: make_bundle(f"v-{slot}") for slot in ("a", "b")}, command=fake_worker, memory=lambda: free,
+        needs=lambda engine: needs,
     )  # fmt: skip
-
-    def turn(condition: Callable[[], Any]) -> None:
-        deadline = time.monotonic() + 10
-        while not condition():
-            assert time.monotonic() < deadline
-            supervisor.reconcile()
-            while not inbox.empty():
-                worker, message = inbox.get()
-                supervisor.exited(worker) if message is None else supervisor.hear(worker, message)
-            time.sleep(0.01)
-
-    supervisor.aim(engines["a"], None)
-    turn(lambda: supervisor.active is not None)
+    supervisor, engines, turn = node.supervisor, node.engines, node.turn
+    node.start("a")
     supervisor.aim(engines["a"], engines["b"])
     turn(lambda: supervisor.active is None)
-    with socket.create_connection(public.getsockname()) as client:
+    with socket.create_connection(node.public.getsockname()) as client:
         client.sendall(b"GET / HTTP/1.1\r\n\r\n")
         candidate = supervisor.candidate
         turn(lambda: (found := candidate(engines["b"])) is not None and found.state == "ready")
@@ -136,5 +111,17 @@ def test_with_memory_for_one_the_old_worker_goes_first_and_clients_wait(
         client.settimeout(5.0)
         assert json.loads(client.recv(65536).rpartition(b"\r\n")[2])["version"] == "v-b"
     assert "swap.drain_first" in [notice.kind for notice in supervisor.notices]
-    supervisor.shut_down()
-    public.close()
+
+
+def test_a_worker_that_hangs_is_ended_and_replaced(
+    supervised: Any, make_bundle: Callable[..., Path], fake_worker: tuple[str, ...]
+) -> None:
+    """Stopped from outside, it holds its port and its channel and says nothing: only its silence tells."""
+    node = supervised({"a": make_bundle("v-a")}, command=fake_worker, silence_seconds=1.5)
+    node.start("a")
+    hung = node.supervisor.active
+    assert hung is not None
+    os.kill(hung.pid, signal.SIGSTOP)
+    node.turn(lambda: node.supervisor.active not in (None, hung))
+    crash = next(n for n in node.supervisor.notices if n.kind == "worker.crashed")
+    assert "no sign of life" in crash.data["reason"]
