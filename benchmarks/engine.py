@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,12 @@ from skerry.kernels.runner import Runner
 if TYPE_CHECKING:
     from skerry.benchmarks.peers.versus import Versus
 
-GOLDEN = "golden.json"
+GOLDEN, PARITY = "golden.json", "parity.json"
+QUALITY = {
+    "ppl_ratio": Figure("perplexity over that of the weights in float32", "x", "lower", ()),
+    "kl": Figure("mean KL from those weights in float32", "nat", "lower", ()),
+    "top1": Figure("first choices equal to theirs", "%", "higher", ()),
+}
 PEER_KINDS = ("prefill", "decode", "batch")
 Report = Callable[[str], None]
 
@@ -65,6 +70,7 @@ def measure(
     described = {name: about for lane in every for name, about in lane.describe().items()} | describe_scaling(every)
     values = {name: {i: found[name] for i, found in enumerate(rounds) if name in found} for name in described}
     figures = {name: Figure(*described[name], tuple(found.values())) for name, found in values.items() if found}
+    figures |= quality(bundle)
     measured = {OURS: values} | ({} if versus is None else versus.values())
     result = {"check": check, "workload": asdict(load), "figures": figures, "growth": grown(every, measured)}
     return result if versus is None else {**result, "rows": versus.rows(described, values)}
@@ -145,6 +151,21 @@ def own_memory(needed: int) -> dict[str, float]:
         **({"memory_over": (found["rss"] - needed) / 2**20} if "rss" in found else {}),
         **({} if gpu is None else {"gpu_memory": gpu / 2**20}),
     }  # fmt: skip
+
+
+def quality(bundle: Bundle) -> dict[str, Figure]:
+    """What the exporter measured of this very engine: a speed means little without it. {} for one it did not measure.
+    Raises BundleError."""
+    if all(entry.name != PARITY for entry in bundle.manifest.files):
+        return {}
+    document = read_json(bundle.file(PARITY))
+    try:
+        return {
+            f"quality_{name}": replace(figure, values=(float(document[name]) * (100 if figure.unit == "%" else 1),))
+            for name, figure in QUALITY.items()
+        }
+    except (KeyError, TypeError, ValueError) as problem:
+        raise BundleError("read", PARITY, f"malformed: {problem!r}", "export the bundle again") from problem
 
 
 def check_golden(runner: Runner) -> dict[str, Any]:

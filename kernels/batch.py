@@ -18,7 +18,7 @@ from skerry.core.errors import InputError
 Int32 = npt.NDArray[np.int32]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: one is made for each row of each step
 class Row:
     """`tokens` follow `start` tokens that are already in the cache; `pages[g]` are the sequence's pages in KV group g,
     enough of them for start + len(tokens). `sample`: whose logits are wanted, as indices into `tokens`. The first

@@ -14,7 +14,7 @@ Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: one is made for each row of each step
 class SampleParams:
     """One row. `history` maps ids seen so far to how often the *output* holds them (0: only the prompt does).
 

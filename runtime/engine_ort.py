@@ -24,6 +24,8 @@ class OrtEngine:
         self.pages = runner.pages
         self.max_context = runner.max_context
         self.vocab_size = runner.vocab_size
+        self._samplings: list[SamplingParams | None] = []
+        self._built = SampleRows.build([])
 
     def step(self, rows: list[StepRow]) -> list[list[SampledToken]]:
         """Raises SkerryError: the graph failed, a row's logits are not finite, or its grammar failed."""
@@ -31,14 +33,22 @@ class OrtEngine:
         drawing = [row for row in rows if row.sampling is not None]
         if not drawing:
             return [[] for _ in rows]
-        params = [param for row in drawing for param in _params(row)]
-        top_n = max(row.sampling.top_n for row in drawing if row.sampling)
-        sampled = self._runner.sample(logits, SampleRows.build(params, top_n))
+        sampled = self._runner.sample(logits, self._sample_rows(drawing))
         tokens = iter(_tokens(sampled, [row.sampling.top_n for row in drawing if row.sampling for _ in _drawn(row)]))
-        found: list[list[SampledToken]] = []
-        for row in rows:
-            found.append(_matched(row, [next(tokens) for _ in _drawn(row)]))
-        return found
+        return [_matched(row, [next(tokens) for _ in _drawn(row)]) for row in rows]
+
+    def _sample_rows(self, rows: list[StepRow]) -> SampleRows:
+        """From one step to the next the same sequences decode, and of all their parameters only the index of the token
+        changes: what was built for the last step is used again."""
+        plain = all(not (row.drafts or row.history or row.constraint or row.until) for row in rows)
+        samplings = [row.sampling for row in rows]
+        if plain and samplings == self._samplings:
+            self._built.token_index = np.array([row.token_index for row in rows], np.int32)
+            return self._built
+        params = [param for row in rows for param in _params(row)]
+        self._built = SampleRows.build(params, max(sampling.top_n for sampling in samplings if sampling))
+        self._samplings = samplings if plain else []
+        return self._built
 
     def _packed(self, row: StepRow) -> Row:
         pages = [row.pages] * self._runner.groups
@@ -83,7 +93,7 @@ def _params(row: StepRow) -> list[SampleParams]:
 
 
 def _param(row: StepRow, s: SamplingParams, at: int, history: Mapping[int, int], mask: Mask | None) -> SampleParams:
-    bias = dict(s.logit_bias)
+    bias = dict(s.logit_bias) if s.logit_bias else {}
     if at < row.until:
         bias |= dict.fromkeys(row.forbidden, -math.inf)
     return SampleParams(

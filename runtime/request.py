@@ -17,6 +17,7 @@ import enum
 import itertools
 import math
 import secrets
+from array import array
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
@@ -147,7 +148,7 @@ class Sequence:
         self.tokens: list[int] = list(request.prompt)
         self.computed = self.named = 0
         self.cached = -1
-        self.pages: list[int] = []
+        self.pages = array("i")  # numpy copies it whole, a list item by item
         self.keys: list[bytes] = []
         self.awaits = b""
         self.lookup: Lookup | None = None
@@ -174,7 +175,8 @@ class Sequence:
         return "length" if self.generated >= self.request.max_tokens else ""
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen, like all that is made for each row of each step: a frozen one takes three times as long to make.
+@dataclass(slots=True)
 class StepRow:
     """What an engine is asked of one sequence in one step.
 
@@ -188,7 +190,7 @@ class StepRow:
 
     tokens: list[int]
     start: int
-    pages: list[int]
+    pages: Seq[int]
     sampling: SamplingParams | None
     token_index: int = 0
     history: Mapping[int, int] | None = None
@@ -199,7 +201,7 @@ class StepRow:
     until: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SampledToken:
     """`logprob` and `entropy` (nats) are of the raw logits; `top` the best (id, logprob) pairs, best first."""
 
@@ -209,7 +211,7 @@ class SampledToken:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Update:
     """News about a sequence: a token, an end, or both. `at` is time.monotonic() in the engine's thread.
 

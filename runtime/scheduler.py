@@ -15,6 +15,7 @@ The scheduler is not thread-safe: the engine loop holds its lock around every ca
 from __future__ import annotations
 
 import bisect
+from array import array
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -51,7 +52,7 @@ class Limits:
     prefixes: bool = True
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Planned:
     """`count` tokens of `sequence` run in this step, drafts not counted; `row` is what the engine is given. `guessed`:
     its drafts are guesses, and not what a grammar forces."""
@@ -204,7 +205,7 @@ class Scheduler:
             if victim is sequence:
                 return False
         if missing > 0:
-            sequence.pages += self.pool.take(missing)
+            sequence.pages.extend(self.pool.take(missing))
         return True
 
     def _make_way(self) -> None:
@@ -246,7 +247,7 @@ class Scheduler:
         self.waiting.remove(sequence)
         sequence.named = len(held)
         sequence.computed = len(held) * self.pool.page_size
-        sequence.pages = held + self.pool.take(needed)
+        sequence.pages = array("i", held + self.pool.take(needed))
         sequence.state = State.RUNNING
         for key in sequence.keys[len(held) :]:
             self._coming.setdefault(key, sequence)
@@ -298,7 +299,7 @@ class Scheduler:
         for key in sequence.keys:
             self._arrived(sequence, key)
         self.pool.give(sequence.pages)
-        sequence.pages = []
+        sequence.pages = array("i")
 
 
 def _rank(sequence: Sequence) -> tuple[int, int]:

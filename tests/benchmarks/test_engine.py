@@ -8,13 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from skerry.benchmarks.engine import Session, check_golden, measure, measure_once, peer_case
+from skerry.benchmarks.engine import Session, check_golden, measure, measure_once, peer_case, quality
 from skerry.benchmarks.engine_bytes import measure_share, token_bytes
 from skerry.benchmarks.engine_steps import Stream, decode, greedy, in_steps, prefill
 from skerry.benchmarks.engine_workload import Workload, describe
 from skerry.benchmarks.memory import gpu_memory
 from skerry.benchmarks.page_cache import cached_pages, drop_page_cache
 from skerry.core.errors import BundleError, GateFailed, SkerryError, UsageError
+from skerry.core.files import write_json
 from skerry.kernels.blocks import BlockFormat, packed_bytes
 from skerry.kernels.runner import Runner
 
@@ -233,6 +234,20 @@ def test_a_wrong_engine_has_no_figures(golden_bundle):
 def test_malformed_golden_prompts(golden_bundle, document):
     with Runner.open(golden_bundle(document=document), threads=1) as opened, pytest.raises(BundleError, match="golden"):
         check_golden(opened)
+
+
+def test_quality_stands_beside_the_speed(tmp_path, make_bundle, bundle):
+    """As the exporter measured it; absent where it did not, refused where it is damaged."""
+    write_json(tmp_path / "parity.json", {"ppl_ratio": 1.004, "kl": 0.003, "top1": 0.96})
+    measured = make_bundle(tmp_path)
+    found = measure(measured, SMALL, 1, (1,), lambda line: None)["figures"]
+    assert {name: found[f"quality_{name}"].median for name in ("ppl_ratio", "kl", "top1")} == {
+        "ppl_ratio": 1.004, "kl": 0.003, "top1": 96.0,
+    }  # fmt: skip
+    assert quality(bundle) == {}
+    write_json(measured.path / "parity.json", {"kl": "small"})
+    with pytest.raises(BundleError, match=r"parity\.json"):
+        quality(measured)
 
 
 def test_logits_that_are_not_numbers(runner):
