@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,17 @@ def fsync_dir(path: Path) -> None:
 
 def write_atomic(path: Path | str, data: bytes | str, mode: int = 0o644) -> None:
     """Readers see the old content or the new, never a part. Raises StorageError (disk full, read-only)."""
+    write_atomic_parts(path, [data.encode() if isinstance(data, str) else data], mode)
+
+
+def write_atomic_parts(path: Path | str, parts: Iterable[bytes], mode: int = 0o644) -> None:
+    """The same for content that is made as it is written."""
     path = Path(path)
-    raw = data.encode() if isinstance(data, str) else data
     temporary: str | None = None
     try:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(descriptor, "wb") as file:
-            file.write(raw)
+            file.writelines(parts)
             file.flush()
             os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())

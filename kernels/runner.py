@@ -115,6 +115,25 @@ class Runner:
             raise StepError("run step", f"{self.bundle.short} ({tokens})", cause) from error
         return logits
 
+    @property
+    def page_bytes(self) -> int:
+        """Of one page in all layers of all KV groups."""
+        return self.kv_bytes // self.pages
+
+    def read_page(self, page: int) -> bytes:
+        """What a page holds, layer after layer. Means something to an engine of the same digest alone."""
+        return b"".join(array[page].tobytes() for array in self._kv.values())
+
+    def write_page(self, page: int, content: bytes) -> None:
+        """Raises InputError on content of another size."""
+        if len(content) != self.page_bytes:
+            cause = f"{len(content)} bytes, a page has {self.page_bytes}"
+            raise InputError("write page", page, cause, "content of an engine of the same digest")
+        flat, at = np.frombuffer(content, np.uint8), 0
+        for array in self._kv.values():
+            array[page] = flat[at : at + array.shape[1]]
+            at += array.shape[1]
+
     def load_adapter(self, slot: int, deltas: Mapping[str, Delta]) -> None:
         """(A [r, inputs], B [outputs, r], scale) by the names of the manifest's adapters, into a slot that is free or
         taken; projections that are not named keep the model's own product. Raises InputError, IncompatibleError."""

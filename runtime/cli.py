@@ -31,6 +31,10 @@ def __getattr__(name: str) -> Any:
 @click.option("--max-queue", default=64, show_default=True, type=click.IntRange(0, 100_000), help="Beyond it: 429.")
 @click.option("--memory-mib", type=click.IntRange(1), help="For KV pages. Default: what the context needs.")
 @click.option("--body-limit", default=1 << 20, show_default=True, type=click.IntRange(1024), help="Bytes.")
+@click.option(
+    "--prefix-cache", type=click.Path(path_type=Path), help="Directory that keeps prompts' pages over restarts."
+)
+@click.option("--prefix-cache-mib", default=256, show_default=True, type=click.IntRange(1), help="Its size at most.")
 @click.option("--drain-seconds", default=30.0, show_default=True, type=click.FloatRange(0))
 def serve(
     bundle: Path,
@@ -41,6 +45,8 @@ def serve(
     max_queue: int,
     memory_mib: int | None,
     body_limit: int,
+    prefix_cache: Path | None,
+    prefix_cache_mib: int,
     drain_seconds: float,
 ) -> int:
     """Serve a BUNDLE over HTTP with an OpenAI-style API, until Ctrl-C."""
@@ -58,6 +64,7 @@ def serve(
     options = WorkerOptions(
         bundle=bundle, threads=threads, memory_bytes=memory_mib << 20 if memory_mib else None, max_queue=max_queue,
         api_keys=read_keys(api_key_file), body_limit=body_limit, drain_seconds=drain_seconds,
+        prefix_directory=prefix_cache, prefix_bytes=prefix_cache_mib << 20,
     )  # fmt: skip
     set_up_process()
     sock = bind(host, port)

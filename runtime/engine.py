@@ -34,6 +34,15 @@ class Engine(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
+    @property
+    def page_bytes(self) -> int: ...
+
+    def read_page(self, page: int) -> bytes:
+        """What a page holds, `page_bytes` of them, for `write_page` of an engine of the same digest."""
+        ...
+
+    def write_page(self, page: int, content: bytes) -> None: ...
+
     def step(self, rows: list[StepRow]) -> list[list[SampledToken]]:
         """The tokens of each row: none without sampling, else one, and one more for each draft that came true, up to
         the first that did not. Raises on failure; the same rows may then be asked again."""

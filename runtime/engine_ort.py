@@ -37,6 +37,16 @@ class OrtEngine:
         tokens = iter(_tokens(sampled, [row.sampling.top_n for row in drawing if row.sampling for _ in _drawn(row)]))
         return [_matched(row, [next(tokens) for _ in _drawn(row)]) for row in rows]
 
+    @property
+    def page_bytes(self) -> int:
+        return self._runner.page_bytes
+
+    def read_page(self, page: int) -> bytes:
+        return self._runner.read_page(page)
+
+    def write_page(self, page: int, content: bytes) -> None:
+        self._runner.write_page(page, content)
+
     def _sample_rows(self, rows: list[StepRow]) -> SampleRows:
         """From one step to the next the same sequences decode, and of all their parameters only the index of the token
         changes: what was built for the last step is used again."""

@@ -123,6 +123,22 @@ class PagePool:
             else:
                 self._free.append(page)
 
+    def known(self) -> list[tuple[bytes, int]]:
+        """(key, page) of what nobody holds and could be found again, most recently used first: a page's predecessors
+        stand before it."""
+        return [(self._key_of[page], page) for page in reversed(self._idle)]
+
+    def adopt(self, key: bytes) -> int | None:
+        """An empty page for content that is known already, to be written by the caller, as the first that is used for
+        something else; None where none is empty or the key is known."""
+        if not self._free or key in self._page_of:
+            return None
+        page = self._free.pop()
+        self._page_of[key], self._key_of[page] = page, key
+        self._idle[page] = None
+        self._idle.move_to_end(page, last=False)
+        return page
+
     def _evict(self) -> int:
         page, _ = self._idle.popitem(last=False)
         self.forget((page,))

@@ -29,6 +29,7 @@ from skerry.runtime.load import Loaded, load
 
 if TYPE_CHECKING:
     from skerry.runtime.listener import Listener
+    from skerry.runtime.prefix_file import PrefixFile
     from skerry.runtime.service import Service
 
 log = logging.getLogger("skerry.worker")
@@ -52,6 +53,8 @@ class WorkerOptions:
     body_limit: int = 1 << 20
     drain_seconds: float = DRAIN_SECONDS
     stall_seconds: float = STALL_SECONDS
+    prefix_directory: Path | None = None
+    prefix_bytes: int = 256 << 20
     loader: Callable[..., Loaded] = field(default=load)
 
 
@@ -74,6 +77,7 @@ class Worker:
         self._exit_code = 0
         self._loaded = False
         self._listener: Listener | None = None
+        self._prefixes: PrefixFile | None = None
 
     async def run(self) -> int:
         """The exit code: 0 after a drain, 1 when loading or the engine failed."""
@@ -89,7 +93,7 @@ class Worker:
             )  # fmt: skip
             service = await self._prepare(loading)
             tasks.append(asyncio.create_task(self._report(service)))
-            await self._serve()
+            await self._serve(service)
         except SkerryError as error:
             self._send("fatal", error=error.to_json())
             if self._control is None:
@@ -119,6 +123,7 @@ class Worker:
         """Imports the HTTP side while the loader's thread reads the bundle, then joins the two."""
         from skerry.runtime.listener import Listener
         from skerry.runtime.observe import Observer
+        from skerry.runtime.prefix_file import PrefixFile
         from skerry.runtime.scheduler import Limits
         from skerry.runtime.server import Access, Gate, Options, create_app
         from skerry.runtime.service import Service
@@ -139,6 +144,11 @@ class Worker:
         gate = Gate()
         app = create_app(service, gate, Options(Access(self.options.api_keys), self.options.body_limit))
         self._listener = Listener(app, self._socket, gate, service)
+        if self.options.prefix_directory is not None:
+            self._prefixes = PrefixFile(
+                self.options.prefix_directory, manifest.engine_digest, self.options.prefix_bytes
+            )
+            log.info("%d pages of prefixes read", self._prefixes.restore(loaded.engine, service.loop.scheduler.pool))
         service.start()
         gc.collect()
         gc.freeze()  # what is loaded stays: collections no longer walk it
@@ -148,7 +158,7 @@ class Worker:
         )  # fmt: skip
         return service
 
-    async def _serve(self) -> None:
+    async def _serve(self, service: Service) -> None:
         assert self._listener is not None
         if self._control:
             await _first_of(self._accept, self._leave)
@@ -158,6 +168,10 @@ class Worker:
         await self._leave.wait()
         log.info("draining, at most %.0f s", self._deadline)
         await self._listener.drain(self._deadline, successor=self._control is not None)
+        if self._prefixes is not None:
+            loop = service.loop
+            kept = await asyncio.to_thread(self._prefixes.save, loop.engine, loop.scheduler.pool)
+            log.info("%d pages of prefixes kept", kept)
         self._send("drained")
 
     async def _listen(self) -> None:

@@ -8,6 +8,7 @@ import json
 import queue
 import threading
 import time
+from array import array
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -58,6 +59,16 @@ class FakeEngine:
     def __post_init__(self) -> None:
         self.cache = [-1] * (self.pages * self.page_size)
         self.gate.set()
+
+    @property
+    def page_bytes(self) -> int:
+        return 4 * self.page_size
+
+    def read_page(self, page: int) -> bytes:
+        return array("i", self.cache[page * self.page_size : (page + 1) * self.page_size]).tobytes()
+
+    def write_page(self, page: int, content: bytes) -> None:
+        self.cache[page * self.page_size : (page + 1) * self.page_size] = array("i", content)
 
     def step(self, rows: list[StepRow]) -> list[list[SampledToken]]:
         self.gate.wait()

@@ -309,7 +309,11 @@ def test_an_engine_whose_step_never_ends_ends_the_process(monkeypatch, tmp_path)
     from skerry.runtime import worker as module
 
     monkeypatch.setattr(module, "STATS_SECONDS", 0.01)
-    monkeypatch.setattr(module.os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(module.os, "_exit", leave)
     loads = iter([(1, 5), (1, 6)])  # (running, steps): it worked, then it hung
     last = [(1, 6)]
 
@@ -326,3 +330,16 @@ def test_an_engine_whose_step_never_ends_ends_the_process(monkeypatch, tmp_path)
     with pytest.raises(SystemExit) as ended:
         asyncio.run(report())
     assert ended.value.code == 1
+
+
+def test_prompts_are_found_again_after_a_restart(bundles, tmp_path):
+    asked = {"prompt": "The lamp on the island turns all night. " * 3, "max_tokens": 4, "temperature": 0}
+    texts, cached = [], []
+    for _ in range(2):
+        process = start_serve(bundles("int8"), "--port", "0", "--prefix-cache", str(tmp_path / "kept"))
+        answer = httpx.post(f"{url_of(process)}/v1/completions", json=asked, timeout=30).json()
+        texts.append(answer["choices"][0]["text"])
+        cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    assert cached[0] == 0 < cached[1] and texts[0] == texts[1]
