@@ -311,7 +311,7 @@ def test_an_engine_whose_step_never_ends_ends_the_process(monkeypatch, tmp_path)
     monkeypatch.setattr(module, "STATS_SECONDS", 0.01)
 
     def leave(code: int) -> None:
-        raise SystemExit(code)
+        raise InterruptedError(code)
 
     monkeypatch.setattr(module.os, "_exit", leave)
     loads = iter([(1, 5), (1, 6)])  # (running, steps): it worked, then it hung
@@ -327,9 +327,9 @@ def test_an_engine_whose_step_never_ends_ends_the_process(monkeypatch, tmp_path)
         worker = module.Worker(module.WorkerOptions(tmp_path, stall_seconds=0.1), None)
         await asyncio.wait_for(worker._report(service), 5)
 
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(InterruptedError) as ended:
         asyncio.run(report())
-    assert ended.value.code == 1
+    assert ended.value.args == (1,)
 
 
 def test_prompts_are_found_again_after_a_restart(bundles, tmp_path):
