@@ -412,3 +412,65 @@ def test_the_deadline_aborts_with_a_final_error_event(start, fake, say, run):
             assert server.service.observer.failures == 0
 
     run(scenario())
+
+
+def test_a_deadline_ends_a_request_wherever_it_is(start, run, fake):
+    """In the queue, before its first token, and in the middle of a stream."""
+
+    async def scenario() -> None:
+        async with start(fake(delay=0.05), limits=Limits(rows=1)) as server:
+            busy = asyncio.create_task(server.chat(max_tokens=30))
+            await server.until(lambda: server.service.loop.load().running == 1)
+            queued = await server.chat(max_tokens=4, timeout=0.2)
+            assert (queued.status_code, queued.json()["error"]["code"]) == (504, "timeout")
+            assert (await busy).status_code == 200
+            streamed = await server.chat(max_tokens=60, stream=True, timeout=0.4)
+            assert streamed.status_code == 200 and "[DONE]" not in streamed.text
+            assert json.loads(streamed.text.strip().splitlines()[-1][6:])["error"]["code"] == "timeout"
+            await server.idle()
+
+    run(scenario())
+
+
+def test_the_queues_patience_ends_with_503(start, run, fake):
+    async def scenario() -> None:
+        async with start(fake(delay=0.05), limits=Limits(rows=1, queue_seconds=0.2)) as server:
+            busy = asyncio.create_task(server.chat(max_tokens=30))
+            await server.until(lambda: server.service.loop.load().running == 1)
+            queued = await server.chat(max_tokens=4)
+            assert (queued.status_code, queued.json()["error"]["code"]) == (503, "queue_timeout")
+            assert queued.headers["retry-after"] == "1" and (await busy).status_code == 200
+
+    run(scenario())
+
+
+def test_priorities_stop_ids_and_least_tokens(start, run, fake, say):
+    async def scenario() -> None:
+        async with start(fake(script=say("abcdef"))) as server:
+            cut = (await server.chat(max_tokens=8, stop_token_ids=[ord("c")])).json()["choices"][0]
+            assert (cut["message"]["content"], cut["finish_reason"]) == ("ab", "stop")
+            kept = (await server.chat(max_tokens=8, stop="cd", include_stop_str_in_output=True)).json()["choices"][0]
+            assert kept["message"]["content"] == "abcd"
+            more = (await server.chat(max_tokens=12, min_tokens=9)).json()
+            assert more["usage"]["completion_tokens"] >= 9
+            assert (await server.chat(max_tokens=2, priority=-5)).status_code == 200
+
+    run(scenario())
+
+
+def test_tenants_and_salts_find_no_prompts_of_others(start, run, fake):
+    async def scenario() -> None:
+        keys = Options(Access((b"one", b"two")))
+        async with start(fake(), options=keys) as server:
+
+            async def cached(key: str, **fields: Any) -> int:
+                headers = {"Authorization": f"Bearer {key}"}
+                body = {"messages": [{"role": "user", "content": "the same words"}], "max_tokens": 2, **fields}
+                answer = (await server.client.post("/v1/chat/completions", json=body, headers=headers)).json()
+                return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+            assert await cached("one") == 0 and await cached("one") > 0
+            assert await cached("two") == 0 and await cached("two", cache_salt="x") == 0
+            assert await cached("two", cache_salt="x") > 0
+
+    run(scenario())
