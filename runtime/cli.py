@@ -32,6 +32,16 @@ def __getattr__(name: str) -> Any:
 @click.option("--memory-mib", type=click.IntRange(1), help="For KV pages. Default: what the context needs.")
 @click.option("--body-limit", default=1 << 20, show_default=True, type=click.IntRange(1024), help="Bytes.")
 @click.option("--drain-seconds", default=30.0, show_default=True, type=click.FloatRange(0))
+@click.option(
+    "--log-format", default="text", show_default=True, envvar="SKERRY_LOG_FORMAT", type=click.Choice(["text", "json"])
+)
+@click.option(
+    "--log-level",
+    default="info",
+    show_default=True,
+    envvar="SKERRY_LOG_LEVEL",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+)
 def serve(
     bundle: Path,
     host: str,
@@ -42,6 +52,8 @@ def serve(
     memory_mib: int | None,
     body_limit: int,
     drain_seconds: float,
+    log_format: str,
+    log_level: str,
 ) -> int:
     """Serve a BUNDLE over HTTP with an OpenAI-style API, until Ctrl-C."""
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -59,7 +71,7 @@ def serve(
         bundle=bundle, threads=threads, memory_bytes=memory_mib << 20 if memory_mib else None, max_queue=max_queue,
         api_keys=read_keys(api_key_file), body_limit=body_limit, drain_seconds=drain_seconds,
     )  # fmt: skip
-    set_up_process()
+    set_up_process(log_format, log_level)
     sock = bind(host, port)
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{sock.getsockname()[1]}"

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skerry.core.errors import SkerryError
+from skerry.runtime import logs
 from skerry.runtime.channel import Control
 from skerry.runtime.load import Loaded, load
 
@@ -207,10 +208,9 @@ def _seconds(value: Any, default: float) -> float:
     return float(value) if isinstance(value, int | float) and 0 <= value < 86_400 else default
 
 
-def set_up_process() -> None:
+def set_up_process(log_format: str = "text", log_level: str = "info") -> None:
     """Logs on stderr; the engine's thread gets the interpreter lock back within half a millisecond."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logs.set_up(log_format, log_level)
     sys.setswitchinterval(0.0005)
 
 
@@ -230,8 +230,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max-queue", type=int, default=64)
     parser.add_argument("--window-requests", type=int, default=16)
     parser.add_argument("--hash-seed", type=int, default=0)
+    # The environment is how an operator reaches workers that an agent starts.
+    environ = os.environ.get
+    parser.add_argument("--log-format", choices=logs.FORMATS, default=environ("SKERRY_LOG_FORMAT", "text"))
+    parser.add_argument("--log-level", choices=logs.LEVELS, default=environ("SKERRY_LOG_LEVEL", "info"))
     given = parser.parse_args(arguments)
-    set_up_process()
+    set_up_process(given.log_format, given.log_level)
     options = WorkerOptions(
         bundle=given.bundle, threads=given.threads, memory_bytes=given.memory_bytes, max_queue=given.max_queue,
         window_requests=given.window_requests, hash_seed=given.hash_seed,
