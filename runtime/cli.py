@@ -42,6 +42,8 @@ def __getattr__(name: str) -> Any:
     envvar="SKERRY_LOG_LEVEL",
     type=click.Choice(["debug", "info", "warning", "error"]),
 )
+@click.option("--otlp-endpoint", metavar="URL", help="OpenTelemetry collector. Also OTEL_EXPORTER_OTLP_ENDPOINT.")
+@click.option("--otel-content", is_flag=True, help="Send prompts and answers to it as well.")
 def serve(
     bundle: Path,
     host: str,
@@ -54,6 +56,8 @@ def serve(
     drain_seconds: float,
     log_format: str,
     log_level: str,
+    otlp_endpoint: str | None,
+    otel_content: bool,
 ) -> int:
     """Serve a BUNDLE over HTTP with an OpenAI-style API, until Ctrl-C."""
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -70,6 +74,7 @@ def serve(
     options = WorkerOptions(
         bundle=bundle, threads=threads, memory_bytes=memory_mib << 20 if memory_mib else None, max_queue=max_queue,
         api_keys=read_keys(api_key_file), body_limit=body_limit, drain_seconds=drain_seconds,
+        otlp_endpoint=otlp_endpoint, otel_content=otel_content,
     )  # fmt: skip
     set_up_process(log_format, log_level)
     sock = bind(host, port)

@@ -19,7 +19,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from skerry.runtime.load import Loaded, load
 
 if TYPE_CHECKING:
     from skerry.runtime.listener import Listener
+    from skerry.runtime.otel import Telemetry
     from skerry.runtime.service import Service
 
 log = logging.getLogger("skerry.worker")
@@ -51,6 +52,8 @@ class WorkerOptions:
     api_keys: tuple[bytes, ...] = ()
     body_limit: int = 1 << 20
     drain_seconds: float = DRAIN_SECONDS
+    otlp_endpoint: str | None = None
+    otel_content: bool = False
     loader: Callable[..., Loaded] = field(default=load)
 
 
@@ -72,6 +75,7 @@ class Worker:
         self._deadline = options.drain_seconds
         self._exit_code = 0
         self._loaded = False
+        self._telemetry: Telemetry | None = None
         self._listener: Listener | None = None
 
     async def run(self) -> int:
@@ -80,6 +84,7 @@ class Worker:
             asyncio.get_running_loop().add_signal_handler(number, self.leave)
         tasks = [asyncio.create_task(self._listen())] if self._control else []
         try:
+            self._telemetry = self._open_telemetry()
             loading = asyncio.create_task(
                 asyncio.to_thread(
                     self.options.loader, self.options.bundle, threads=self.options.threads,
@@ -98,6 +103,8 @@ class Worker:
         finally:
             for task in tasks:
                 task.cancel()
+            if self._telemetry:
+                await asyncio.to_thread(self._telemetry.close)
             if self._control:
                 await self._control.flush()
         return self._exit_code
@@ -136,7 +143,11 @@ class Worker:
         limits = Limits(queue=self.options.max_queue)
         service = Service(loaded.engine, loaded.model(), observer, limits=limits, on_fatal=self._fatal)
         gate = Gate()
-        app = create_app(service, gate, Options(Access(self.options.api_keys), self.options.body_limit))
+        options = Options(Access(self.options.api_keys), self.options.body_limit)
+        if self._telemetry:
+            reports = (*options.reports, self._telemetry.report)
+            options = replace(options, reports=reports, content=self._telemetry.content)
+        app = create_app(service, gate, options)
         self._listener = Listener(app, self._socket, gate, service)
         service.start()
         gc.collect()
@@ -146,6 +157,22 @@ class Worker:
             load_seconds=round(time.monotonic() - self._began, 3),
         )  # fmt: skip
         return service
+
+    def _open_telemetry(self) -> Telemetry | None:
+        """Raises SkerryError when it cannot be had; but a variable that an agent happens to have passed on must not
+        make an engine look broken."""
+        from skerry.runtime import otel
+
+        options = self.options
+        if not otel.wanted(options.otlp_endpoint):
+            return None
+        try:
+            return otel.Telemetry(options.otlp_endpoint, content=options.otel_content)
+        except SkerryError as error:
+            if self._control is None or options.otlp_endpoint:
+                raise
+            log.error("serving without telemetry: %s", error.render())
+            return None
 
     async def _serve(self) -> None:
         assert self._listener is not None
@@ -234,11 +261,14 @@ def main(arguments: list[str] | None = None) -> int:
     environ = os.environ.get
     parser.add_argument("--log-format", choices=logs.FORMATS, default=environ("SKERRY_LOG_FORMAT", "text"))
     parser.add_argument("--log-level", choices=logs.LEVELS, default=environ("SKERRY_LOG_LEVEL", "info"))
+    parser.add_argument("--otlp-endpoint", help="also OTEL_EXPORTER_OTLP_ENDPOINT")
+    parser.add_argument("--otel-content", action="store_true", help="prompts and answers go out as well")
     given = parser.parse_args(arguments)
     set_up_process(given.log_format, given.log_level)
     options = WorkerOptions(
         bundle=given.bundle, threads=given.threads, memory_bytes=given.memory_bytes, max_queue=given.max_queue,
-        window_requests=given.window_requests, hash_seed=given.hash_seed,
+        window_requests=given.window_requests, hash_seed=given.hash_seed, otlp_endpoint=given.otlp_endpoint,
+        otel_content=given.otel_content,
     )  # fmt: skip
     with contextlib.suppress(KeyboardInterrupt):
         return asyncio.run(_run(options, given.fd, given.control_fd))
