@@ -31,7 +31,8 @@ REASONS = ("stop", "length", "abort")
 
 # Read from the engine when asked for: name, help, kind, value.
 _GAUGE, _COUNTER = GaugeMetricFamily, CounterMetricFamily
-_SNAPSHOT: tuple[tuple[str, str, type[_GAUGE | _COUNTER], Callable[[Load], float]], ...] = (
+_Kind = type[GaugeMetricFamily] | type[CounterMetricFamily]
+_SNAPSHOT: tuple[tuple[str, str, _Kind, Callable[[Load], float]], ...] = (
     ("vllm:num_requests_running", "Sequences in the batch", _GAUGE, lambda load: load.running),
     ("vllm:num_requests_waiting", "Sequences in the queue", _GAUGE, lambda load: load.waiting),
     ("vllm:num_requests_swapped", "None: what is preempted waits", _GAUGE, lambda load: 0),

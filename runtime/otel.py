@@ -114,9 +114,10 @@ class Telemetry:
             common[ERROR] = failure
         self._span(trail, account, f"{operation} {trail.model}".strip(), common)
         self._histograms[DURATION].record(trail.seconds, common)
-        for name, seconds in ((FIRST_TOKEN, account and account.ttft), (PER_TOKEN, account and account.tpot)):
-            if seconds is not None:
-                self._histograms[name].record(seconds, common)
+        if account is not None and account.ttft is not None:
+            self._histograms[FIRST_TOKEN].record(account.ttft, common)
+        if account is not None and account.tpot is not None:
+            self._histograms[PER_TOKEN].record(account.tpot, common)
 
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
         """Sends what is left, for so long at most. A collector that does not answer must not keep a worker alive."""
