@@ -5,13 +5,17 @@
 
 A line holds figures, names and codes, never a prompt or an answer. Whatever a client sends stays inside its field: JSON
 lines are pure ASCII, and in text lines control characters are escaped, so no request can forge a line or move a cursor.
+A reader that stalls costs lines, which are counted, and never an answer: the event loop writes them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
+import os
+import select
 import sys
 import time
 import traceback
@@ -38,12 +42,59 @@ def set_up(form: str = "text", level: str = "info", stream: IO[str] | None = Non
     for name, given, known in (("--log-format", form, FORMATS), ("--log-level", level, LEVELS)):
         if given not in known:
             raise UsageError("set up logs", name, f"{given[:40]!r} is not one of {', '.join(known)}", "")
-    handler = logging.StreamHandler(stream or sys.stderr)
+    handler = Lines(stream or sys.stderr)
     handler.setFormatter(JsonLines() if form == "json" else TextLines())
     handler.addFilter(_stamp)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for library in ("uvicorn", "httpx", "urllib3", "opentelemetry"):
         logging.getLogger(library).setLevel(max(logging.WARNING, logging.getLogger().level))
+
+
+class Lines(logging.Handler):
+    """Writes lines to a stream while whoever reads it keeps up; else drops them, and says how many when it does again.
+
+    A pipe that reports room takes PIPE_BUF bytes without blocking (POSIX), so longer lines go piece by piece; the rest
+    of one that gets stuck is dropped too. Files and terminals always report room.
+    """
+
+    def __init__(self, stream: IO[str]) -> None:
+        super().__init__()
+        self._stream = stream
+        self._lost, self._torn = 0, False
+        self._poll: select.poll | None = None
+        with contextlib.suppress(OSError, ValueError):  # no descriptor behind it, so nothing that could block
+            self._descriptor = stream.fileno()
+            self._poll = select.poll()
+            self._poll.register(self._descriptor, select.POLLOUT)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record) + "\n"
+            if self._lost and self._write(self._notice()):
+                self._lost = 0
+            if self._lost or not self._write(line):
+                self._lost += 1
+        except OSError:
+            self._lost += 1  # the reader is gone: there is nobody to tell
+        except Exception:  # noqa: BLE001 - logging's own contract: a line that cannot be made must not fail a request
+            self.handleError(record)
+
+    def _write(self, line: str) -> bool:
+        if self._poll is None:
+            self._stream.write(line)
+            return True
+        data = (b"\n" if self._torn else b"") + line.encode("utf-8", "replace")
+        for start in range(0, len(data), select.PIPE_BUF):
+            if not any(what & select.POLLOUT for _, what in self._poll.poll(0)):
+                self._torn = self._torn or start > 0
+                return False
+            os.write(self._descriptor, data[start : start + select.PIPE_BUF])
+        self._torn = False
+        return True
+
+    def _notice(self) -> str:
+        text = f"{self._lost} lines were lost: nobody read them"
+        return self.format(logging.LogRecord("skerry.logs", logging.WARNING, "", 0, text, None, None)) + "\n"
 
 
 def _stamp(record: logging.LogRecord) -> bool:

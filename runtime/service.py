@@ -121,7 +121,7 @@ class Answer:
         usage = self.usage
         return Account(
             usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens, tuple(c.finish for c in choices),
-            self._trace.timing, max(queued, default=None), sum(c.sequence.preemptions for c in choices),
+            self._trace.timing, min(queued, default=None), sum(c.sequence.preemptions for c in choices),
         )  # fmt: skip
 
     def put(self, update: Update) -> None:

@@ -20,7 +20,8 @@ _current: contextvars.ContextVar[Trail | None] = contextvars.ContextVar("skerry_
 
 @dataclass(frozen=True)
 class Account:
-    """What one generation came to. `finishes` has "" for a choice that never ended; `queued` None: never admitted."""
+    """What one generation came to. `finishes` has "" for a choice that never ended; `queued`: seconds until the first
+    of its choices was admitted, None: none was."""
 
     prompt_tokens: int
     cached_tokens: int
@@ -105,7 +106,7 @@ def merged(accounts: Sequence[Account]) -> Account | None:
     return Account(
         sum(a.prompt_tokens for a in accounts), sum(a.cached_tokens for a in accounts),
         sum(a.output_tokens for a in accounts), tuple(f for a in accounts for f in a.finishes), timing,
-        max(queued, default=None), sum(a.preemptions for a in accounts),
+        min(queued, default=None), sum(a.preemptions for a in accounts),
     )  # fmt: skip
 
 

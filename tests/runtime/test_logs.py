@@ -6,6 +6,8 @@ import asyncio
 import io
 import json
 import logging
+import os
+import time
 from typing import Any
 
 import pytest
@@ -213,6 +215,60 @@ def test_text_is_readable_and_a_traceback_in_it_cannot_pass_for_a_line(start, ru
         logging.getLogger("skerry.test").exception("failed")
     told = out.getvalue().splitlines()
     assert [line for line in told if "forged" in line] and not [line for line in told if line.startswith("2026-01-31")]
+
+
+@pytest.mark.parametrize("size", [100, 1900])
+def test_a_reader_that_stalls_costs_lines_and_never_waits(captured, size):
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb", buffering=0) as out, os.fdopen(writer, "w") as stream:
+        captured()
+        logs.set_up("json", "info", stream)
+        log = logging.getLogger("skerry.test")
+        began = time.monotonic()
+        for number in range(3000):
+            log.info("%d %s", number, "x" * size)
+        try:
+            raise ValueError("y" * 9000)  # a line of several pieces
+        except ValueError:
+            log.exception("failed")
+        assert time.monotonic() - began < 5
+        first = out.read(1 << 20).splitlines()
+        kept = [json.loads(line) for line in first]
+        assert 10 < len(kept) < 1000 and kept[-1]["message"].startswith(f"{len(kept) - 1} ")
+        log.info("again")
+        notice, again = (json.loads(line) for line in out.read(1 << 20).splitlines())
+        assert notice["message"] == f"{3001 - len(kept)} lines were lost: nobody read them"
+        assert (notice["level"], again["message"]) == ("warning", "again")
+        for _ in range(600):
+            log.info("z" * size)
+    captured()  # puts the handlers back before the pipe's end is used again
+
+
+def test_a_line_cut_short_ends_before_the_next_begins():
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb", buffering=0) as out, os.fdopen(writer, "w") as stream:
+        lines_to = logs.Lines(stream)
+        lines_to.setFormatter(logs.JsonLines())
+        long = logging.LogRecord("t", logging.INFO, "", 0, "", None, None)
+        long.fields = {"part": "x" * 200_000}
+        lines_to.emit(long)
+        assert len(out.read(1 << 20)) <= 65536
+        lines_to.emit(logging.LogRecord("t", logging.INFO, "", 0, "whole", None, None))
+        cut, *rest = out.read(1 << 20).split(b"\n")
+        assert cut == b"" and [json.loads(line)["message"] for line in rest if line] == [
+            "1 lines were lost: nobody read them", "whole"
+        ]  # fmt: skip
+
+
+def test_a_reader_that_is_gone_fails_nothing(capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:
+        lines_to = logs.Lines(stream)
+        lines_to.setFormatter(logs.TextLines())
+        for _ in range(3):
+            lines_to.emit(logging.LogRecord("t", logging.INFO, "", 0, "hello", None, None))
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("given", [("yaml", "info"), ("json", "loud")])
