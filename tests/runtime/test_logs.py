@@ -196,6 +196,23 @@ def test_hostile_input_stays_within_its_line(captured, form):
         assert "nan" not in line or line["nan"] is None
 
 
+@pytest.mark.parametrize("form", logs.FORMATS)
+def test_no_path_or_method_forges_a_line(start, run, captured, form):
+    out = captured(form, "info")
+
+    async def scenario() -> None:
+        async with start() as server:
+            for path in ("/%0A2026%20forged", "/%1b%5b2J", "/%e2%80%a8", "/%ff%fe", "/" + "long" * 4000):
+                assert (await server.client.get(path)).status_code == 404
+            assert (await server.client.request("A" * 3000, "/v1/models")).status_code == 405
+
+    run(scenario())
+    told = out.getvalue()
+    assert len(told.splitlines()) == told.count("\n") == 6 and max(map(len, told.splitlines())) < 1500
+    assert told.isprintable() or set(told) - set(map(chr, range(0x20, 0x7F))) <= {"\n", "\ufffd"}
+    assert form == "text" or len(access(out)) == 6
+
+
 def test_text_is_readable_and_a_traceback_in_it_cannot_pass_for_a_line(start, run, captured):
     out = captured("text", "info")
 
