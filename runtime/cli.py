@@ -41,6 +41,7 @@ def __getattr__(name: str) -> Any:
     show_default=True,
     envvar="SKERRY_LOG_LEVEL",
     type=click.Choice(["debug", "info", "warning", "error"]),
+    help="debug may quote what clients sent.",
 )
 @click.option("--otlp-endpoint", metavar="URL", help="OpenTelemetry collector. Also OTEL_EXPORTER_OTLP_ENDPOINT.")
 @click.option("--otel-content", is_flag=True, help="Send prompts and answers to it as well.")

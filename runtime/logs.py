@@ -19,6 +19,7 @@ import select
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from typing import IO, Any
 
 from skerry.core.errors import UsageError
@@ -45,9 +46,11 @@ def set_up(form: str = "text", level: str = "info", stream: IO[str] | None = Non
     handler = Lines(stream or sys.stderr)
     handler.setFormatter(JsonLines() if form == "json" else TextLines())
     handler.addFilter(_stamp)
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    numeric = logging.getLevelNamesMapping()[level.upper()]
+    logging.basicConfig(level=max(logging.INFO, numeric), handlers=[handler], force=True)
+    logging.getLogger("skerry").setLevel(numeric)  # what libraries debug is not for operators
     for library in ("uvicorn", "httpx", "urllib3", "opentelemetry"):
-        logging.getLogger(library).setLevel(max(logging.WARNING, logging.getLogger().level))
+        logging.getLogger(library).setLevel(max(logging.WARNING, numeric))
 
 
 class Lines(logging.Handler):
@@ -116,8 +119,8 @@ class TextLines(logging.Formatter):
         fields = {**_fields(record), "request_id": getattr(record, "request_id", None)}
         words = [f"{name}={_word(value)}" for name, value in fields.items() if name not in _TOLD and value is not None]
         line = " ".join((head, plain(record.getMessage()), *words))
-        if record.exc_info:
-            told = _traceback(record.exc_info)
+        if record.exc_info and record.exc_info[1] is not None:
+            told = _traceback(record)
             line += "".join(f"\n    {part.translate(_ESCAPES)}" for part in told.splitlines())
         return line
 
@@ -131,9 +134,8 @@ class JsonLines(logging.Formatter):
             **_fields(record),
         }  # fmt: skip
         if record.exc_info and record.exc_info[1] is not None:
-            error = record.exc_info[1]
-            document["error_type"] = type(error).__name__
-            document["traceback"] = _traceback(record.exc_info)
+            document["error_type"] = type(record.exc_info[1]).__name__
+            document["traceback"] = _traceback(record)
         return json.dumps({name: _clean(value) for name, value in document.items() if value is not None})
 
 
@@ -194,7 +196,25 @@ def _clean(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int) else _clean(str(value))
 
 
-def _traceback(exc_info: Any) -> str:
-    """Its end matters most: there is the error."""
-    told = "".join(traceback.format_exception(*exc_info)).strip()
+def _traceback(record: logging.LogRecord) -> str:
+    """Within a request without the errors' own texts, since those may quote it; when debugging, with them. Its end
+    matters most: there is the error."""
+    assert record.exc_info and record.exc_info[1]
+    if hasattr(record, "request_id") and not access.isEnabledFor(logging.DEBUG):
+        told = "\n\nled to\n\n".join(map(_place, reversed(list(_causes(record.exc_info[1])))))
+    else:
+        told = "".join(traceback.format_exception(record.exc_info[1])).strip()
     return told[-TRACEBACK_LENGTH:]
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    for _ in range(8):
+        if error is None:
+            return
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _place(error: BaseException) -> str:
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    return f"Traceback (most recent call last):\n{frames}{type(error).__name__}"

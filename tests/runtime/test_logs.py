@@ -35,6 +35,7 @@ def captured():
     yield start
     root.handlers[:] = before
     root.setLevel(level)
+    logging.getLogger("skerry").setLevel(logging.NOTSET)
 
 
 def lines(stream: io.StringIO) -> list[dict[str, Any]]:
@@ -152,6 +153,30 @@ def test_a_bug_outside_the_guarded_routes_is_a_500_with_id_and_a_traceback_in_on
     [line] = [line for line in lines(out) if "traceback" in line]
     assert line["request_id"] == "r1" and line["error_type"] == "LookupError" and line["logger"] == "skerry.server"
     assert line["traceback"].startswith("Traceback") and "in broken" in line["traceback"]
+
+
+@pytest.mark.parametrize("form", logs.FORMATS)
+@pytest.mark.parametrize("level", ["info", "debug"])
+def test_an_error_that_quotes_a_prompt_is_shown_whole_only_when_debugging(start, run, captured, form, level):
+    out = captured(form, level)
+
+    async def scenario() -> None:
+        async with start() as server:
+
+            def broken(call: Any) -> Any:
+                try:
+                    raise KeyError(call.messages[0]["content"])
+                except KeyError as error:
+                    raise ValueError(f"bad {call.messages[0]['content']}") from error
+
+            server.service._encode = broken
+            answer = await server.chat(SECRET)
+            assert answer.status_code == 500 and SECRET not in answer.text
+
+    run(scenario())
+    told = out.getvalue()
+    assert "in broken" in told and told.rindex("KeyError") < told.rindex("ValueError")
+    assert (SECRET in told) == (level == "debug")
 
 
 def test_every_line_of_a_request_carries_its_id_also_from_its_threads(start, run, captured):
