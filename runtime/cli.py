@@ -36,6 +36,19 @@ def __getattr__(name: str) -> Any:
 )
 @click.option("--prefix-cache-mib", default=256, show_default=True, type=click.IntRange(1), help="Its size at most.")
 @click.option("--drain-seconds", default=30.0, show_default=True, type=click.FloatRange(0))
+@click.option(
+    "--log-format", default="text", show_default=True, envvar="SKERRY_LOG_FORMAT", type=click.Choice(["text", "json"])
+)
+@click.option(
+    "--log-level",
+    default="info",
+    show_default=True,
+    envvar="SKERRY_LOG_LEVEL",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    help="debug may quote what clients sent.",
+)
+@click.option("--otlp-endpoint", metavar="URL", help="OpenTelemetry collector. Also OTEL_EXPORTER_OTLP_ENDPOINT.")
+@click.option("--otel-content", is_flag=True, help="Send prompts and answers to it as well.")
 def serve(
     bundle: Path,
     host: str,
@@ -48,6 +61,10 @@ def serve(
     prefix_cache: Path | None,
     prefix_cache_mib: int,
     drain_seconds: float,
+    log_format: str,
+    log_level: str,
+    otlp_endpoint: str | None,
+    otel_content: bool,
 ) -> int:
     """Serve a BUNDLE over HTTP with an OpenAI-style API, until Ctrl-C."""
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -65,8 +82,9 @@ def serve(
         bundle=bundle, threads=threads, memory_bytes=memory_mib << 20 if memory_mib else None, max_queue=max_queue,
         api_keys=read_keys(api_key_file), body_limit=body_limit, drain_seconds=drain_seconds,
         prefix_directory=prefix_cache, prefix_bytes=prefix_cache_mib << 20,
+        otlp_endpoint=otlp_endpoint, otel_content=otel_content,
     )  # fmt: skip
-    set_up_process()
+    set_up_process(log_format, log_level)
     sock = bind(host, port)
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{sock.getsockname()[1]}"

@@ -80,16 +80,17 @@ def _read_root(path: Path) -> bytes:
 def run(directory: Path, config: Path | None, **flags: Any) -> None:
     """Serve the engine the fleet wants here, and keep it up to date, until SIGTERM or SIGINT."""
     import logging
+    import os
     import signal
 
     from skerry.core.config import load
     from skerry.core.files import write_json
+    from skerry.runtime import logs
     from skerry.runtime.admin import AdminServer
     from skerry.runtime.agent import Agent
     from skerry.runtime.node_settings import NodeSettings
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logs.set_up(os.environ.get("SKERRY_LOG_FORMAT", "text"), os.environ.get("SKERRY_LOG_LEVEL", "info"))
     settings = load(NodeSettings, "node", config, flags)
     agent = Agent(directory, settings)
     admin = AdminServer(settings.admin_host, settings.admin_port, agent.status, agent.alive)

@@ -50,6 +50,16 @@ class Engine(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class StepDone:
+    """One step: how long it took, its sequences, and its tokens (of prompts, and drawn ones that were kept)."""
+
+    seconds: float
+    rows: int
+    prompt_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """What the engine holds at this moment."""
 
@@ -77,11 +87,12 @@ class EngineLoop:
         *,
         limits: Limits | None = None,
         on_fatal: Callable[[str], None] = lambda cause: None,
+        on_step: Callable[[StepDone], None] = lambda done: None,
     ) -> None:
         self.engine = engine
         self.scheduler = Scheduler(PagePool(engine.pages, engine.page_size), engine.max_context, limits)
         self._deliver = deliver
-        self._on_fatal = on_fatal
+        self._on_fatal, self._on_step = on_fatal, on_step
         self._changed = threading.Condition()
         self._closing = ""  # why the loop ends; set once
         self._fatal = False
@@ -141,16 +152,21 @@ class EngineLoop:
                 if self._closing:
                     return
                 expired = self._expire()
-                planned = self.scheduler.plan()
+                planned = self.scheduler.plan(time.monotonic())
             if expired:
                 self._deliver(expired)
             if not planned:
                 continue
+            began = time.monotonic()
             sampled, errors = self._step(planned)
+            seconds = time.monotonic() - began
             with self._changed:
                 updates = self._commit(planned, sampled, errors)
             if updates:
                 self._deliver(updates)
+            prompt_tokens = sum(item.count for item in planned if not item.decodes)
+            kept = sum(update.token is not None for update in updates)
+            self._on_step(StepDone(seconds, len(planned), prompt_tokens, kept))
             if self._failed_in_a_row >= FATAL_STEPS:
                 return self._end(f"{FATAL_STEPS} steps failed in a row: {next(iter(errors.values()))}")
 

@@ -134,17 +134,18 @@ class Sequence:
 
     `tokens` is prompt plus output; the keys and values of the first `computed` of them are in `pages`. `keys` name its
     full pages, the first `named` of which the pool knows. `cached` tokens were found in the prefix cache when it was
-    first admitted, -1 before that; `awaits` is the key of a page that another is computing for it.
+    first admitted, -1 before that; `awaits` is the key of a page that another is computing for it. `since` and
+    `admitted` (0.0: not yet) are time.monotonic() of its arrival and of its first admission.
     """
 
     __slots__ = (
-        "awaits", "cached", "computed", "counts", "keys", "lookup", "named", "pages", "preemptions", "request", "since",
-        "state", "tokens",
+        "admitted", "awaits", "cached", "computed", "counts", "keys", "lookup", "named", "pages", "preemptions",
+        "request", "since", "state", "tokens",
     )  # fmt: skip
 
     def __init__(self, request: Request, since: float = 0.0) -> None:
         self.request = request
-        self.since = since
+        self.since, self.admitted = since, 0.0
         self.tokens: list[int] = list(request.prompt)
         self.computed = self.named = 0
         self.cached = -1

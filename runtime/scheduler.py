@@ -62,6 +62,11 @@ class Planned:
     row: StepRow
     guessed: bool = False
 
+    @property
+    def decodes(self) -> bool:
+        """Whether it goes on from a token that was drawn, and is no part of a prompt."""
+        return self.count == 1 and self.row.token_index > 0
+
 
 @dataclass
 class Totals:
@@ -113,7 +118,8 @@ class Scheduler:
         ended += [(s, "expired") for s in self.waiting if s.since < oldest and s.cached < 0]
         return [(sequence, why) for sequence, why in ended if self.finish(sequence)]
 
-    def plan(self) -> list[Planned]:
+    def plan(self, now: float = 0.0) -> list[Planned]:
+        """`now` is the moment of admission of those that are admitted."""
         self._make_way()
         planned: list[Planned] = []
         decoding = [sequence for sequence in self.running if sequence.remaining == 1]
@@ -125,7 +131,7 @@ class Scheduler:
             if budget and sequence.remaining > 1:
                 budget -= self._prefill(sequence, budget, planned)
         for sequence in list(self.waiting):
-            if not budget or not self._admit(sequence):
+            if not budget or not self._admit(sequence, now):
                 break
             if sequence.state is State.RUNNING:
                 budget -= self._prefill(sequence, budget, planned)
@@ -229,7 +235,7 @@ class Scheduler:
         """Whether the next page of its prompt is being computed by another."""
         return sequence.awaits in self._coming
 
-    def _admit(self, sequence: Sequence) -> bool:
+    def _admit(self, sequence: Sequence, now: float) -> bool:
         """Moves a sequence to running, or leaves it where it is because it awaits another's pages; False when it does
         not fit now, and then nobody behind it is let past."""
         if self._awaits(sequence):
@@ -252,7 +258,7 @@ class Scheduler:
         for key in sequence.keys[len(held) :]:
             self._coming.setdefault(key, sequence)
         if sequence.cached < 0:
-            sequence.cached = sequence.computed
+            sequence.cached, sequence.admitted = sequence.computed, now
             self.totals.prompt_tokens += len(sequence.request.prompt)
             self.totals.cached_tokens += sequence.cached
         bisect.insort(self.running, sequence, key=_rank)

@@ -12,16 +12,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from skerry.core.errors import SkerryError
+from skerry.runtime import logs
 from skerry.runtime.api_error import ApiError
 from skerry.runtime.protocol import Call, Defaults, parse_body, parse_chat, parse_completion
+from skerry.runtime.request_id import Trails
 from skerry.runtime.responses import SSE_END, Form, Piece, sse
 from skerry.runtime.service import Answer, ClientGone, Service
+from skerry.runtime.trail import Trail, note_error, note_tenant
 
 log = logging.getLogger("skerry.server")
 BODY_LIMIT = 1 << 20
@@ -59,19 +62,26 @@ class Access:
         matches = [hmac.compare_digest(given, known) for known in self.keys]  # all of them: no timing hint
         if scheme.lower() != "bearer" or not any(matches):
             raise ApiError(401, "missing or wrong API key", code="invalid_api_key")
-        return hashlib.sha256(given).digest()
+        tenant = hashlib.sha256(given).digest()
+        note_tenant(tenant)
+        return tenant
 
 
 @dataclass(frozen=True)
 class Options:
+    """`reports` hear of each request when it has ended; `content`: its texts are kept for them until then."""
+
     access: Access = field(default_factory=Access)
     body_limit: int = BODY_LIMIT
+    reports: tuple[Callable[[Trail], None], ...] = (logs.report,)
+    content: bool = False
 
 
 def create_app(service: Service, gate: Gate, options: Options | None = None) -> FastAPI:
     options = options or Options()
     app = FastAPI(title="Skerry", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(CountAndClose, gate=gate)
+    app.add_middleware(Trails, report=options.reports, content=options.content)  # the last one is the outermost
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
 
@@ -113,8 +123,9 @@ def create_app(service: Service, gate: Gate, options: Options | None = None) -> 
         return JSONResponse(body, status_code=200 if status == "ready" else 503)
 
     @app.get("/metrics")
-    async def metrics() -> Response:
-        return PlainTextResponse(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    async def metrics(request: Request) -> Response:
+        body, kind = service.metrics.negotiated(request.headers.get("accept", ""))
+        return Response(body, headers={"content-type": kind})
 
     return app
 
@@ -243,6 +254,7 @@ async def _guard(service: Service, work: Awaitable[Response]) -> Response:
         return await work
     except ClientDisconnect:  # in the middle of its body
         service.metrics.cancelled()
+        note_error("client_closed")
         return Response(status_code=CLIENT_CLOSED)
     except ApiError as error:
         service.failed(error)

@@ -18,7 +18,7 @@ from typing import Any
 from skerry.core.chat import ChatTemplate, last_user_text
 from skerry.core.tokenizer import Tokenizer
 from skerry.runtime.api_error import ApiError
-from skerry.runtime.engine import Engine, EngineLoop
+from skerry.runtime.engine import Engine, EngineLoop, StepDone
 from skerry.runtime.kvcache import root_key
 from skerry.runtime.metrics import Metrics
 from skerry.runtime.observe import Observer, Timing, Trace
@@ -27,6 +27,7 @@ from skerry.runtime.request import Request, SampledToken, Sequence, Update, choi
 from skerry.runtime.responses import Piece, TokenInfo, Usage
 from skerry.runtime.scheduler import Limits
 from skerry.runtime.tokenizer import Detokenizer, StopStrings, token_bytes
+from skerry.runtime.trail import Account, Content, current, note_error
 
 # Longer texts are tokenized in a thread: at about 1 MB/s, this many characters take 4 ms.
 THREAD_CHARACTERS = 4_000
@@ -59,7 +60,7 @@ class Choice:
         self.index, self.sequence = index, sequence
         self.tokens = 0
         self.finish = ""
-        self.last_at = 0.0
+        self.first_at = self.last_at = 0.0
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer.decode, sequence.request.prompt)
         self._stops = StopStrings(call.stops, call.shows_stop)
@@ -105,12 +106,23 @@ class Answer:
         }
         self._news: asyncio.Queue[Update | None] = asyncio.Queue()
         self.numbers = list(self._choices)
+        self._content = self._follow()
 
     @property
     def usage(self) -> Usage:
         choices = self._choices.values()
         cached = max(0, *(choice.sequence.cached for choice in choices)) if choices else 0
         return Usage(self._trace.prompt_tokens, sum(choice.tokens for choice in choices), cached)
+
+    def account(self) -> Account:
+        """What it came to so far."""
+        choices = list(self._choices.values())
+        queued = [c.sequence.admitted - c.sequence.since for c in choices if c.sequence.admitted]
+        usage = self.usage
+        return Account(
+            usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens, tuple(c.finish for c in choices),
+            self._trace.timing, min(queued, default=None), sum(c.sequence.preemptions for c in choices),
+        )  # fmt: skip
 
     def put(self, update: Update) -> None:
         self._news.put_nowait(update)
@@ -133,6 +145,7 @@ class Answer:
             self._service.record(self._trace, list(self._choices.values()))
         except ClientGone:
             self._service.metrics.cancelled()
+            note_error("client_closed")
             raise
         except ApiError as error:
             self._service.failed(error)
@@ -162,15 +175,36 @@ class Answer:
             raise ApiError(503, "waited too long in the queue", code="queue_timeout", retry_after=1)
         if update.finish == "error" or update.token is None:
             raise ApiError(500, f"the engine failed on this request: {update.error}", code="engine_error")
+        if not self._trace.timing.first_token:
+            self._service.metrics.started(update.at - self._trace.timing.arrived, self._trace.prompt_tokens)
         self._service.metrics.token(update.at - choice.last_at if choice.last_at else None)
-        choice.last_at = update.at
+        choice.first_at, choice.last_at = choice.first_at or update.at, update.at
         self._trace.timing.mark(update.at)
         if choice.index == 0:
             self._trace.add(update.token.logprob, update.token.entropy)
         piece = choice.push(update.token, update.finish)
+        if piece is not None and self._content is not None:
+            self._content.answered(choice.index, piece.text)
         if choice.finish and not update.finish:
             self._service.loop.cancel(choice.sequence)
         return piece
+
+    def _follow(self) -> Content | None:
+        """Tells the request's trail what was asked for; the text only where an operator wants it told."""
+        trail, call = current(), self.call
+        if trail is None:
+            return None
+        trail.model = self._service.model.name
+        trail.accounts.append(self.account)
+        sampling = call.sampling
+        trail.params = {
+            "max_tokens": call.max_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p,
+            "top_k": sampling.top_k, "choices": call.choices, "stream": call.stream,
+        }  # fmt: skip
+        if trail.content is not None:
+            for asked in call.messages or ({"role": "user", "content": call.prompt_text or ""},):
+                trail.content.asked(asked["role"], asked["content"])
+        return trail.content
 
 
 class Service:
@@ -190,7 +224,7 @@ class Service:
         self._events = asyncio.get_running_loop()
         self._answers: dict[int, Answer] = {}
         fatal = lambda cause: self._call_soon(on_fatal, cause)  # noqa: E731
-        self.loop = EngineLoop(engine, self._deliver, limits=limits, on_fatal=fatal)
+        self.loop = EngineLoop(engine, self._deliver, limits=limits, on_fatal=fatal, on_step=self._stepped)
         self.metrics = Metrics(model.name, self.loop.load)
 
     def start(self) -> None:
@@ -233,6 +267,12 @@ class Service:
 
     def record(self, trace: Trace, choices: list[Choice]) -> None:
         self.metrics.finished(trace.timing, trace.prompt_tokens, [(c.tokens, c.finish) for c in choices])
+        for choice in choices:
+            sequence = choice.sequence
+            self.metrics.phases(
+                sequence.since, sequence.admitted, choice.first_at, choice.last_at, choice.tokens,
+                sequence.request.max_tokens,
+            )  # fmt: skip
         self.observer.finished(trace)
 
     def failed(self, error: ApiError) -> None:
@@ -240,6 +280,7 @@ class Service:
         if error.counted:
             return
         error.counted = True
+        note_error(error.code or str(error.status))
         self.metrics.error(error.status)
         if error.status == 500:
             self.observer.failed()
@@ -267,6 +308,10 @@ class Service:
     def _deliver(self, updates: list[Update]) -> None:
         """Called by the engine's thread, once a step."""
         self._call_soon(self._dispatch, updates)
+
+    def _stepped(self, done: StepDone) -> None:
+        """Called by the engine's thread as well."""
+        self.metrics.step(done)
 
     def _dispatch(self, updates: list[Update]) -> None:
         for update in updates:

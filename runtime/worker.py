@@ -19,16 +19,18 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skerry.core.errors import SkerryError
+from skerry.runtime import logs
 from skerry.runtime.channel import Control
 from skerry.runtime.load import Loaded, load
 
 if TYPE_CHECKING:
     from skerry.runtime.listener import Listener
+    from skerry.runtime.otel import Telemetry
     from skerry.runtime.prefix_file import PrefixFile
     from skerry.runtime.service import Service
 
@@ -55,6 +57,8 @@ class WorkerOptions:
     stall_seconds: float = STALL_SECONDS
     prefix_directory: Path | None = None
     prefix_bytes: int = 256 << 20
+    otlp_endpoint: str | None = None
+    otel_content: bool = False
     loader: Callable[..., Loaded] = field(default=load)
 
 
@@ -76,6 +80,7 @@ class Worker:
         self._deadline = options.drain_seconds
         self._exit_code = 0
         self._loaded = False
+        self._telemetry: Telemetry | None = None
         self._listener: Listener | None = None
         self._prefixes: PrefixFile | None = None
 
@@ -85,6 +90,7 @@ class Worker:
             asyncio.get_running_loop().add_signal_handler(number, self.leave)
         tasks = [asyncio.create_task(self._listen())] if self._control else []
         try:
+            self._telemetry = self._open_telemetry()
             loading = asyncio.create_task(
                 asyncio.to_thread(
                     self.options.loader, self.options.bundle, threads=self.options.threads,
@@ -103,6 +109,8 @@ class Worker:
         finally:
             for task in tasks:
                 task.cancel()
+            if self._telemetry:
+                await asyncio.to_thread(self._telemetry.close)
             if self._control:
                 await self._control.flush()
         return self._exit_code
@@ -142,7 +150,11 @@ class Worker:
         limits = Limits(queue=self.options.max_queue)
         service = Service(loaded.engine, loaded.model(), observer, limits=limits, on_fatal=self._fatal)
         gate = Gate()
-        app = create_app(service, gate, Options(Access(self.options.api_keys), self.options.body_limit))
+        options = Options(Access(self.options.api_keys), self.options.body_limit)
+        if self._telemetry:
+            reports = (*options.reports, self._telemetry.report)
+            options = replace(options, reports=reports, content=self._telemetry.content)
+        app = create_app(service, gate, options)
         self._listener = Listener(app, self._socket, gate, service)
         if self.options.prefix_directory is not None:
             self._prefixes = PrefixFile(
@@ -157,6 +169,22 @@ class Worker:
             load_seconds=round(time.monotonic() - self._began, 3),
         )  # fmt: skip
         return service
+
+    def _open_telemetry(self) -> Telemetry | None:
+        """Raises SkerryError when it cannot be had; but a variable that an agent happens to have passed on must not
+        make an engine look broken."""
+        from skerry.runtime import otel
+
+        options = self.options
+        if not otel.wanted(options.otlp_endpoint):
+            return None
+        try:
+            return otel.Telemetry(options.otlp_endpoint, content=options.otel_content)
+        except SkerryError as error:
+            if self._control is None or options.otlp_endpoint:
+                raise
+            log.error("serving without telemetry: %s", error.render())
+            return None
 
     async def _serve(self, service: Service) -> None:
         assert self._listener is not None
@@ -238,10 +266,9 @@ def _seconds(value: Any, default: float) -> float:
     return float(value) if isinstance(value, int | float) and 0 <= value < 86_400 else default
 
 
-def set_up_process() -> None:
+def set_up_process(log_format: str = "text", log_level: str = "info") -> None:
     """Logs on stderr; the engine's thread gets the interpreter lock back within half a millisecond."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logs.set_up(log_format, log_level)
     sys.setswitchinterval(0.0005)
 
 
@@ -261,11 +288,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max-queue", type=int, default=64)
     parser.add_argument("--window-requests", type=int, default=16)
     parser.add_argument("--hash-seed", type=int, default=0)
+    # The environment is how an operator reaches workers that an agent starts.
+    environ = os.environ.get
+    parser.add_argument("--log-format", choices=logs.FORMATS, default=environ("SKERRY_LOG_FORMAT", "text"))
+    parser.add_argument("--log-level", choices=logs.LEVELS, default=environ("SKERRY_LOG_LEVEL", "info"))
+    parser.add_argument("--otlp-endpoint", help="also OTEL_EXPORTER_OTLP_ENDPOINT")
+    parser.add_argument("--otel-content", action="store_true", help="prompts and answers go out as well")
     given = parser.parse_args(arguments)
-    set_up_process()
+    set_up_process(given.log_format, given.log_level)
     options = WorkerOptions(
         bundle=given.bundle, threads=given.threads, memory_bytes=given.memory_bytes, max_queue=given.max_queue,
-        window_requests=given.window_requests, hash_seed=given.hash_seed,
+        window_requests=given.window_requests, hash_seed=given.hash_seed, otlp_endpoint=given.otlp_endpoint,
+        otel_content=given.otel_content,
     )  # fmt: skip
     with contextlib.suppress(KeyboardInterrupt):
         return asyncio.run(_run(options, given.fd, given.control_fd))

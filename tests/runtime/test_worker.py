@@ -343,3 +343,25 @@ def test_prompts_are_found_again_after_a_restart(bundles, tmp_path):
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
     assert cached[0] == 0 < cached[1] and texts[0] == texts[1]
+
+
+def test_a_variable_that_cannot_be_met_stops_serve_and_no_worker_of_an_agent(agent, bundles, monkeypatch):
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
+    agent.start(bundles()).serving()
+    assert ask(agent.url).status_code == 200
+    process = start_serve(bundles(), "--port", "0")
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 2 and "'grpc' is not spoken here" in errors
+
+
+def test_a_worker_serves_on_while_nobody_reads_its_log(bundles):
+    process = start_serve(bundles(), "--port", "0")  # a pipe holds 64 KiB
+    try:
+        with httpx.Client(base_url=url_of(process), timeout=10) as client:
+            for _ in range(400):
+                assert client.get("/v1/models?" + "x" * 200).status_code == 200
+    finally:
+        process.terminate()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 0 and len(errors) >= 32_000
