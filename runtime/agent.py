@@ -312,7 +312,7 @@ class Agent:
             seed = desired.hash_seed if desired else 0
         window = desired.window_requests if desired else 16
         options = ["--window-requests", str(window), "--hash-seed", str(seed)]
-        return options + (["--memory-bytes", str(self.settings.memory_bytes)] if self.settings.memory_bytes else [])
+        return options + self.settings.worker_options()
 
     def _memory_needs(self, installed: Installed) -> int:
         """As the worker will count it; read once, as a manifest can be megabytes. 0 where the slot holds nothing that

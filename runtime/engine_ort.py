@@ -24,6 +24,7 @@ class OrtEngine:
         self.pages = runner.pages
         self.max_context = runner.max_context
         self.vocab_size = runner.vocab_size
+        self.adapters = runner.adapters
 
     def step(self, rows: list[StepRow]) -> list[list[SampledToken]]:
         """Raises SkerryError: the graph failed, a row's logits are not finite, or its grammar failed."""
