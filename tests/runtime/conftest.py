@@ -276,7 +276,11 @@ def write_checkpoint(path: Path, tokenizer: Tokenizer, seed: int = 0) -> Path:
 
 
 def build_bundle(
-    path: Path, checkpoint: Path, precision: str = "fp32", claimed: int = 0, golden_offset: float = 0.0,
+    path: Path,
+    checkpoint: Path,
+    precision: str = "fp32",
+    claimed: int = 0,
+    golden_offset: float = 0.0,
     adapters: bool = False,
 ) -> Path:
     """A sealed bundle with golden prompts. `claimed`: a context longer than the rotary tables of 64 rows.
@@ -290,7 +294,9 @@ def build_bundle(
 
     subject = open_subject(checkpoint, 64 if claimed else None)
     path.mkdir(parents=True)
-    engine = build_engine(subject, Target("ort-cpu"), precision, path, lambda stage, done, total: None, adapters=adapters)
+    engine = build_engine(
+        subject, Target("ort-cpu"), precision, path, lambda stage, done, total: None, adapters=adapters
+    )
 
     def sealed() -> None:
         seal(
