@@ -182,7 +182,7 @@ class Worker:
             await adapters.load(name, path)
         gate = Gate()
         app = create_app(service, gate, Options(self._access, self.options.body_limit))
-        protocol = guarded(self.options.connections)
+        protocol = guarded(limit=self.options.connections)
         self._listener = Listener(app, self._socket, gate, service, protocol, self._tls)
         service.start()
         gc.collect()

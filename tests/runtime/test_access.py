@@ -219,6 +219,39 @@ def test_a_kept_alive_connection_is_watched_too(start, run):
     run(scenario())
 
 
+def test_a_body_that_nobody_reads_any_more_is_not_waited_for(start, run):
+    async def scenario() -> None:
+        options = Options(Access((b"one",)))
+        async with start(options=options, protocol=guarded(head_seconds=0.4)) as server:
+            head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n"
+            began = time.monotonic()
+            with pytest.raises(ConnectionError):
+                await talk(server, head, *[b"x"] * 30, pause=0.1)
+            assert time.monotonic() - began < 2
+            last = head.replace(b"host: x", b"host: x\r\nconnection: close")
+            whole = await talk(server, head, b"x" * 500, b"x" * 500, last + b"x" * 1000, pause=0.1)
+            assert whole.count(b"401 Unauthorized") == 2
+
+    run(scenario())
+
+
+def test_a_client_that_does_not_read_is_cut(start, run):
+    async def scenario() -> None:
+        async with start(protocol=guarded(write_seconds=0.4)) as server:
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(server.url.rpartition(":")[2]), limit=1024)
+            writer.write(b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n" * 4000)
+            await server.until(lambda: bool(server.listener._server.server_state.connections))
+            await server.until(lambda: not server.listener._server.server_state.connections, 20)
+            with pytest.raises(ConnectionError):
+                while await reader.read(1 << 16):
+                    pass
+                raise ConnectionError
+            writer.close()
+            assert (await server.client.get("/health/live")).status_code == 200
+
+    run(scenario())
+
+
 def test_slow_answers_are_no_slow_heads(start, fake, run):
     async def scenario() -> None:
         async with start(fake(delay=0.05), protocol=guarded(head_seconds=0.2)) as server:
