@@ -125,9 +125,11 @@ class Adapters:
         adapter = Adapter(name, path, await self._take(name), found.digest, found.rank)
         try:
             await asyncio.to_thread(slots.load, adapter.slot, found.deltas)
-        except SkerryError as error:  # it knows the slot alone
+        except Exception as error:
             self._free.append(adapter.slot)
-            raise IncompatibleError(LOAD, name, error.cause, error.hint) from error
+            if isinstance(error, SkerryError):  # it names the slot alone
+                raise IncompatibleError(LOAD, name, error.cause, error.hint) from error
+            raise
         old = self._named.get(name)  # it may have been unloaded meanwhile
         self._named[name] = adapter
         adapter.named = True

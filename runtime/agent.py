@@ -321,6 +321,7 @@ class Agent:
             bundle = self.slots.manifest_of(installed.slot)
             try:
                 need = needed_bytes(bundle.manifest, self.settings.memory_bytes) if bundle else 0
+                need += self.settings.adapter_bytes(bundle.manifest.adapters) if bundle else 0
             except IncompatibleError:
                 need = 0
             self._needs = {installed: need}

@@ -97,9 +97,11 @@ class GuardedProtocol(H11Protocol):
         self.transport.close()
 
 
-def _cancelled(timer: asyncio.TimerHandle | None) -> None:
+def _cancelled(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
+    """None, for the place where the timer was."""
     if timer is not None:
         timer.cancel()
+    return None
 
 
 def guarded(**limits: float) -> type[GuardedProtocol]:

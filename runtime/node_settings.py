@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from skerry.core.bundle import AdapterLayout
 from skerry.core.errors import ConfigError
 from skerry.runtime.update import Policy
 
@@ -46,6 +47,10 @@ class NodeSettings:
 
     def policy(self) -> Policy:
         return Policy(self.warm_seconds, self.probation_requests, self.probation_seconds, self.max_failed_ratio)
+
+    def adapter_bytes(self, layout: AdapterLayout | None) -> int:
+        """What the slots of a worker's engine take."""
+        return 2 * self.adapter_slots * self.adapter_rank * layout.columns if layout is not None else 0
 
     def worker_options(self) -> list[str]:
         """What a worker is told of these, where it is not the default."""

@@ -14,9 +14,9 @@ from skerry.kernels.adapters import LOAD
 from skerry.runtime.peft_files import CONFIG
 
 MAX_ALPHA, MAX_RANK, MAX_PATTERNS = 1e6, 1 << 16, 10_000
-BASE = "skerry_base_checkpoint"  # digest of the checkpoint that an adapter was trained on; no field of PEFT's
 _LITERAL = re.compile(r"\^?[\w.]{1,200}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_DIGEST = re.compile(r"sha256:([0-9a-f]{64})")  # of the checkpoint, as skerry train names a base
 # Fields, and the values under which they ask for nothing that the engine lacks.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_dora": (False,), "bias": ("none",), "lora_bias": (False,), "modules_to_save": ([],),
@@ -124,12 +124,14 @@ def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> f
 
 
 def _check_base(raw: dict[str, Any], name: str, base: Base) -> None:
-    """Where both sides say what they were made of, they must say the same; a path or another's name says nothing."""
-    digest, hub = raw.get(BASE), raw.get("base_model_name_or_path")
-    if isinstance(digest, str) and base.checkpoint and digest != base.checkpoint:
-        cause = f"made for checkpoint {digest[:12]}, the engine is of {base.checkpoint[:12]}"
+    """Where both sides say what they were made of, they must say the same; a path or an unknown name says nothing."""
+    stated = raw.get("base_model_name_or_path")
+    if not isinstance(stated, str):
+        return
+    digest = _DIGEST.fullmatch(stated)
+    if digest and base.checkpoint and digest[1] != base.checkpoint:
+        cause = f"made for checkpoint {digest[1][:12]}, the engine is of {base.checkpoint[:12]}"
         raise IncompatibleError(LOAD, name, cause, "the adapter of this very model")
-    known = isinstance(hub, str) and _HUB_ID.fullmatch(hub) and base.hub
-    if known and str(hub).lower() != base.hub.lower():
-        cause = f"made for {str(hub)[:80]}, the engine is of {base.hub}"
+    if _HUB_ID.fullmatch(stated) and base.hub and stated.lower() != base.hub.lower():
+        cause = f"made for {stated[:80]}, the engine is of {base.hub}"
         raise IncompatibleError(LOAD, name, cause, "the adapter of this very model")

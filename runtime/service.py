@@ -216,7 +216,8 @@ class Service:
 
     def check_model(self, name: str | None) -> None:
         if name not in (None, *ALIASES, self.model.name):
-            message = f"model {name!r} is not served here; this server has {self.model.name!r}"
+            served = ", ".join(map(repr, (self.model.name, *(one.name for one in self.adapters.loaded))))
+            message = f"model {name!r} is not served here; this server has {served}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
     async def ask(self, call: Call, tenant: bytes = b"") -> Answer:

@@ -363,6 +363,31 @@ def test_serve_with_tls_keys_and_adapters(bundles, tmp_path):
 
 @pytest.mark.e2e
 @pytest.mark.slow
+def test_a_worker_of_an_agent_has_slots_where_its_engine_takes_adapters(bundles, tmp_path):
+    """An engine without room for adapters is no reason to refuse an update."""
+    from skerry.core.bundle import open_bundle
+    from tests.runtime.test_worker import Agent
+
+    admin = tmp_path / "admin"
+    admin.write_text("root\n")
+    plain, roomy = bundles("int8"), bundles("int8", adapters=True)
+    write_peft(tmp_path / "a", random_tensors(open_bundle(roomy).manifest.adapters))
+    told = NodeSettings(adapter_slots=2, adapter_dir=str(tmp_path), admin_key_file=str(admin)).worker_options()
+    for bundle, status, words in ((plain, 409, "opened without slots"), (roomy, 200, "loaded")):
+        agent = Agent()
+        try:
+            worker = agent.start(bundle, *told)
+            worker.wait_for("ready")
+            worker.send("accept")
+            body = {"lora_name": "a", "lora_path": "a"}
+            answer = httpx.post(f"{agent.url}/v1/load_lora_adapter", json=body, headers=bearer("root"), timeout=20)
+            assert answer.status_code == status and words in answer.text
+        finally:
+            agent.close()
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
 def test_serve_names_what_is_wrong_before_the_engine_loads(bundles, tmp_path):
     from tests.runtime.test_worker import start_serve
 

@@ -16,7 +16,7 @@ import pytest
 from skerry.core.bundle import AdapterLayout, AdapterProjection
 from skerry.core.errors import IncompatibleError, InputError, NotFound, SkerryError
 from skerry.runtime.peft import HEADER_BYTES, read_peft
-from skerry.runtime.peft_config import BASE, Base
+from skerry.runtime.peft_config import Base
 from tests.runtime.peft_folders import CONFIG, random_tensors, write_peft
 
 
@@ -318,11 +318,14 @@ def test_links_do_not_lead_out_of_the_directory(tmp_path):
 def test_an_adapter_of_another_base(tmp_path):
     base = Base("a" * 64, "Org/Model-1B")
     for changes in ({}, {"base_model_name_or_path": "org/model-1b"}, {"base_model_name_or_path": "/tmp/somewhere/else"},
-                    {BASE: "a" * 64}):  # fmt: skip
+                    {"base_model_name_or_path": "sha256:" + "a" * 64}):  # fmt: skip
         assert read(write_peft(tmp_path / "a", pair(Q), **changes), base=base).rank == 4
     for changes, words in (
         ({"base_model_name_or_path": "org/model-3b"}, "made for org/model-3b, the engine is of Org/Model-1B"),
-        ({BASE: "b" * 64}, "made for checkpoint bbbbbbbbbbbb, the engine is of aaaaaaaaaaaa"),
+        (
+            {"base_model_name_or_path": "sha256:" + "b" * 64},
+            "made for checkpoint bbbbbbbbbbbb, the engine is of aaaaaaaaaaaa",
+        ),
     ):
         folder = write_peft(tmp_path / "b", pair(Q), **changes)
         with pytest.raises(IncompatibleError, match=words):
