@@ -134,6 +134,11 @@ class Runner:
             array[page] = flat[at : at + array.shape[1]]
             at += array.shape[1]
 
+    @property
+    def adapters(self) -> AdapterSlots | None:
+        """Its slots; None: the graph takes no adapters."""
+        return self._adapters
+
     def load_adapter(self, slot: int, deltas: Mapping[str, Delta]) -> None:
         """(A [r, inputs], B [outputs, r], scale) by the names of the manifest's adapters, into a slot that is free or
         taken; projections that are not named keep the model's own product. Raises InputError, IncompatibleError."""

@@ -312,7 +312,7 @@ class Agent:
             seed = desired.hash_seed if desired else 0
         window = desired.window_requests if desired else 16
         options = ["--window-requests", str(window), "--hash-seed", str(seed)]
-        return options + (["--memory-bytes", str(self.settings.memory_bytes)] if self.settings.memory_bytes else [])
+        return options + self.settings.worker_options()
 
     def _memory_needs(self, installed: Installed) -> int:
         """As the worker will count it; read once, as a manifest can be megabytes. 0 where the slot holds nothing that
@@ -321,6 +321,7 @@ class Agent:
             bundle = self.slots.manifest_of(installed.slot)
             try:
                 need = needed_bytes(bundle.manifest, self.settings.memory_bytes) if bundle else 0
+                need += self.settings.adapter_bytes(bundle.manifest.adapters) if bundle else 0
             except IncompatibleError:
                 need = 0
             self._needs = {installed: need}

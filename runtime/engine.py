@@ -96,6 +96,8 @@ class EngineLoop:
         self._changed = threading.Condition()
         self._closing = ""  # why the loop ends; set once
         self._fatal = False
+        self._stepping = False
+        self._after_step: list[Callable[[], None]] = []
         self._steps = self._failed = self._failed_in_a_row = 0
         self._thread = threading.Thread(target=self._run, name="skerry-engine", daemon=True)
 
@@ -116,6 +118,20 @@ class EngineLoop:
         with self._changed:
             for sequence in sequences:
                 self.scheduler.finish(sequence)
+
+    def after_step(self, callback: Callable[[], None]) -> None:
+        """Calls back, here or in the engine's thread, when no step runs that was planned before this call."""
+        with self._changed:
+            if self._stepping:
+                self._after_step.append(callback)
+                return
+        callback()
+
+    def adapters_in_use(self) -> tuple[set[int], set[int]]:
+        """Slots of the sequences that run, and of those that wait."""
+        with self._changed:
+            running, waiting = self.scheduler.running, self.scheduler.waiting
+            return {s.request.adapter for s in running} - {-1}, {s.request.adapter for s in waiting} - {-1}
 
     def load(self) -> Load:
         with self._changed:
@@ -142,6 +158,7 @@ class EngineLoop:
         except Exception as error:
             log.exception("the engine loop ended by a bug")
             self._end(f"the engine loop failed: {error!r}")
+        self._step_is_over()
         self._abandon()
 
     def _loop(self) -> None:
@@ -153,6 +170,7 @@ class EngineLoop:
                     return
                 expired = self._expire()
                 planned = self.scheduler.plan(time.monotonic())
+                self._stepping = bool(planned)
             if expired:
                 self._deliver(expired)
             if not planned:
@@ -162,6 +180,7 @@ class EngineLoop:
             seconds = time.monotonic() - began
             with self._changed:
                 updates = self._commit(planned, sampled, errors)
+            self._step_is_over()
             if updates:
                 self._deliver(updates)
             prompt_tokens = sum(item.count for item in planned if not item.decodes)
@@ -169,6 +188,13 @@ class EngineLoop:
             self._on_step(StepDone(seconds, len(planned), prompt_tokens, kept))
             if self._failed_in_a_row >= FATAL_STEPS:
                 return self._end(f"{FATAL_STEPS} steps failed in a row: {next(iter(errors.values()))}")
+
+    def _step_is_over(self) -> None:
+        with self._changed:
+            self._stepping = False
+            callbacks, self._after_step = self._after_step, []
+        for callback in callbacks:
+            callback()
 
     def _end(self, cause: str) -> None:
         """The engine is of no more use; the worker is told."""

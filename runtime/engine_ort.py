@@ -26,6 +26,7 @@ class OrtEngine:
         self.vocab_size = runner.vocab_size
         self._samplings: list[SamplingParams | None] = []
         self._built = SampleRows.build([])
+        self.adapters = runner.adapters
 
     def step(self, rows: list[StepRow]) -> list[list[SampledToken]]:
         """Raises SkerryError: the graph failed, a row's logits are not finite, or its grammar failed."""

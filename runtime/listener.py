@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import math
 import socket
+import ssl
 import time
 from collections.abc import Iterator
 
 import uvicorn
 from fastapi import FastAPI
 
+from skerry.runtime.connections import GuardedProtocol
 from skerry.runtime.server import Gate
 from skerry.runtime.service import Service
 from skerry.runtime.sockets import cannot_listen, listen
@@ -38,17 +41,44 @@ def bind(host: str, port: int) -> socket.socket:
 class _Server(uvicorn.Server):
     """Signals belong to the worker, not to uvicorn."""
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, on the sockets given; a client has as long to agree on TLS as for a request's head."""
+        config, loop = self.config, asyncio.get_running_loop()
+        protocol = config.http_protocol_class
+        assert issubclass(protocol, GuardedProtocol)
+        connection = functools.partial(
+            protocol, config=config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        seconds = None if config.ssl is None else protocol.head_seconds
+        self.servers = [
+            await loop.create_server(
+                connection, sock=sock, ssl=config.ssl, backlog=config.backlog, ssl_handshake_timeout=seconds
+            )
+            for sock in sockets or ()
+        ]
+        self.started = True
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
 
 class Listener:
-    def __init__(self, app: FastAPI, sock: socket.socket, gate: Gate, service: Service) -> None:
+    def __init__(
+        self,
+        app: FastAPI,
+        sock: socket.socket,
+        gate: Gate,
+        service: Service,
+        protocol: type[GuardedProtocol] = GuardedProtocol,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         config = uvicorn.Config(
-            app, loop="asyncio", http="h11", lifespan="off", ws="none", log_config=None, access_log=False,
+            app, loop="asyncio", http=protocol, lifespan="off", ws="none", log_config=None, access_log=False,
             server_header=False, timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=5,
         )  # fmt: skip
+        config.load()
+        config.ssl = tls
         self._server = _Server(config)
         self._socket, self._gate, self._service = sock, gate, service
         self._task: asyncio.Task[None] | None = None

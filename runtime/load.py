@@ -58,8 +58,17 @@ class Loaded:
         )  # fmt: skip
 
 
-def load(path: Path, *, threads: int | None = None, memory_bytes: int | None = None) -> Loaded:
-    """Raises SkerryError: the bundle is broken, does not fit this machine, or its engine cannot run."""
+def load(
+    path: Path,
+    *,
+    threads: int | None = None,
+    memory_bytes: int | None = None,
+    adapter_slots: int = 0,
+    adapter_rank: int = 16,
+    adapters_optional: bool = False,
+) -> Loaded:
+    """Raises SkerryError: the bundle is broken, does not fit this machine, or its engine cannot run. Slots that are
+    optional are left out where the graph takes no adapters."""
     from skerry.core.target import incompatibility
     from skerry.kernels.runner import Runner
     from skerry.runtime.engine_ort import OrtEngine
@@ -75,7 +84,10 @@ def load(path: Path, *, threads: int | None = None, memory_bytes: int | None = N
     special = (str(generation.get("bos_token") or ""), str(generation.get("eos_token") or ""))
     with ThreadPoolExecutor(1) as pool:  # a large tokenizer takes as long as the graph
         text = pool.submit(Tokenizer.open, bundle.file("tokenizer.json"))
-        runner = Runner.open(bundle, threads=threads or usable_cores(), memory_bytes=memory_bytes)
+        runner = Runner.open(
+            bundle, threads=threads or usable_cores(), memory_bytes=memory_bytes, adapter_rank=adapter_rank,
+            adapter_slots=0 if adapters_optional and bundle.manifest.adapters is None else adapter_slots,
+        )  # fmt: skip
         tokenizer, template = text.result(), ChatTemplate.open(bundle.path, *special)
     golden = None
     if any(entry.name == GOLDEN for entry in bundle.manifest.files):

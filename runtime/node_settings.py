@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from skerry.core.bundle import AdapterLayout
 from skerry.core.errors import ConfigError
 from skerry.runtime.update import Policy
 
@@ -23,15 +24,40 @@ class NodeSettings:
     probation_seconds: float = 30.0
     max_failed_ratio: float = 0.1
     drain_seconds: float = 30.0
+    api_key_file: str = ""
+    admin_key_file: str = ""
+    adapter_dir: str = ""
+    adapter_slots: int = 0
+    adapter_rank: int = 16
     worker_command: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        tops = {"port": 65_535, "admin_port": 65_535, "threads": 1024, "max_failed_ratio": 1}
+        tops = {
+            "port": 65_535, "admin_port": 65_535, "threads": 1024, "max_failed_ratio": 1, "adapter_slots": 1024,
+            "adapter_rank": 1024,
+        }  # fmt: skip
         for name in (*tops, "memory_bytes", "warm_seconds", "probation_requests", "probation_seconds", "drain_seconds"):
             value, top = getattr(self, name), tops.get(name)
             if value < 0 or (top is not None and value > top):
                 limits = "must not be negative" if top is None else f"must lie between 0 and {top}"
                 raise ConfigError("read config", f"node.{name}", f"{value} {limits}")
 
+        if not self.adapter_rank:
+            raise ConfigError("read config", "node.adapter_rank", "0 is no rank", "1 or more")
+
     def policy(self) -> Policy:
         return Policy(self.warm_seconds, self.probation_requests, self.probation_seconds, self.max_failed_ratio)
+
+    def adapter_bytes(self, layout: AdapterLayout | None) -> int:
+        """What the slots of a worker's engine take."""
+        return 2 * self.adapter_slots * self.adapter_rank * layout.columns if layout is not None else 0
+
+    def worker_options(self) -> list[str]:
+        """What a worker is told of these, where it is not the default."""
+        flags = {
+            "--memory-bytes": self.memory_bytes, "--api-key-file": self.api_key_file,
+            "--admin-key-file": self.admin_key_file, "--adapter-dir": self.adapter_dir,
+            "--adapter-slots": self.adapter_slots,
+        }  # fmt: skip
+        given = [word for flag, value in flags.items() if value for word in (flag, str(value))]
+        return given + (["--adapter-rank", str(self.adapter_rank)] if self.adapter_slots else [])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -18,13 +16,15 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from skerry.core.errors import SkerryError
-from skerry.runtime import logs
+from skerry.runtime import adapter_calls, logs
+from skerry.runtime.access import Access
+from skerry.runtime.adapters import Adapter
 from skerry.runtime.api_error import ApiError
 from skerry.runtime.protocol import Call, Defaults, parse_body, parse_chat, parse_completion
 from skerry.runtime.request_id import Trails
 from skerry.runtime.responses import SSE_END, Form, Piece, sse
 from skerry.runtime.service import Answer, ClientGone, Service
-from skerry.runtime.trail import Trail, note_error, note_tenant
+from skerry.runtime.trail import Trail, note_error
 
 log = logging.getLogger("skerry.server")
 BODY_LIMIT = 1 << 20
@@ -45,26 +45,6 @@ class Gate:
         if self.refusing or not self.ready:
             why = "the server is shutting down" if self.refusing else "the engine is not ready yet"
             raise ApiError(503, why, code="unavailable", retry_after=1)
-
-
-@dataclass(frozen=True)
-class Access:
-    """Optional API keys for /v1/*; health and metrics stay open."""
-
-    keys: tuple[bytes, ...] = ()
-
-    def check(self, request: Request) -> bytes:
-        """The tenant that asks: a digest of its key, b"" on an open server. Raises ApiError 401."""
-        if not self.keys:
-            return b""
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        given = key.strip().encode()
-        matches = [hmac.compare_digest(given, known) for known in self.keys]  # all of them: no timing hint
-        if scheme.lower() != "bearer" or not any(matches):
-            raise ApiError(401, "missing or wrong API key", code="invalid_api_key")
-        tenant = hashlib.sha256(given).digest()
-        note_tenant(tenant)
-        return tenant
 
 
 @dataclass(frozen=True)
@@ -90,7 +70,7 @@ def create_app(service: Service, gate: Gate, options: Options | None = None) -> 
         tenant = options.access.check(request)
         call = parse(parse_body(await read_body(request, options.body_limit)), service.model.defaults)
         answer = await service.ask(call, tenant)
-        form = Form(call.chat, service.model.name, service.model.fingerprint)
+        form = Form(call.chat, answer.model, service.model.fingerprint)
         return EventStream(answer, form) if call.stream else await _whole(request, answer, form)
 
     @app.post("/v1/chat/completions")
@@ -104,13 +84,33 @@ def create_app(service: Service, gate: Gate, options: Options | None = None) -> 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
         options.access.check(request)
-        return JSONResponse({"object": "list", "data": [_model(service)]})
+        return JSONResponse({"object": "list", "data": [_model(service), *map(adapted, service.adapters.loaded)]})
 
-    @app.get("/v1/models/{name}")
+    @app.get("/v1/models/{name:path}")
     async def model(request: Request, name: str) -> Response:
         options.access.check(request)
+        adapter = service.adapters.get(name)
+        if adapter is not None:
+            return JSONResponse(adapted(adapter))
         service.check_model(name)
         return JSONResponse(_model(service))
+
+    def adapted(adapter: Adapter) -> dict[str, Any]:
+        return adapter_calls.described(adapter, service.model.name, service.loop.scheduler.max_tokens)
+
+    async def administer(request: Request, work: Callable[..., Awaitable[dict[str, Any]]]) -> Response:
+        gate.check()
+        options.access.check_admin(request)
+        body = parse_body(await read_body(request, options.body_limit))
+        return JSONResponse(await work(service.adapters, body))
+
+    @app.post("/v1/load_lora_adapter")
+    async def load_adapter(request: Request) -> Response:
+        return await _guard(service, administer(request, adapter_calls.load))
+
+    @app.post("/v1/unload_lora_adapter")
+    async def unload_adapter(request: Request) -> Response:
+        return await _guard(service, administer(request, adapter_calls.unload))
 
     @app.get("/health/live")
     async def live() -> Response:

@@ -17,6 +17,8 @@ from typing import Any
 
 from skerry.core.chat import ChatTemplate, last_user_text
 from skerry.core.tokenizer import Tokenizer
+from skerry.runtime.adapter_metrics import AdapterInfo
+from skerry.runtime.adapters import Adapters, Lease
 from skerry.runtime.api_error import ApiError
 from skerry.runtime.engine import Engine, EngineLoop, StepDone
 from skerry.runtime.kvcache import root_key
@@ -96,8 +98,11 @@ class Choice:
 class Answer:
     """A request on its way. Iterate `pieces()` to the end, or `cancel()`; either way its pages are free afterwards."""
 
-    def __init__(self, service: Service, call: Call, sequences: list[Sequence], trace: Trace) -> None:
+    def __init__(
+        self, service: Service, call: Call, sequences: list[Sequence], trace: Trace, lease: Lease | None = None
+    ) -> None:
         self.call = call
+        self.lease = lease or Lease()
         self._service = service
         self._trace = trace
         self._choices = {
@@ -107,6 +112,11 @@ class Answer:
         self._news: asyncio.Queue[Update | None] = asyncio.Queue()
         self.numbers = list(self._choices)
         self._content = self._follow()
+
+    @property
+    def model(self) -> str:
+        """The name of what answers: an adapter's own, or the model's."""
+        return self._service.model.name if self.lease.adapter is None else self.lease.adapter.name
 
     @property
     def usage(self) -> Usage:
@@ -218,6 +228,7 @@ class Service:
         *,
         limits: Limits | None = None,
         on_fatal: Callable[[str], None] = lambda cause: None,
+        adapters: Adapters | None = None,
     ) -> None:
         self.model = model
         self.observer = observer
@@ -226,6 +237,10 @@ class Service:
         fatal = lambda cause: self._call_soon(on_fatal, cause)  # noqa: E731
         self.loop = EngineLoop(engine, self._deliver, limits=limits, on_fatal=fatal, on_step=self._stepped)
         self.metrics = Metrics(model.name, self.loop.load)
+        self.adapters = adapters or Adapters()
+        self.adapters.reserved = (model.name, *ALIASES)
+        self.adapters.after_step = self.loop.after_step
+        self.metrics.registry.register(AdapterInfo(self.adapters, self.loop.adapters_in_use))
 
     def start(self) -> None:
         self.loop.start()
@@ -235,14 +250,24 @@ class Service:
 
     def check_model(self, name: str | None) -> None:
         if name not in (None, *ALIASES, self.model.name):
-            message = f"model {name!r} is not served here; this server has {self.model.name!r}"
+            served = ", ".join(map(repr, (self.model.name, *(one.name for one in self.adapters.loaded))))
+            message = f"model {name!r} is not served here; this server has {served}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
     async def ask(self, call: Call, tenant: bytes = b"") -> Answer:
         """Raises ApiError or SkerryError (400 never fits or bad template input, 429 queue full). Tenants share no
         prefix: how long an answer takes must tell nobody what others have asked."""
+        lease = self.adapters.lease(call.model)
+        try:
+            return await self._ask(call, tenant, lease)
+        except BaseException:
+            lease.release()
+            raise
+
+    async def _ask(self, call: Call, tenant: bytes, lease: Lease) -> Answer:
         timing = Timing(arrived=time.monotonic())
-        self.check_model(call.model)
+        if lease.adapter is None:
+            self.check_model(call.model)
         in_thread = call.text_size > THREAD_CHARACTERS
         prompt, observed = await asyncio.to_thread(self._encode, call) if in_thread else self._encode(call)
         room = self.loop.scheduler.max_tokens - len(prompt)
@@ -251,11 +276,12 @@ class Service:
             prompt, max_tokens, call.sampling,
             call.stop_ids | (frozenset() if call.ignore_eos else self.model.stop_ids), call.min_tokens,
             priority=call.priority, deadline=math.inf if call.timeout is None else timing.arrived + call.timeout,
-            scope=root_key(self.model.engine_digest.encode(), tenant, call.salt.encode()), speculate=call.speculate,
+            adapter=lease.slot, speculate=call.speculate,
+            scope=root_key(self.model.engine_digest.encode(), tenant, call.salt.encode(), lease.scope),
         )  # fmt: skip
         requests = [choice_of(request, index) for index in range(call.choices)]
         sequences = self.loop.submit(*requests)
-        answer = Answer(self, call, sequences, Trace(timing, len(prompt), observed))
+        answer = Answer(self, call, sequences, Trace(timing, len(prompt), observed), lease)
         for number in answer.numbers:
             self._answers[number] = answer
         return answer
@@ -264,6 +290,7 @@ class Service:
         for number in answer.numbers:
             self._answers.pop(number, None)
         self.loop.cancel(*(choice.sequence for choice in answer._choices.values()))
+        answer.lease.release()
 
     def record(self, trace: Trace, choices: list[Choice]) -> None:
         self.metrics.finished(trace.timing, trace.prompt_tokens, [(c.tokens, c.finish) for c in choices])

@@ -8,6 +8,7 @@ import socket
 from skerry.core.errors import SkerryError
 
 BACKLOG = 1024
+MAX_CONNECTIONS = 400  # twice as many, and what else is open, stay below the usual limit of 1,024 descriptors
 
 
 def listen(host: str, port: int) -> socket.socket:

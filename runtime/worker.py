@@ -25,10 +25,15 @@ from typing import TYPE_CHECKING, Any
 
 from skerry.core.errors import SkerryError
 from skerry.runtime import logs
+from skerry.runtime.access import Access, KeyFiles
 from skerry.runtime.channel import Control
 from skerry.runtime.load import Loaded, load
+from skerry.runtime.sockets import MAX_CONNECTIONS
+from skerry.runtime.tls import TlsFiles
 
 if TYPE_CHECKING:
+    import ssl
+
     from skerry.runtime.listener import Listener
     from skerry.runtime.otel import Telemetry
     from skerry.runtime.prefix_file import PrefixFile
@@ -43,7 +48,9 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class WorkerOptions:
-    """`threads` None: the smaller of CPU affinity and cgroup quota. `memory_bytes` bounds the KV pages."""
+    """`threads` None: the smaller of CPU affinity and cgroup quota. `memory_bytes` bounds the KV pages. `adapters`:
+    name and folder of those served from the start; `adapter_dir`: where clients may load others from. An engine that
+    takes no adapters is an error where there are to be slots, unless they are optional."""
 
     bundle: Path
     threads: int | None = None
@@ -51,7 +58,14 @@ class WorkerOptions:
     max_queue: int = 64
     window_requests: int = 16
     hash_seed: int = 0
-    api_keys: tuple[bytes, ...] = ()
+    key_files: KeyFiles = field(default_factory=KeyFiles)
+    tls: TlsFiles | None = None
+    connections: int = MAX_CONNECTIONS
+    adapter_slots: int = 0
+    adapter_rank: int = 16
+    adapter_dir: Path | None = None
+    adapters: tuple[tuple[str, Path], ...] = ()
+    adapters_optional: bool = False
     body_limit: int = 1 << 20
     drain_seconds: float = DRAIN_SECONDS
     stall_seconds: float = STALL_SECONDS
@@ -83,18 +97,24 @@ class Worker:
         self._telemetry: Telemetry | None = None
         self._listener: Listener | None = None
         self._prefixes: PrefixFile | None = None
+        self._access = Access()
+        self._tls: ssl.SSLContext | None = None
 
     async def run(self) -> int:
         """The exit code: 0 after a drain, 1 when loading or the engine failed."""
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self.leave)
+        if self.options.key_files != KeyFiles() or self.options.tls:  # without them a closed terminal ends the worker
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.reload)
         tasks = [asyncio.create_task(self._listen())] if self._control else []
         try:
             self._telemetry = self._open_telemetry()
+            self._read_secrets()
             loading = asyncio.create_task(
                 asyncio.to_thread(
                     self.options.loader, self.options.bundle, threads=self.options.threads,
-                    memory_bytes=self.options.memory_bytes,
+                    memory_bytes=self.options.memory_bytes, adapter_slots=self.options.adapter_slots,
+                    adapter_rank=self.options.adapter_rank, adapters_optional=self.options.adapters_optional,
                 )
             )  # fmt: skip
             service = await self._prepare(loading)
@@ -127,13 +147,33 @@ class Worker:
         if self._listener is not None:
             self._listener.hurry(self._deadline)
 
+    def reload(self) -> None:
+        """Reads keys, certificate and private key again; what cannot be read leaves all of them as they are."""
+        try:
+            keys = self.options.key_files.read()
+            if self.options.tls and self._tls is not None:
+                self.options.tls.load_into(self._tls)
+        except SkerryError as error:
+            log.error("%s; the old ones stay", error)
+            return
+        self._access.replace(*keys)
+        log.info("keys read again")
+
+    def _read_secrets(self) -> None:
+        """Before the engine is loaded: what is wrong with them is told at once."""
+        self._access.replace(*self.options.key_files.read())
+        self._tls = self.options.tls.context() if self.options.tls else None
+
     async def _prepare(self, loading: asyncio.Task[Loaded]) -> Service:
         """Imports the HTTP side while the loader's thread reads the bundle, then joins the two."""
+        from skerry.runtime.adapters import Adapters
+        from skerry.runtime.connections import guarded
         from skerry.runtime.listener import Listener
         from skerry.runtime.observe import Observer
+        from skerry.runtime.peft_config import Base
         from skerry.runtime.prefix_file import PrefixFile
         from skerry.runtime.scheduler import Limits
-        from skerry.runtime.server import Access, Gate, Options, create_app
+        from skerry.runtime.server import Gate, Options, create_app
         from skerry.runtime.service import Service
 
         loaded = await loading
@@ -148,19 +188,26 @@ class Worker:
             window_requests=self.options.window_requests, emit=lambda window: self._send("window", window=window),
         )  # fmt: skip
         limits = Limits(queue=self.options.max_queue)
-        service = Service(loaded.engine, loaded.model(), observer, limits=limits, on_fatal=self._fatal)
+        slots = getattr(loaded.engine, "adapters", None)
+        adapters = Adapters(slots, Base.of(manifest), self.options.adapter_dir)
+        service = Service(
+            loaded.engine, loaded.model(), observer, limits=limits, on_fatal=self._fatal, adapters=adapters
+        )
+        for name, path in self.options.adapters:
+            await adapters.load(name, path)
         gate = Gate()
-        options = Options(Access(self.options.api_keys), self.options.body_limit)
+        options = Options(self._access, self.options.body_limit)
         if self._telemetry:
             reports = (*options.reports, self._telemetry.report)
             options = replace(options, reports=reports, content=self._telemetry.content)
         app = create_app(service, gate, options)
-        self._listener = Listener(app, self._socket, gate, service)
         if self.options.prefix_directory is not None:
             self._prefixes = PrefixFile(
                 self.options.prefix_directory, manifest.engine_digest, self.options.prefix_bytes
             )
             log.info("%d pages of prefixes read", self._prefixes.restore(loaded.engine, service.loop.scheduler.pool))
+        protocol = guarded(limit=self.options.connections)
+        self._listener = Listener(app, self._socket, gate, service, protocol, self._tls)
         service.start()
         gc.collect()
         gc.freeze()  # what is loaded stays: collections no longer walk it
@@ -294,12 +341,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--log-level", choices=logs.LEVELS, default=environ("SKERRY_LOG_LEVEL", "info"))
     parser.add_argument("--otlp-endpoint", help="also OTEL_EXPORTER_OTLP_ENDPOINT")
     parser.add_argument("--otel-content", action="store_true", help="prompts and answers go out as well")
+    parser.add_argument("--api-key-file", type=Path)
+    parser.add_argument("--admin-key-file", type=Path)
+    parser.add_argument("--adapter-slots", type=int, default=0, help="on an engine whose graph takes adapters")
+    parser.add_argument("--adapter-rank", type=int, default=16)
+    parser.add_argument("--adapter-dir", type=Path)
     given = parser.parse_args(arguments)
     set_up_process(given.log_format, given.log_level)
     options = WorkerOptions(
         bundle=given.bundle, threads=given.threads, memory_bytes=given.memory_bytes, max_queue=given.max_queue,
         window_requests=given.window_requests, hash_seed=given.hash_seed, otlp_endpoint=given.otlp_endpoint,
         otel_content=given.otel_content,
+        key_files=KeyFiles(given.api_key_file, given.admin_key_file), adapter_slots=given.adapter_slots,
+        adapter_rank=given.adapter_rank, adapter_dir=given.adapter_dir, adapters_optional=True,
     )  # fmt: skip
     with contextlib.suppress(KeyboardInterrupt):
         return asyncio.run(_run(options, given.fd, given.control_fd))

@@ -189,7 +189,8 @@ def _write_model(job: Job, model: Any, adapter: Adapter, staged: Path) -> None:
     save_file(
         {name: weight.contiguous() for name, weight in weights.items()}, staged / "adapter/adapter_model.safetensors"
     )
-    write_json(staged / "adapter/adapter_config.json", adapter.config())
+    base = {"base_model_name_or_path": f"sha256:{job.base.digest}"}  # a worker compares it with its engine's
+    write_json(staged / "adapter/adapter_config.json", adapter.config() | base)
 
 
 def _write_evaluation(

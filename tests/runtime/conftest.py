@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import queue
+import ssl
 import threading
 import time
 from array import array
@@ -20,6 +21,8 @@ import pytest
 
 from skerry.core.chat import ChatTemplate
 from skerry.core.tokenizer import Tokenizer
+from skerry.runtime.adapters import Adapters
+from skerry.runtime.connections import GuardedProtocol
 from skerry.runtime.listener import Listener, bind
 from skerry.runtime.observe import Observer
 from skerry.runtime.protocol import Defaults
@@ -195,6 +198,9 @@ def start(tokenizer: Tokenizer) -> Callable[..., Any]:
         options: Options | None = None,
         model: Model | None = None,
         window_requests: int = 4,
+        adapters: Adapters | None = None,
+        protocol: type[GuardedProtocol] = GuardedProtocol,
+        tls: ssl.SSLContext | None = None,
     ) -> AsyncIterator[Server]:
         engine = engine or FakeEngine()
         model = model or Model(
@@ -207,14 +213,14 @@ def start(tokenizer: Tokenizer) -> Callable[..., Any]:
         observer = Observer(
             model.engine_digest, model.tokenizer.digest, window_requests=window_requests, emit=windows.append
         )
-        service = Service(engine, model, observer, limits=limits, on_fatal=fatal.append)
+        service = Service(engine, model, observer, limits=limits, on_fatal=fatal.append, adapters=adapters)
         gate = Gate()
         sock = bind("127.0.0.1", 0)
-        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-        listener = Listener(create_app(service, gate, options), sock, gate, service)
+        url = f"{'https' if tls else 'http'}://127.0.0.1:{sock.getsockname()[1]}"
+        listener = Listener(create_app(service, gate, options), sock, gate, service, protocol, tls)
         service.start()
         await listener.start()
-        async with httpx.AsyncClient(base_url=url, timeout=20) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=20, verify=tls is None) as client:
             try:
                 yield Server(url, client, service, gate, listener, engine, windows, fatal)
             finally:
@@ -282,7 +288,12 @@ def write_checkpoint(path: Path, tokenizer: Tokenizer, seed: int = 0) -> Path:
 
 
 def build_bundle(
-    path: Path, checkpoint: Path, precision: str = "fp32", claimed: int = 0, golden_offset: float = 0.0
+    path: Path,
+    checkpoint: Path,
+    precision: str = "fp32",
+    claimed: int = 0,
+    golden_offset: float = 0.0,
+    adapters: bool = False,
 ) -> Path:
     """A sealed bundle with golden prompts. `claimed`: a context longer than the rotary tables of 64 rows.
     `golden_offset` is added to every golden log-probability."""
@@ -295,12 +306,15 @@ def build_bundle(
 
     subject = open_subject(checkpoint, 64 if claimed else None)
     path.mkdir(parents=True)
-    engine = build_engine(subject, Target("ort-cpu"), precision, path, lambda stage, done, total: None)
+    engine = build_engine(
+        subject, Target("ort-cpu"), precision, path, lambda stage, done, total: None, adapters=adapters
+    )
 
     def sealed() -> None:
         seal(
             path, name="tiny", version="1", target=Target("ort-cpu"), model=subject.spec, precision=engine.precision,
             kv=engine.groups, max_context=claimed or subject.spec.max_context, ops=engine.ops, lineage={},
+            adapters=engine.adapters,
         )  # fmt: skip
 
     sealed()

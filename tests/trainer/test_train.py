@@ -82,6 +82,44 @@ def test_the_adapter_reproduces_the_merged_weights(trained, tiny):
         torch.testing.assert_close(weight, ours[name], rtol=1e-5, atol=1e-6)
 
 
+def test_the_adapter_runs_beside_its_base_on_a_node(trained, tiny, tmp_path):
+    """Train, export the base with room for adapters, load what was trained: it answers like the merged checkpoint."""
+    import numpy as np
+
+    from skerry.core.bundle import open_bundle
+    from skerry.core.errors import IncompatibleError
+    from skerry.core.target import Target
+    from skerry.exporter.export import Options, export
+    from skerry.kernels.runner import Row, Runner, pack_rows
+    from skerry.runtime.peft import read_peft
+    from skerry.runtime.peft_config import Base
+
+    _, made = trained
+    ids = np.random.default_rng(0).integers(0, 200, 40).tolist()
+    found = {}
+    for name, path, precision in (
+        ("base", tiny.path, "fp32"), ("merged", made.path, "fp32"), ("room", tiny.path, "int8"),
+    ):  # fmt: skip
+        options = Options(unmeasured=True, adapters=name == "room")
+        export(path, Target("ort-cpu"), precision, tmp_path / name, options)
+        with Runner.open(open_bundle(tmp_path / name), threads=1, pages=8, adapter_slots=int(name == "room")) as runner:
+            rows = {name: -1}
+            if name == "room":
+                layout, base = runner.manifest.adapters, Base.of(runner.manifest)
+                assert layout is not None and base.checkpoint == tiny.digest
+                adapter = read_peft(made.path / "adapter", "made", layout, 16, base)
+                with pytest.raises(IncompatibleError, match="made for checkpoint"):
+                    read_peft(made.path / "adapter", "made", layout, 16, Base(made.digest))
+                runner.load_adapter(0, adapter.deltas)
+                rows = {"room": -1, "adapted": 0}
+            for which, slot in rows.items():
+                row = Row(ids, 0, [[0, 1, 2, 3]] * runner.groups, range(len(ids)), adapter=slot)
+                found[which] = runner.step(pack_rows([row], runner.page_size))
+    effect = np.abs(found["merged"] - found["base"]).mean()
+    loss = np.abs(found["room"] - found["base"]).mean(), np.abs(found["adapted"] - found["merged"]).mean()
+    assert loss[1] < 1.5 * loss[0] < 0.15 * effect, (loss, effect)
+
+
 def test_a_second_model_reuses_what_is_known_of_the_first(trained, store, tmp_path):
     _, first = trained
     data = add_replay(open_dataset("email", store), [Replay(open_dataset("stdlib", store), 0.3)], tmp_path, 0)
