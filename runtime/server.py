@@ -22,6 +22,7 @@ from skerry.runtime.api_error import ApiError
 from skerry.runtime.protocol import Call, Defaults, parse_body, parse_chat, parse_completion
 from skerry.runtime.responses import SSE_END, Form, Piece, sse
 from skerry.runtime.service import Answer, ClientGone, Service
+from skerry.runtime.text_routes import Door, add_text_routes
 
 log = logging.getLogger("skerry.server")
 BODY_LIMIT = 1 << 20
@@ -75,12 +76,16 @@ def create_app(service: Service, gate: Gate, options: Options | None = None) -> 
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
 
-    async def generate(request: Request, parse: Callable[[dict[str, Any], Defaults], Call]) -> Response:
+    async def enter(request: Request) -> tuple[dict[str, Any], bytes]:
         gate.check()
         tenant = options.access.check(request)
-        call = parse(parse_body(await read_body(request, options.body_limit)), service.model.defaults)
+        return parse_body(await read_body(request, options.body_limit)), tenant
+
+    async def generate(request: Request, parse: Callable[[dict[str, Any], Defaults], Call]) -> Response:
+        body, tenant = await enter(request)
+        call = parse(body, service.model.defaults)
         answer = await service.ask(call, tenant)
-        form = Form(call.chat, service.model.name, service.model.fingerprint)
+        form = Form(call.chat, service.model.name, service.model.fingerprint, call.logprobs is not None)
         return EventStream(answer, form) if call.stream else await _whole(request, answer, form)
 
     @app.post("/v1/chat/completions")
@@ -90,6 +95,8 @@ def create_app(service: Service, gate: Gate, options: Options | None = None) -> 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         return await _guard(service, generate(request, parse_completion))
+
+    add_text_routes(app, service, Door(enter, lambda work: _guard(service, work)))
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import math
 import time
 from collections.abc import AsyncIterator, Callable
@@ -22,11 +23,12 @@ from skerry.runtime.engine import Engine, EngineLoop
 from skerry.runtime.kvcache import root_key
 from skerry.runtime.metrics import Metrics
 from skerry.runtime.observe import Observer, Timing, Trace
+from skerry.runtime.prompting import Source, encode, no_tokens, truncated
 from skerry.runtime.protocol import Call, Defaults
 from skerry.runtime.request import Request, SampledToken, Sequence, Update, choice_of
 from skerry.runtime.responses import Piece, TokenInfo, Usage
 from skerry.runtime.scheduler import Limits
-from skerry.runtime.tokenizer import Detokenizer, StopStrings, token_bytes
+from skerry.runtime.tokenizer import Detokenizer, StopStrings, is_special, token_bytes
 
 # Longer texts are tokenized in a thread: at about 1 MB/s, this many characters take 4 ms.
 THREAD_CHARACTERS = 4_000
@@ -52,29 +54,46 @@ class Model:
     stop_ids: frozenset[int]
 
 
-class Choice:
-    """One of a request's n outputs: its sequence, and the text so far."""
+@dataclass(frozen=True)
+class Encoded:
+    """A prompt as the engine sees it, the ids that are observed, and its text where that is echoed."""
 
-    def __init__(self, index: int, sequence: Sequence, call: Call, tokenizer: Tokenizer) -> None:
-        self.index, self.sequence = index, sequence
+    ids: tuple[int, ...]
+    observed: tuple[int, ...]
+    echo: str | None = None
+
+
+class Choice:
+    """One of a request's outputs: its sequence, the text so far, and the trace of its prompt, which the first choice of
+    each prompt writes."""
+
+    def __init__(
+        self, index: int, sequence: Sequence, call: Call, tokenizer: Tokenizer, encoded: Encoded, trace: Trace
+    ) -> None:
+        self.index, self.sequence, self.trace = index, sequence, trace
+        self.leads = index % call.choices == 0
         self.tokens = 0
         self.finish = ""
         self.last_at = 0.0
-        self._tokenizer = tokenizer
-        self._detokenizer = Detokenizer(tokenizer.decode, sequence.request.prompt)
+        self._tokenizer, self._call = tokenizer, call
+        self._echo = encoded.echo
+        decode = functools.partial(tokenizer.decode, skip_special=call.skip_special)
+        self._detokenizer = Detokenizer(decode, sequence.request.prompt)
         self._stops = StopStrings(call.stops, call.shows_stop)
         self._infos: list[TokenInfo] | None = [] if call.logprobs is not None else None
 
-    def push(self, token: SampledToken, finish: str) -> Piece | None:
+    def push(self, token: SampledToken | None, finish: str) -> Piece | None:
         """The piece that may be shown now, or None while everything is held back. Sets `finish` at the end."""
-        self.tokens += 1
-        if finish == "stop":
-            text = self._stops.push(self._detokenizer.finish())
-        else:
-            text = self._stops.push(self._detokenizer.push(token.id))
-            if self._infos is not None:
-                self._infos.append(self._info(token))
-        if finish == "length" and not self._stops.hit:
+        text = self._opening()
+        if token is not None:
+            self.tokens += 1
+            if finish != "stop":
+                text += self._stops.push(self._detokenizer.push(token.id))
+                if self._infos is not None:
+                    self._infos.append(self._info(token))
+            elif self._call.shows_stop:
+                text += self._stops.push(self._detokenizer.push(token.id))
+        if finish and not self._stops.hit:
             text += self._stops.push(self._detokenizer.finish())
         if finish and not self._stops.hit:
             text += self._stops.finish()
@@ -84,33 +103,48 @@ class Choice:
         infos, self._infos = self._infos, [] if self._infos is not None else None
         return Piece(self.index, text, infos or [], self.finish or None)
 
-    def _info(self, token: SampledToken) -> TokenInfo:
-        top = tuple((*self._spell(id), max(logprob, LOWEST_LOGPROB)) for id, logprob in token.top)
-        return TokenInfo(*self._spell(token.id), max(token.logprob, LOWEST_LOGPROB), top)
+    def _opening(self) -> str:
+        """The prompt, where it is echoed, once; with its tokens where log-probabilities are asked for."""
+        echo, self._echo = self._echo, None
+        if echo is not None and self._infos is not None:
+            first = self.sequence.request.prompt[0]
+            self._infos.append(TokenInfo(token_bytes(self._tokenizer, first), None, shown=self._shows(first)))
+            self._infos += [self._info(token) for token in self.sequence.scores]
+        return echo or ""
 
-    def _spell(self, token: int) -> tuple[str, bytes]:
-        return self._tokenizer.decode([token], skip_special=False), token_bytes(self._tokenizer, token)
+    def _info(self, token: SampledToken) -> TokenInfo:
+        top = tuple((token_bytes(self._tokenizer, id), max(logprob, LOWEST_LOGPROB)) for id, logprob in token.top)
+        raw = token_bytes(self._tokenizer, token.id)
+        return TokenInfo(raw, max(token.logprob, LOWEST_LOGPROB), top, self._shows(token.id))
+
+    def _shows(self, token: int) -> bool:
+        return not (self._call.skip_special and is_special(self._tokenizer, token))
 
 
 class Answer:
     """A request on its way. Iterate `pieces()` to the end, or `cancel()`; either way its pages are free afterwards."""
 
-    def __init__(self, service: Service, call: Call, sequences: list[Sequence], trace: Trace) -> None:
+    def __init__(
+        self, service: Service, call: Call, encoded: list[Encoded], sequences: list[Sequence], arrived: float
+    ) -> None:
+        """`sequences`: all choices of the first prompt, then those of the next."""
         self.call = call
         self._service = service
-        self._trace = trace
-        self._choices = {
-            sequence.request.number: Choice(index, sequence, call, service.model.tokenizer)
-            for index, sequence in enumerate(sequences)
-        }
+        self._traces = [Trace(Timing(arrived), len(one.ids), one.observed) for one in encoded]
+        self._choices = {}
+        for index, sequence in enumerate(sequences):
+            prompt = index // call.choices
+            self._choices[sequence.request.number] = Choice(
+                index, sequence, call, service.model.tokenizer, encoded[prompt], self._traces[prompt]
+            )
         self._news: asyncio.Queue[Update | None] = asyncio.Queue()
         self.numbers = list(self._choices)
 
     @property
     def usage(self) -> Usage:
-        choices = self._choices.values()
-        cached = max(0, *(choice.sequence.cached for choice in choices)) if choices else 0
-        return Usage(self._trace.prompt_tokens, sum(choice.tokens for choice in choices), cached)
+        cached = sum(max(0, *(choice.sequence.cached for choice in group)) for group in self._groups())
+        prompt_tokens = sum(trace.prompt_tokens for trace in self._traces)
+        return Usage(prompt_tokens, sum(choice.tokens for choice in self._choices.values()), cached)
 
     def put(self, update: Update) -> None:
         self._news.put_nowait(update)
@@ -130,7 +164,8 @@ class Answer:
                 piece = self._take(update)
                 if piece is not None:
                     yield piece
-            self._service.record(self._trace, list(self._choices.values()))
+            for trace, group in zip(self._traces, self._groups()):
+                self._service.record(trace, group)
         except ClientGone:
             self._service.metrics.cancelled()
             raise
@@ -150,6 +185,11 @@ class Answer:
             part.finish = piece.finish or part.finish
         return merged
 
+    def _groups(self) -> list[list[Choice]]:
+        """The choices of each prompt."""
+        choices, n = list(self._choices.values()), self.call.choices
+        return [choices[at : at + n] for at in range(0, len(choices), n)]
+
     def _take(self, update: Update) -> Piece | None:
         choice = self._choices[update.sequence.request.number]
         if choice.finish:
@@ -160,13 +200,14 @@ class Answer:
             raise ApiError(504, f"not answered within the {self.call.timeout:g} s asked for", code="timeout")
         if update.finish == "expired":
             raise ApiError(503, "waited too long in the queue", code="queue_timeout", retry_after=1)
-        if update.finish == "error" or update.token is None:
+        if update.finish == "error":
             raise ApiError(500, f"the engine failed on this request: {update.error}", code="engine_error")
-        self._service.metrics.token(update.at - choice.last_at if choice.last_at else None)
-        choice.last_at = update.at
-        self._trace.timing.mark(update.at)
-        if choice.index == 0:
-            self._trace.add(update.token.logprob, update.token.entropy)
+        choice.trace.timing.mark(update.at)
+        if update.token is not None:
+            self._service.metrics.token(update.at - choice.last_at if choice.last_at else None)
+            choice.last_at = update.at
+            if choice.leads:
+                choice.trace.add(update.token.logprob, update.token.entropy)
         piece = choice.push(update.token, update.finish)
         if choice.finish and not update.finish:
             self._service.loop.cancel(choice.sequence)
@@ -207,24 +248,29 @@ class Service:
     async def ask(self, call: Call, tenant: bytes = b"") -> Answer:
         """Raises ApiError or SkerryError (400 never fits or bad template input, 429 queue full). Tenants share no
         prefix: how long an answer takes must tell nobody what others have asked."""
-        timing = Timing(arrived=time.monotonic())
+        arrived = time.monotonic()
         self.check_model(call.model)
         in_thread = call.text_size > THREAD_CHARACTERS
-        prompt, observed = await asyncio.to_thread(self._encode, call) if in_thread else self._encode(call)
-        room = self.loop.scheduler.max_tokens - len(prompt)
-        max_tokens = max(1, room) if call.max_tokens is None else call.max_tokens
-        request = Request(
-            prompt, max_tokens, call.sampling,
-            call.stop_ids | (frozenset() if call.ignore_eos else self.model.stop_ids), call.min_tokens,
-            priority=call.priority, deadline=math.inf if call.timeout is None else timing.arrived + call.timeout,
-            scope=root_key(self.model.engine_digest.encode(), tenant, call.salt.encode()), speculate=call.speculate,
-        )  # fmt: skip
-        requests = [choice_of(request, index) for index in range(call.choices)]
-        sequences = self.loop.submit(*requests)
-        answer = Answer(self, call, sequences, Trace(timing, len(prompt), observed))
+        encoded = await asyncio.to_thread(self._encode, call) if in_thread else self._encode(call)
+        requests = [self._request(call, one.ids, tenant, arrived) for one in encoded]
+        sequences = self.loop.submit(*(choice_of(r, index) for r in requests for index in range(call.choices)))
+        answer = Answer(self, call, encoded, sequences, arrived)
         for number in answer.numbers:
             self._answers[number] = answer
         return answer
+
+    def _request(self, call: Call, prompt: tuple[int, ...], tenant: bytes, arrived: float) -> Request:
+        room = self.loop.scheduler.max_tokens - len(prompt)
+        return Request(
+            prompt, max(1, room) if call.max_tokens is None else call.max_tokens, call.sampling,
+            call.stop_ids | (frozenset() if call.ignore_eos else self.model.stop_ids), call.min_tokens,
+            priority=call.priority, deadline=math.inf if call.timeout is None else arrived + call.timeout,
+            scope=self.scope(tenant, call.salt), speculate=call.speculate, scored=call.logprobs if call.echo else None,
+        )  # fmt: skip
+
+    def scope(self, tenant: bytes, salt: str) -> bytes:
+        """The root of the prefixes that such requests share."""
+        return root_key(self.model.engine_digest.encode(), tenant, salt.encode())
 
     def stop(self, answer: Answer) -> None:
         for number in answer.numbers:
@@ -233,7 +279,8 @@ class Service:
 
     def record(self, trace: Trace, choices: list[Choice]) -> None:
         self.metrics.finished(trace.timing, trace.prompt_tokens, [(c.tokens, c.finish) for c in choices])
-        self.observer.finished(trace)
+        if trace.surprise:  # else nothing was generated: a prompt was only scored
+            self.observer.finished(trace)
 
     def failed(self, error: ApiError) -> None:
         """Counts an error answer once; only 500 is the engine's fault and makes a failed request."""
@@ -251,18 +298,22 @@ class Service:
             "waiting": load.waiting, "ttft_p50": self.observer.latencies.ttft.quantile(0.5),
         }  # fmt: skip
 
-    def _encode(self, call: Call) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(prompt as the engine sees it, the ids that are observed)."""
-        encode = self.model.tokenizer.encode
-        if call.messages is None:
-            prompt = call.prompt_ids if call.prompt_ids is not None else tuple(encode(call.prompt_text or ""))
-            observed = prompt
-        else:
-            prompt = tuple(encode(self.model.template.render(call.messages)))
-            observed = tuple(encode(last_user_text(call.messages)))
-        if not prompt:
-            raise ApiError(400, "the prompt has no tokens", param="messages" if call.chat else "prompt")
-        return prompt, observed
+    def _encode(self, call: Call) -> list[Encoded]:
+        sources = call.prompts if call.messages is None else [call.messages]
+        room = self.loop.scheduler.max_tokens - (1 if call.max_tokens is None else call.max_tokens)
+        return [self._encode_one(call, source, room) for source in sources]
+
+    def _encode_one(self, call: Call, source: Source, room: int) -> Encoded:
+        tokenizer, how = self.model.tokenizer, call.prompting
+        whole = encode(tokenizer, self.model.template, source, how)
+        ids = truncated(whole, how, room)
+        if not ids:
+            raise no_tokens("messages" if call.chat else "prompt")
+        observed = ids if call.messages is None else tuple(tokenizer.encode(last_user_text(call.messages)))
+        if not call.echo:
+            return Encoded(ids, observed)
+        said = isinstance(source, str) and ids == whole
+        return Encoded(ids, observed, str(source) if said else tokenizer.decode(ids, call.skip_special))
 
     def _deliver(self, updates: list[Update]) -> None:
         """Called by the engine's thread, once a step."""

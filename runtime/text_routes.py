@@ -1,0 +1,70 @@
+"""The routes beside generation: what text and tokens are to this server's model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+from skerry.runtime.identity import runtime_version
+from skerry.runtime.prompting import encode
+from skerry.runtime.service import THREAD_CHARACTERS, Model, Service
+from skerry.runtime.text_protocol import DetokenizeCall, TokenizeCall, parse_detokenize, parse_tokenize
+from skerry.runtime.tokenizer import token_bytes
+
+
+@dataclass(frozen=True)
+class Door:
+    """What every route does, whatever it is for. `enter`: keys and limits are checked, and the body is JSON: answers it
+    and the tenant. `guard`: whatever fails becomes an error in OpenAI's shape, and is counted."""
+
+    enter: Callable[[Request], Awaitable[tuple[dict[str, Any], bytes]]]
+    guard: Callable[[Awaitable[Response]], Awaitable[Response]]
+
+
+def add_text_routes(app: FastAPI, service: Service, door: Door) -> None:
+    async def tokenize(request: Request) -> Response:
+        body, _ = await door.enter(request)
+        call = parse_tokenize(body)
+        service.check_model(call.model)
+        answer = await _aside(call.text_size, tokenized, service.model, call)
+        return JSONResponse({**answer, "max_model_len": service.loop.scheduler.max_tokens})
+
+    async def detokenize(request: Request) -> Response:
+        body, _ = await door.enter(request)
+        call = parse_detokenize(body, service.model.defaults)
+        service.check_model(call.model)
+        return JSONResponse({"prompt": await _aside(len(call.tokens), detokenized, service.model, call)})
+
+    @app.post("/tokenize")
+    async def post_tokenize(request: Request) -> Response:
+        return await door.guard(tokenize(request))
+
+    @app.post("/detokenize")
+    async def post_detokenize(request: Request) -> Response:
+        return await door.guard(detokenize(request))
+
+    @app.get("/version")
+    async def version() -> Response:
+        return JSONResponse({"version": runtime_version()})
+
+
+async def _aside(size: int, work: Callable[..., Any], *arguments: Any) -> Any:
+    """In a thread where it would hold up the event loop."""
+    return await asyncio.to_thread(work, *arguments) if size > THREAD_CHARACTERS else work(*arguments)
+
+
+def tokenized(model: Model, call: TokenizeCall) -> dict[str, Any]:
+    tokens = encode(model.tokenizer, model.template, call.source, call.prompting)
+    strings = None
+    if call.strings:
+        strings = [token_bytes(model.tokenizer, token).decode("utf-8", "replace") for token in tokens]
+    return {"count": len(tokens), "tokens": list(tokens), "token_strs": strings}
+
+
+def detokenized(model: Model, call: DetokenizeCall) -> str:
+    return model.tokenizer.decode(call.tokens, call.skip_special)
