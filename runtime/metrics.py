@@ -66,6 +66,12 @@ class Metrics:
             self._output.observe(tokens)
             self._success.labels(self._model, reason).inc()
 
+    def embedded(self, prompt_tokens: int) -> None:
+        """One input."""
+        self._prompt.observe(prompt_tokens)
+        self._prompt_total.inc(prompt_tokens)
+        self._success.labels(self._model, "stop").inc()
+
     def error(self, status: int) -> None:
         self._errors.labels(self._model, str(status)).inc()
 

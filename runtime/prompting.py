@@ -57,7 +57,7 @@ def encode(tokenizer: Tokenizer, template: ChatTemplate, source: Source, how: Pr
     if isinstance(source, str):
         return tuple(tokenizer.encode(source, special=how.add_special))
     if source and isinstance(source[0], int):
-        return source  # type: ignore[return-value]
+        return source
     return tuple(tokenizer.encode(render(template, source, how), special=how.add_special))  # type: ignore[arg-type]
 
 

@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
@@ -22,12 +22,13 @@ from skerry.runtime.api_error import ApiError
 from skerry.runtime.protocol import Call, Defaults, parse_body, parse_chat, parse_completion
 from skerry.runtime.responses import SSE_END, Form, Piece, sse
 from skerry.runtime.service import Answer, ClientGone, Service
-from skerry.runtime.text_routes import Door, add_text_routes
+from skerry.runtime.text_routes import Cancellable, Door, add_text_routes
 
 log = logging.getLogger("skerry.server")
 BODY_LIMIT = 1 << 20
 BODY_SECONDS = 30
 CLIENT_CLOSED = 499  # nginx's number; nobody is left to read it
+T = TypeVar("T")
 
 
 @dataclass
@@ -96,7 +97,7 @@ def create_app(service: Service, gate: Gate, options: Options | None = None) -> 
     async def completions(request: Request) -> Response:
         return await _guard(service, generate(request, parse_completion))
 
-    add_text_routes(app, service, Door(enter, lambda work: _guard(service, work)))
+    add_text_routes(app, service, Door(enter, lambda work: _guard(service, work), while_here))
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
@@ -157,17 +158,20 @@ def _too_large(limit: int) -> ApiError:
 
 
 async def _whole(request: Request, answer: Answer, form: Form) -> Response:
-    watcher = asyncio.create_task(cancel_when_gone(request.receive, answer))
-    try:
-        pieces = await answer.whole()
-    except ClientGone:
-        return Response(status_code=CLIENT_CLOSED)
-    finally:
-        watcher.cancel()
+    pieces = await while_here(request, answer, answer.whole())
     return JSONResponse(form.whole(pieces, answer.usage))
 
 
-async def cancel_when_gone(receive: Receive, answer: Answer) -> None:
+async def while_here(request: Request, answer: Cancellable, work: Awaitable[T]) -> T:
+    """Awaits the work; when the client leaves, its answer is cancelled, which makes the work raise ClientGone."""
+    watcher = asyncio.create_task(cancel_when_gone(request.receive, answer))
+    try:
+        return await work
+    finally:
+        watcher.cancel()
+
+
+async def cancel_when_gone(receive: Receive, answer: Cancellable) -> None:
     """Ends the request when its connection is lost, also while it is still queued."""
     while (await receive())["type"] != "http.disconnect":
         pass
@@ -248,6 +252,8 @@ async def _guard(service: Service, work: Awaitable[Response]) -> Response:
     """Turns every failure into an ApiError and counts it; a bug of ours is a 500 like the engine's failures."""
     try:
         return await work
+    except ClientGone:
+        return Response(status_code=CLIENT_CLOSED)
     except ClientDisconnect:  # in the middle of its body
         service.metrics.cancelled()
         return Response(status_code=CLIENT_CLOSED)

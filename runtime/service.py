@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from skerry.core.chat import ChatTemplate, last_user_text
 from skerry.core.tokenizer import Tokenizer
@@ -61,6 +61,25 @@ class Encoded:
     ids: tuple[int, ...]
     observed: tuple[int, ...]
     echo: str | None = None
+
+
+def failure(update: Update, timeout: float | None) -> ApiError | None:
+    """What is answered where the engine has not finished what was asked of it."""
+    if update.finish == "aborted":
+        return ApiError(503, f"the request was aborted: {update.error}", code="shutting_down", retry_after=1)
+    if update.finish == "timeout":
+        return ApiError(504, f"not answered within the {timeout:g} s asked for", code="timeout")
+    if update.finish == "expired":
+        return ApiError(503, "waited too long in the queue", code="queue_timeout", retry_after=1)
+    if update.finish == "error":
+        return ApiError(500, f"the engine failed on this request: {update.error}", code="engine_error")
+    return None
+
+
+class Receiver(Protocol):
+    """Who waits for news of sequences."""
+
+    def put(self, update: Update) -> None: ...
 
 
 class Choice:
@@ -194,14 +213,9 @@ class Answer:
         choice = self._choices[update.sequence.request.number]
         if choice.finish:
             return None  # a stop string ended it while the engine was a token ahead
-        if update.finish == "aborted":
-            raise ApiError(503, f"the request was aborted: {update.error}", code="shutting_down", retry_after=1)
-        if update.finish == "timeout":
-            raise ApiError(504, f"not answered within the {self.call.timeout:g} s asked for", code="timeout")
-        if update.finish == "expired":
-            raise ApiError(503, "waited too long in the queue", code="queue_timeout", retry_after=1)
-        if update.finish == "error":
-            raise ApiError(500, f"the engine failed on this request: {update.error}", code="engine_error")
+        error = failure(update, self.call.timeout)
+        if error is not None:
+            raise error
         choice.trace.timing.mark(update.at)
         if update.token is not None:
             self._service.metrics.token(update.at - choice.last_at if choice.last_at else None)
@@ -229,7 +243,8 @@ class Service:
         self.model = model
         self.observer = observer
         self._events = asyncio.get_running_loop()
-        self._answers: dict[int, Answer] = {}
+        self._answers: dict[int, Receiver] = {}
+        self.hidden_size = engine.hidden_size
         fatal = lambda cause: self._call_soon(on_fatal, cause)  # noqa: E731
         self.loop = EngineLoop(engine, self._deliver, limits=limits, on_fatal=fatal)
         self.metrics = Metrics(model.name, self.loop.load)
@@ -272,10 +287,19 @@ class Service:
         """The root of the prefixes that such requests share."""
         return root_key(self.model.engine_digest.encode(), tenant, salt.encode())
 
+    def enter(self, receiver: Receiver, request: Request) -> Sequence:
+        """Submits a request; `receiver` gets its updates until it leaves. Raises TooLong, QueueFull, Unavailable."""
+        (sequence,) = self.loop.submit(request)
+        self._answers[request.number] = receiver
+        return sequence
+
+    def leave(self, *sequences: Sequence) -> None:
+        for sequence in sequences:
+            self._answers.pop(sequence.request.number, None)
+        self.loop.cancel(*sequences)
+
     def stop(self, answer: Answer) -> None:
-        for number in answer.numbers:
-            self._answers.pop(number, None)
-        self.loop.cancel(*(choice.sequence for choice in answer._choices.values()))
+        self.leave(*(choice.sequence for choice in answer._choices.values()))
 
     def record(self, trace: Trace, choices: list[Choice]) -> None:
         self.metrics.finished(trace.timing, trace.prompt_tokens, [(c.tokens, c.finish) for c in choices])
