@@ -121,7 +121,8 @@ def finished(vector: Float32, call: EmbeddingCall) -> Float32:
     vector = vector[: call.dimensions]
     if not call.normalize:
         return vector
-    return vector / max(float(np.linalg.norm(vector.astype(np.float64))), np.finfo(np.float32).tiny)
+    length = float(np.linalg.norm(vector.astype(np.float64)))
+    return vector / np.float32(length) if length else vector
 
 
 def body(model: str, call: EmbeddingCall, vectors: list[Float32], prompt_tokens: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, Response
 from skerry.runtime.embeddings import body as answer_body
 from skerry.runtime.embeddings import embed
 from skerry.runtime.identity import runtime_version
+from skerry.runtime.openapi import document
 from skerry.runtime.prompting import encode
 from skerry.runtime.service import THREAD_CHARACTERS, Model, Service
 from skerry.runtime.text_protocol import DetokenizeCall, TokenizeCall, parse_detokenize, parse_embedding, parse_tokenize
@@ -74,6 +75,12 @@ def add_text_routes(app: FastAPI, service: Service, door: Door) -> None:
     @app.get("/version")
     async def version() -> Response:
         return JSONResponse({"version": runtime_version()})
+
+    described = as_json(document(runtime_version(), service.model.defaults.vocab_size, service.hidden_size))
+
+    @app.get("/openapi.json")
+    async def openapi() -> Response:
+        return Response(described, media_type="application/json")
 
 
 async def _aside(size: int, work: Callable[..., Any], *arguments: Any) -> Any:
