@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -13,12 +14,11 @@ from fastapi.responses import JSONResponse, Response
 
 from skerry.runtime.embeddings import body as answer_body
 from skerry.runtime.embeddings import embed
-from skerry.runtime.identity import runtime_version
 from skerry.runtime.openapi import document
 from skerry.runtime.prompting import encode
 from skerry.runtime.service import THREAD_CHARACTERS, Model, Service
 from skerry.runtime.text_protocol import DetokenizeCall, TokenizeCall, parse_detokenize, parse_embedding, parse_tokenize
-from skerry.runtime.tokenizer import token_bytes
+from skerry.runtime.version import runtime_version
 
 
 class Cancellable(Protocol):
@@ -76,11 +76,13 @@ def add_text_routes(app: FastAPI, service: Service, door: Door) -> None:
     async def version() -> Response:
         return JSONResponse({"version": runtime_version()})
 
-    described = as_json(document(runtime_version(), service.model.defaults.vocab_size, service.hidden_size))
+    @functools.cache
+    def described() -> bytes:
+        return as_json(document(runtime_version(), service.model.defaults.vocab_size, service.hidden_size))
 
     @app.get("/openapi.json")
     async def openapi() -> Response:
-        return Response(described, media_type="application/json")
+        return Response(described(), media_type="application/json")
 
 
 async def _aside(size: int, work: Callable[..., Any], *arguments: Any) -> Any:
@@ -94,9 +96,10 @@ def as_json(found: dict[str, Any]) -> bytes:
 
 def tokenized(model: Model, call: TokenizeCall) -> dict[str, Any]:
     tokens = encode(model.tokenizer, model.template, call.source, call.prompting)
-    strings = None
-    if call.strings:
-        strings = [token_bytes(model.tokenizer, token).decode("utf-8", "replace") for token in tokens]
+    inner = model.tokenizer.inner
+    strings = (
+        [inner.id_to_token(token) or "" for token in tokens] if call.strings else None
+    )  # as the vocabulary has them
     return {"count": len(tokens), "tokens": list(tokens), "token_strs": strings}
 
 

@@ -67,6 +67,9 @@ def test_it_is_openapi_and_its_references_hold():
     text = json.dumps(described)
     for reference in {part.split('"')[0] for part in text.split('"$ref": "#/components/schemas/')[1:]}:
         assert reference in described["components"]["schemas"]
+    jsonschema = pytest.importorskip("jsonschema_rs")
+    for name, schema in described["components"]["schemas"].items():
+        assert jsonschema.meta.is_valid(schema), name
     assert "http" not in text.replace('"type": "http"', "")  # nothing is loaded from elsewhere
 
 
@@ -108,8 +111,13 @@ def test_generated_requests_find_nothing(url):
     from schemathesis.generation import GenerationMode
     from schemathesis.specs.openapi import checks
 
+    def nothing_broken(context: Any, response: Any, case: Any) -> Any:
+        """Whoever asks for an answer within no time at all may get none."""
+        late = response.status_code == 504 and isinstance(case.body, dict) and "timeout" in case.body
+        return None if late else not_a_server_error(context, response, case)
+
     wanted = [
-        not_a_server_error, checks.status_code_conformance, checks.content_type_conformance,
+        nothing_broken, checks.status_code_conformance, checks.content_type_conformance,
         checks.response_schema_conformance, checks.response_headers_conformance, checks.negative_data_rejection,
     ]  # fmt: skip
     asked = Counter()

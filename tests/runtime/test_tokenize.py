@@ -25,7 +25,7 @@ def test_a_text_and_its_tokens_and_back(start, run):
             answer = (await post(server, "/tokenize", model="tiny", prompt="né<|end|>", return_token_strs=True)).json()
             assert answer == {
                 "count": 4, "max_model_len": 128, "tokens": [110, 0xC3, 0xA9, 256],
-                "token_strs": ["n", "\ufffd", "\ufffd", "<|end|>"],
+                "token_strs": ["n", "Ã", "©", "<|end|>"],
             }  # fmt: skip
             back = await post(server, "/detokenize", tokens=answer["tokens"])
             assert back.json() == {"prompt": "né<|end|>"}
