@@ -85,6 +85,7 @@ def _fields(vocab_size: int, hidden_size: int) -> dict[str, Schema]:
         "truncate_prompt_tokens": {**_integer(-1, LARGE), "not": {"const": 0}, "description": "-1: as many as fit."},
         "add_generation_prompt": flag, "continue_final_message": flag,
         "chat_template_kwargs": {"type": "object", "maxProperties": MAX_VARIABLES},
+        "prompt_logprobs": {**_integer(0, MAX_LOGPROBS), "description": "Not with stream."},
         "return_token_strs": flag, "encoding_format": {"enum": list(FORMATS)}, "pooling": {"enum": list(POOLINGS)},
         "dimensions": _integer(1, max(1, hidden_size)), "normalize": flag,
     }  # fmt: skip
@@ -139,7 +140,13 @@ def _answers() -> dict[str, Schema]:
         index=count, finish_reason=ends, logprobs=_any(of_chat, null),
         message=_object(role={"const": "assistant"}, content=_string()),
     )  # fmt: skip
+    ranked = _object(logprob={"type": "number"}, rank=_any(_integer(1), null), decoded_token=_string())
+    scores = {"prompt_logprobs": _list(_any({"type": "object", "additionalProperties": ranked}, null))}
     text_choice = _object(index=count, finish_reason=ends, logprobs=_any(of_text, null), text=_string())
+    texts = _list(_with(scores, text_choice), 1)
+    delta = {"type": "object", "properties": {"role": {"const": "assistant"}, "content": _string()}}
+    deltas = _list(_object(index=count, finish_reason=ends, logprobs=_any(of_chat, null), delta=delta))
+    last = {"usage": usage}
     head = {"id": _string(), "created": count, "model": _string(), "system_fingerprint": _string()}
     vector = _any(_list({"type": "number"}, least=1), {"type": "string", "contentEncoding": "base64"})
     model = _object(
@@ -147,8 +154,14 @@ def _answers() -> dict[str, Schema]:
         engine_digest=_string(),
     )  # fmt: skip
     return {
-        "Chat": _object(**head, object={"const": "chat.completion"}, choices=_list(chat_choice, 1), usage=usage),
-        "Completion": _object(**head, object={"const": "text_completion"}, choices=_list(text_choice, 1), usage=usage),
+        "Chat": _with(
+            scores, _object(**head, object={"const": "chat.completion"}, choices=_list(chat_choice, 1), usage=usage)
+        ),
+        "Completion": _object(**head, object={"const": "text_completion"}, choices=texts, usage=usage),
+        "ChatChunk": _with(last, _object(**head, object={"const": "chat.completion.chunk"}, choices=deltas)),
+        "CompletionChunk": _with(
+            last, _object(**head, object={"const": "text_completion"}, choices=_list(text_choice))
+        ),
         "Embeddings": _object(
             object={"const": "list"}, model=_string(),
             data=_list(_object(object={"const": "embedding"}, index=count, embedding=vector), 1),
@@ -181,11 +194,10 @@ _RUNNING = (*_READING, 429, 500, 504)
 
 
 def _paths() -> dict[str, Schema]:
-    events = {"text/event-stream": {"schema": {"type": "string", "description": "With `stream`: chunks, then [DONE]."}}}
     name = {"name": "name", "in": "path", "required": True, "schema": _string(1)}
     return {
-        "/v1/chat/completions": {"post": _post("Answer a chat", "ChatRequest", "Chat", _RUNNING, events)},
-        "/v1/completions": {"post": _post("Continue texts", "CompletionRequest", "Completion", _RUNNING, events)},
+        "/v1/chat/completions": {"post": _post("Answer a chat", "ChatRequest", "Chat", _RUNNING, _events("ChatChunk"))},
+        "/v1/completions": {"post": _post("Continue texts", "CompletionRequest", "Completion", _RUNNING, _events("CompletionChunk"))},
         "/v1/embeddings": {"post": _post("Embed texts", "EmbeddingRequest", "Embeddings", _RUNNING)},
         "/tokenize": {"post": _post("Tokens of a text", ("TokenizeText", "TokenizeChat"), "Tokens", _READING)},
         "/detokenize": {"post": _post("Text of tokens", "DetokenizeRequest", "Text", _READING)},
@@ -199,6 +211,15 @@ def _paths() -> dict[str, Schema]:
         "/openapi.json": {"get": {"summary": "This document", "responses": {"200": {
             "description": "OpenAPI 3.1", "content": {"application/json": {"schema": {"type": "object"}}}}}}},
     }  # fmt: skip
+
+
+def _events(chunk: str) -> Schema:
+    """What each event of a stream is."""
+    data = {
+        "type": "string", "contentMediaType": "application/json", "contentSchema": _any(_ref(chunk), _ref("Error")),
+        "description": "With `stream`: a chunk, or an error, which is the last event; else the last is `[DONE]`.",
+    }  # fmt: skip
+    return {"text/event-stream": {"schema": _object(data=data)}}
 
 
 def _ready() -> Schema:
@@ -269,6 +290,10 @@ def _string(least: int = 0, most: int | None = None) -> Schema:
 def _list(of: Schema, least: int = 0, most: int | None = None) -> Schema:
     found: Schema = {"type": "array", "items": of}
     return found | ({"minItems": least} if least else {}) | ({} if most is None else {"maxItems": most})
+
+
+def _with(optional: dict[str, Schema], of: Schema) -> Schema:
+    return {**of, "properties": of["properties"] | optional}
 
 
 def _object(**properties: Schema) -> Schema:

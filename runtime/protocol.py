@@ -26,7 +26,7 @@ COMMON = frozenset({
     "model", "stream", "stream_options", "seed", "temperature", "top_k", "top_p", "min_p", "presence_penalty",
     "frequency_penalty", "repetition_penalty", "logit_bias", "logprobs", "max_tokens", "min_tokens", "ignore_eos",
     "stop", "stop_token_ids", "n", "priority", "timeout", "cache_salt", "include_stop_str_in_output", "speculate",
-    "skip_special_tokens",
+    "skip_special_tokens", "prompt_logprobs",
 }) | TEXT_FIELDS  # fmt: skip
 CHAT = COMMON | TEMPLATE_FIELDS | {"messages", "max_completion_tokens", "top_logprobs"}
 COMPLETION = COMMON | {"prompt", "echo", "best_of"}
@@ -40,7 +40,7 @@ UNIMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (), "prediction": (),
     "web_search_options": (), "reasoning_effort": ("none",), "echo": (False,), "best_of": (1,), "suffix": ("",),
     "use_beam_search": (False,), "length_penalty": (1, 1.0),
-    "bad_words": ([],), "prompt_logprobs": (0,), "guided_json": (), "guided_regex": (), "guided_choice": (),
+    "bad_words": ([],), "guided_json": (), "guided_regex": (), "guided_choice": (),
     "guided_grammar": (), "structured_outputs": (), "grammar": ("",), "json_schema": (), "chat_template": (),
     "documents": ([],), "mirostat": (0,), "typical_p": (1, 1.0), "tfs_z": (1, 1.0), "n_probs": (0,), "lora": ([],),
     "dry_multiplier": (0, 0.0), "xtc_probability": (0, 0.0), "adapter": (), "prompt_embeds": (),
@@ -84,6 +84,13 @@ class Call:
     prompting: Prompting = dataclasses.field(default_factory=Prompting)
     skip_special: bool = True
     echo: bool = False
+    prompt_logprobs: int | None = None
+
+    @property
+    def scored(self) -> int | None:
+        """Alternatives of each token of the prompt that is to be scored; None: none is."""
+        wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((count for count in wanted if count is not None), default=None)
 
     @property
     def text_size(self) -> int:
@@ -172,7 +179,9 @@ def _call(body: dict[str, Any], defaults: Defaults, chat: bool) -> Call:
         raise refuse("stream_options", "must be an object")
     if options and not stream:
         raise refuse("stream_options", "needs stream: true")
-    echo = not chat and boolean(body, "echo")
+    echo, prompt_logprobs = not chat and boolean(body, "echo"), integer(body, "prompt_logprobs", 0, MAX_LOGPROBS)
+    if stream and prompt_logprobs is not None:
+        raise refuse("prompt_logprobs", "comes with whole answers only: not with stream: true")
     max_tokens, min_tokens = (
         integer(body, "max_tokens", int(not echo), 1 << 31),
         integer(body, "min_tokens", 0, 1 << 31) or 0,
@@ -191,6 +200,7 @@ def _call(body: dict[str, Any], defaults: Defaults, chat: bool) -> Call:
         timeout=number(body, "timeout", 0.0, 86_400.0, 0.0, above=True) if "timeout" in body else None,
         salt=parse_salt(body), speculate=boolean(body, "speculate", True),
         prompting=parse_prompting(body), skip_special=boolean(body, "skip_special_tokens", True), echo=echo,
+        prompt_logprobs=prompt_logprobs,
     )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ class Piece:
     text: str
     tokens: list[TokenInfo] = field(default_factory=list)  # where log-probabilities are asked for
     finish: str | None = None
+    prompt: list[Any] | None = None  # log-probabilities of the prompt's tokens, where asked for
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,14 @@ class Form:
     def whole(self, pieces: list[Piece], usage: Usage) -> dict[str, Any]:
         """The answer without streaming; `pieces` is one whole choice each."""
         choices = [self._choice(piece, {"role": "assistant", "content": piece.text}, "message") for piece in pieces]
-        return {**self._whole, "choices": choices, "usage": usage.body()}
+        whole = {**self._whole, "choices": choices, "usage": usage.body()}
+        scored = [piece.prompt for piece in pieces]
+        if any(one is not None for one in scored):
+            if self.chat:
+                return {**whole, "prompt_logprobs": scored[0]}
+            for choice, one in zip(choices, scored):
+                choice["prompt_logprobs"] = one
+        return whole
 
     def opening(self, choices: int) -> list[dict[str, Any]]:
         """Chat streams begin with each choice's role."""

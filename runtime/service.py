@@ -128,11 +128,29 @@ class Choice:
         if echo is not None and self._infos is not None:
             first = self.sequence.request.prompt[0]
             self._infos.append(TokenInfo(token_bytes(self._tokenizer, first), None, shown=self._shows(first)))
-            self._infos += [self._info(token) for token in self.sequence.scores]
+            self._infos += [self._info(token, self._call.logprobs) for token in self.sequence.scores]
         return echo or ""
 
-    def _info(self, token: SampledToken) -> TokenInfo:
-        top = tuple((token_bytes(self._tokenizer, id), max(logprob, LOWEST_LOGPROB)) for id, logprob in token.top)
+    def prompt_scores(self) -> list[Any] | None:
+        """Of each token of the prompt what the model gave it, in vLLM's shape; None: not asked for."""
+        most = self._call.prompt_logprobs
+        return None if most is None else [None, *(self._prompt_score(token, most) for token in self.sequence.scores)]
+
+    def _prompt_score(self, token: SampledToken, most: int) -> dict[str, Any]:
+        """By token id, itself first. A rank beyond the alternatives that were asked for is not known."""
+        ranks = {id: rank for rank, (id, _) in enumerate(token.top, 1)}
+        found = {token.id: token.logprob} | {id: value for id, value in token.top[:most] if id != token.id}
+        return {
+            str(id): {
+                "logprob": max(logprob, LOWEST_LOGPROB), "rank": ranks.get(id),
+                "decoded_token": token_bytes(self._tokenizer, id).decode("utf-8", "replace"),
+            }
+            for id, logprob in found.items()
+        }  # fmt: skip
+
+    def _info(self, token: SampledToken, most: int | None = None) -> TokenInfo:
+        alternatives = token.top[:most]
+        top = tuple((token_bytes(self._tokenizer, id), max(logprob, LOWEST_LOGPROB)) for id, logprob in alternatives)
         raw = token_bytes(self._tokenizer, token.id)
         return TokenInfo(raw, max(token.logprob, LOWEST_LOGPROB), top, self._shows(token.id))
 
@@ -202,6 +220,8 @@ class Answer:
             part.text += piece.text
             part.tokens += piece.tokens
             part.finish = piece.finish or part.finish
+        for part, choice in zip(merged, self._choices.values()):
+            part.prompt = choice.prompt_scores()
         return merged
 
     def _groups(self) -> list[list[Choice]]:
@@ -280,7 +300,7 @@ class Service:
             prompt, max(1, room) if call.max_tokens is None else call.max_tokens, call.sampling,
             call.stop_ids | (frozenset() if call.ignore_eos else self.model.stop_ids), call.min_tokens,
             priority=call.priority, deadline=math.inf if call.timeout is None else arrived + call.timeout,
-            scope=self.scope(tenant, call.salt), speculate=call.speculate, scored=call.logprobs if call.echo else None,
+            scope=self.scope(tenant, call.salt), speculate=call.speculate, scored=call.scored,
         )  # fmt: skip
 
     def scope(self, tenant: bytes, salt: str) -> bytes:

@@ -136,6 +136,30 @@ def test_the_prompts_own_tokens_are_scored(start, fake, run):
     assert max(sum(count for _, count in batch if count > 1) for batch in engine.batches) <= 5
 
 
+def test_prompt_logprobs_come_in_vllms_shape(start, run):
+    async def scenario() -> None:
+        async with start() as server:
+            echoed = await complete(server, prompt="abz", echo=True, logprobs=1)
+            both = await complete(server, prompt="abz", echo=True, logprobs=1, prompt_logprobs=2)
+            assert both["choices"][0]["logprobs"] == echoed["choices"][0]["logprobs"]
+            first, second, third = both["choices"][0]["prompt_logprobs"]
+            assert first is None and list(second) == ["98", "97"] and list(third) == ["122", "97", "98"]
+            wanted = echoed["choices"][0]["logprobs"]["token_logprobs"]
+            assert third["122"] == {"logprob": wanted[2], "rank": None, "decoded_token": "z"}
+            assert third["97"] == {"logprob": -0.5, "rank": 1, "decoded_token": "a"} and third["98"]["rank"] == 2
+            alone = await complete(server, prompt=["abz", "q"], prompt_logprobs=0, n=2, temperature=1)
+            found = [choice["prompt_logprobs"] for choice in alone["choices"]]
+            assert found[0] == found[1] == [None, {"98": second["98"] | {"rank": None}}, {"122": third["122"]}]
+            assert found[2] == found[3] == [None]
+            assert "prompt_logprobs" not in echoed["choices"][0]
+            chat = (await server.chat("hi", prompt_logprobs=1)).json()
+            assert len(chat["prompt_logprobs"]) == chat["usage"]["prompt_tokens"]
+            refused = await server.chat("hi", prompt_logprobs=1, stream=True)
+            assert refused.json()["error"]["param"] == "prompt_logprobs"
+
+    run(scenario())
+
+
 def test_a_scored_prompt_may_fill_the_whole_context(start, fake, run):
     async def scenario() -> None:
         async with start(fake(pages=8, page_size=4, max_context=32)) as server:

@@ -100,6 +100,16 @@ def test_real_answers_have_the_described_shape(url):
     answer("/tokenize", messages=hi, chat_template_kwargs={"a": 1})
     answer("/detokenize", tokens=[104])
     answer("/v1/completions", 400, prompt="a", temperature=3)
+    for path, chunk, body in (
+        ("/v1/chat/completions", "ChatChunk", {"messages": hi, "logprobs": True, "n": 2}),
+        ("/v1/completions", "CompletionChunk", {"prompt": "a", "logprobs": 1, "echo": True}),
+    ):
+        more = {"max_tokens": 4, "stream": True, "stream_options": {"include_usage": True}}
+        *events, done, rest = httpx.post(url + path, json={**body, **more}).text.split("\n\n")
+        assert (done, rest) == ("data: [DONE]", "") and len(events) >= 5
+        for event in events:
+            schema = {"$ref": f"#/components/schemas/{chunk}", "components": described["components"]}
+            jsonschema.validate(schema, json.loads(event.removeprefix("data: ")))
     for path in ("/v1/models", "/v1/models/tiny", "/health/live", "/health/ready", "/version"):
         answer(path)
 
