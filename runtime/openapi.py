@@ -196,8 +196,8 @@ _RUNNING = (*_READING, 429, 500, 504)
 def _paths() -> dict[str, Schema]:
     name = {"name": "name", "in": "path", "required": True, "schema": _string(1)}
     return {
-        "/v1/chat/completions": {"post": _post("Answer a chat", "ChatRequest", "Chat", _RUNNING, _events("ChatChunk"))},
-        "/v1/completions": {"post": _post("Continue texts", "CompletionRequest", "Completion", _RUNNING, _events("CompletionChunk"))},
+        "/v1/chat/completions": {"post": _post("Answer a chat", "ChatRequest", "Chat", _RUNNING, streams=True)},
+        "/v1/completions": {"post": _post("Continue texts", "CompletionRequest", "Completion", _RUNNING, streams=True)},
         "/v1/embeddings": {"post": _post("Embed texts", "EmbeddingRequest", "Embeddings", _RUNNING)},
         "/tokenize": {"post": _post("Tokens of a text", ("TokenizeText", "TokenizeChat"), "Tokens", _READING)},
         "/detokenize": {"post": _post("Text of tokens", "DetokenizeRequest", "Text", _READING)},
@@ -215,10 +215,11 @@ def _paths() -> dict[str, Schema]:
 
 def _events(chunk: str) -> Schema:
     """What each event of a stream is."""
-    data = {
-        "type": "string", "contentMediaType": "application/json", "contentSchema": _any(_ref(chunk), _ref("Error")),
-        "description": "With `stream`: a chunk, or an error, which is the last event; else the last is `[DONE]`.",
+    document = {
+        "type": "string", "contentMediaType": "application/json",
+        "contentSchema": _any(_ref(chunk), _ref("Error")), "description": "A chunk; or an error, and nothing after it.",
     }  # fmt: skip
+    data = _any({"const": "[DONE]", "description": "The last event."}, document)
     return {"text/event-stream": {"schema": _object(data=data)}}
 
 
@@ -237,11 +238,11 @@ def _get(summary: str, answer: str, errors: tuple[int, ...] = ()) -> Schema:
 
 
 def _post(
-    summary: str, body: str | tuple[str, ...], answer: str, errors: tuple[int, ...], more: Schema | None = None
+    summary: str, body: str | tuple[str, ...], answer: str, errors: tuple[int, ...], streams: bool = False
 ) -> Schema:
     schema = _ref(body) if isinstance(body, str) else _any(*map(_ref, body))
     good = _response("The answer", answer)
-    good["content"] |= more or {}
+    good["content"] |= _events(f"{answer}Chunk") if streams else {}
     return {
         "summary": summary, "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
         "responses": {"200": good, **_errors(errors)}, **_keyed(errors),
