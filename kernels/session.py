@@ -25,7 +25,7 @@ class Session:
         self._inputs = {item.name for item in self.session.get_inputs()}
         self._binding = self.session.io_binding()
         self._with_hidden = self.session.io_binding()  # of its own: an output once bound is written for ever
-        self.hidden_size = next((int(o.shape[1]) for o in self.session.get_outputs() if o.name == "hidden"), 0)
+        self.hidden_size = next((_width(o.shape) for o in self.session.get_outputs() if o.name == "hidden"), 0)
 
     def bind_pages(self, kv: dict[int, npt.NDArray[np.uint8]]) -> None:
         for layer, array in kv.items():
@@ -76,6 +76,10 @@ class Session:
         for group, (table, slot) in enumerate(zip(batch.block_tables, batch.slots, strict=True)):
             found += [(f"block_table.{group}", table), (f"slot.{group}", slot)]
         return found
+
+
+def _width(shape: list[Any]) -> int:
+    return shape[1] if len(shape) == 2 and isinstance(shape[1], int) else 0
 
 
 def _open(graph: Path, name: str, threads: int) -> Any:

@@ -27,6 +27,7 @@ from skerry.runtime.text_routes import Cancellable, Door, add_text_routes
 log = logging.getLogger("skerry.server")
 BODY_LIMIT = 1 << 20
 BODY_SECONDS = 30
+MANY_SCORES = 1_000
 CLIENT_CLOSED = 499  # nginx's number; nobody is left to read it
 T = TypeVar("T")
 
@@ -159,6 +160,9 @@ def _too_large(limit: int) -> ApiError:
 
 async def _whole(request: Request, answer: Answer, form: Form) -> Response:
     pieces = await while_here(request, answer, answer.whole())
+    scored = sum(len(piece.tokens) + len(piece.prompt or ()) for piece in pieces)
+    if scored > MANY_SCORES:  # their JSON would hold up everybody's stream
+        return await asyncio.to_thread(lambda: JSONResponse(form.whole(pieces, answer.usage)))
     return JSONResponse(form.whole(pieces, answer.usage))
 
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from skerry.core.chat import ChatTemplate, last_user_text
 from skerry.core.tokenizer import Tokenizer
-from skerry.runtime.api_error import ApiError
+from skerry.runtime.api_error import ApiError, refuse
 from skerry.runtime.engine import Engine, EngineLoop
 from skerry.runtime.kvcache import root_key
 from skerry.runtime.metrics import Metrics
@@ -35,6 +35,7 @@ THREAD_CHARACTERS = 4_000
 # A node serves one model at a time and rollouts change its name, so clients of a fleet may ask for "skerry".
 ALIASES = ("skerry", "default")
 LOWEST_LOGPROB = -9999.0  # JSON has no -inf
+MAX_SCORES = 1 << 18  # of one answer: about 10 MB of JSON
 
 
 class ClientGone(Exception):
@@ -74,6 +75,16 @@ def failure(update: Update, timeout: float | None) -> ApiError | None:
     if update.finish == "error":
         return ApiError(500, f"the engine failed on this request: {update.error}", code="engine_error")
     return None
+
+
+def _check_scores(call: Call, encoded: list[Encoded]) -> None:
+    """What an answer says of its prompts' tokens is bounded: each choice says it again."""
+    if call.scored is None:
+        return
+    numbers = call.choices * sum(len(one.ids) for one in encoded) * (1 + call.scored)
+    if numbers > MAX_SCORES:
+        field = "logprobs" if call.prompt_logprobs is None else "prompt_logprobs"
+        raise refuse(field, f"{numbers} log-probabilities of prompts are more than {MAX_SCORES}: ask in parts")
 
 
 class Receiver(Protocol):
@@ -287,6 +298,7 @@ class Service:
         self.check_model(call.model)
         in_thread = call.text_size > THREAD_CHARACTERS
         encoded = await asyncio.to_thread(self._encode, call) if in_thread else self._encode(call)
+        _check_scores(call, encoded)
         requests = [self._request(call, one.ids, tenant, arrived) for one in encoded]
         sequences = self.loop.submit(*(choice_of(r, index) for r in requests for index in range(call.choices)))
         answer = Answer(self, call, encoded, sequences, arrived)

@@ -160,6 +160,20 @@ def test_prompt_logprobs_come_in_vllms_shape(start, run):
     run(scenario())
 
 
+def test_what_is_said_of_prompts_is_bounded(start, fake, run):
+    async def scenario() -> None:
+        async with start(fake(pages=4000, max_context=4000)) as server:
+            body = {"prompt": ["x" * 500] * 4, "n": 16, "echo": True, "max_tokens": 0}
+            for fields, param in (({"logprobs": 20}, "logprobs"), ({"prompt_logprobs": 20}, "prompt_logprobs")):
+                response = await server.client.post("/v1/completions", json={**body, **fields})
+                assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+            found = await complete(server, **{**body, "n": 1}, prompt_logprobs=1)  # its JSON is made in a thread
+            assert [len(choice["prompt_logprobs"]) for choice in found["choices"]] == [500] * 4
+            await server.idle()
+
+    run(scenario())
+
+
 def test_a_scored_prompt_may_fill_the_whole_context(start, fake, run):
     async def scenario() -> None:
         async with start(fake(pages=8, page_size=4, max_context=32)) as server:
