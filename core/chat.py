@@ -47,13 +47,13 @@ class ChatTemplate:
         except (OSError, UnicodeDecodeError) as error:
             raise InputError("read chat template", path, str(error)) from error
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """Raises InputError when the template refuses the messages or fails on them."""
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any) -> str:
+        """`variables`: the template's own. Raises InputError when it refuses the messages or fails on them."""
         from jinja2 import TemplateError
 
         try:
             return self._template.render(
-                messages=list(messages), add_generation_prompt=add_generation_prompt, **self._tokens
+                messages=list(messages), add_generation_prompt=add_generation_prompt, **self._tokens, **variables
             )
         except (TemplateError, TypeError, ValueError, KeyError, OverflowError, MemoryError) as error:
             raise InputError("render chat template", "", str(error)) from error

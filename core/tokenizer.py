@@ -11,7 +11,7 @@ from skerry.core.files import sha256_bytes
 
 
 class Tokenizer:
-    """Text to ids and back. Never adds special tokens by itself: templates spell them out."""
+    """Text to ids and back. Adds special tokens only when asked: templates spell them out."""
 
     def __init__(self, inner: Any, digest: str) -> None:
         self.inner = inner
@@ -36,9 +36,10 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return int(self.inner.get_vocab_size(with_added_tokens=True))
 
-    def encode(self, text: str) -> list[int]:
-        """Special tokens spelled out in `text` become their ids."""
-        return list(self.inner.encode(text, add_special_tokens=False).ids)
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Special tokens spelled out in `text` become their ids. `special`: with those that the tokenizer puts around
+        every text of its own."""
+        return list(self.inner.encode(text, add_special_tokens=special).ids)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         return str(self.inner.decode(list(ids), skip_special_tokens=skip_special))

@@ -117,11 +117,18 @@ class BoundProgram {
     kept_.push_back(nb::cast(values));
   }
 
+  void set_hidden(const PlaceTuple& given) {
+    expect_none(program_.set_hidden(place(given)));
+    hidden_size_ = std::get<1>(given);
+  }
+
+  int64_t hidden_size() const { return hidden_size_; }
+
   // Seconds of the run itself.
   double run(const In<int32_t>& input_ids, const In<int32_t>& positions, const In<int32_t>& query_start,
              const In<int32_t>& context_len, const std::vector<In<int32_t>>& block_tables,
              const std::vector<In<int32_t>>& slots, const In<int32_t>& sample_rows, const In<int32_t>& adapter_rows,
-             const InOut<float>& logits, int threads) {
+             const InOut<float>& logits, int threads, const std::optional<InOut<float>>& hidden) {
     StepInputs in;
     const size_t tokens = input_ids.size(), sequences = context_len.size(), wanted = sample_rows.size();
     in.input_ids = checked("input_ids", input_ids, {tokens});
@@ -144,6 +151,12 @@ class BoundProgram {
     expect("rows of logits", logits.shape(0), wanted);
     expect("columns of logits", logits.shape(1), static_cast<size_t>(vocabulary_));
     in.logits = logits.data();
+    if (hidden) {
+      expect("dimensions of hidden", hidden->ndim(), 2);
+      expect("rows of hidden", hidden->shape(0), wanted);
+      expect("columns of hidden", hidden->shape(1), static_cast<size_t>(hidden_size_));
+      in.hidden = hidden->data();
+    }
     std::string problem;
     const nb::gil_scoped_release release;
     const auto began = std::chrono::steady_clock::now();
@@ -176,7 +189,7 @@ class BoundProgram {
   Program program_;
   std::vector<nb::object> kept_;
   std::vector<size_t> page_bytes_;  // of each layer
-  int64_t vocabulary_ = 0;
+  int64_t vocabulary_ = 0, hidden_size_ = 0;
 };
 
 }  // namespace
@@ -198,7 +211,9 @@ void bind_program(nb::module_& m) {
       .def("set_adapters", &BoundProgram::set_adapters, "values"_a)
       .def("set_pages", &BoundProgram::set_pages, "layer"_a, "pages"_a)
       .def("run", &BoundProgram::run, "input_ids"_a, "positions"_a, "query_start"_a, "context_len"_a, "block_tables"_a,
-           "slots"_a, "sample_rows"_a, "adapter_rows"_a, "logits"_a, "threads"_a);
+           "slots"_a, "sample_rows"_a, "adapter_rows"_a, "logits"_a, "threads"_a, "hidden"_a = nb::none())
+      .def("set_hidden", &BoundProgram::set_hidden, "place"_a)
+      .def_prop_ro("hidden_size", &BoundProgram::hidden_size);
 }
 
 }  // namespace skerry::bind

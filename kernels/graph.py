@@ -32,8 +32,15 @@ class Executor(Protocol):
     def bind_adapters(self, values: npt.NDArray[np.float16]) -> None:
         """The slots of all adapters, float16 [slots, rank, columns], for a graph that takes them."""
 
-    def run(self, batch: Batch, logits: npt.NDArray[np.float32]) -> float:
-        """Fills logits [S, V]. Seconds that the graph itself took."""
+    @property
+    def hidden_size(self) -> int:
+        """D of the output `hidden` [S, D]; 0 without it."""
+        ...
+
+    def run(
+        self, batch: Batch, logits: npt.NDArray[np.float32], hidden: npt.NDArray[np.float32] | None = None
+    ) -> float:
+        """Fills logits [S, V], and hidden [S, D] where it is given. Seconds that the graph itself took."""
 
     def close(self) -> None: ...
 

@@ -42,6 +42,7 @@ class NativeProgram:
 
     def __init__(self, bundle: Bundle, graph: OnnxGraph, threads: int) -> None:
         self._program, self._threads = compile_program(bundle, graph), threads
+        self.hidden_size = self._program.hidden_size
 
     def bind_pages(self, kv: dict[int, npt.NDArray[np.uint8]]) -> None:
         for layer, array in kv.items():
@@ -50,11 +51,14 @@ class NativeProgram:
     def bind_adapters(self, values: npt.NDArray[np.float16]) -> None:
         self._program.set_adapters(values)
 
-    def run(self, batch: Batch, logits: npt.NDArray[np.float32]) -> float:
-        """Fills logits [S, V]. Seconds of the run itself. Raises ValueError or TypeError."""
+    def run(
+        self, batch: Batch, logits: npt.NDArray[np.float32], hidden: npt.NDArray[np.float32] | None = None
+    ) -> float:
+        """Fills logits [S, V], and hidden [S, D] where it is given. Seconds of the run itself. Raises ValueError or
+        TypeError."""
         return self._program.run(
             batch.input_ids, batch.positions, batch.query_start, batch.context_len, batch.block_tables, batch.slots,
-            batch.sample_rows, batch.adapter_rows, logits, self._threads,
+            batch.sample_rows, batch.adapter_rows, logits, self._threads, hidden,
         )  # fmt: skip
 
     def close(self) -> None:
@@ -66,6 +70,8 @@ def compile_program(bundle: Bundle, graph: OnnxGraph) -> Program:
     compiler = _Compiler(bundle, graph)
     for index, node in enumerate(graph.nodes):
         compiler.add(index, node)
+    if any(value.name == "hidden" for value in graph.outputs):
+        compiler.program.set_hidden(compiler.read("hidden").place)
     return compiler.program
 
 
@@ -110,7 +116,7 @@ class _Compiler:
     def _root(self, name: str) -> str:
         return self.same.get(name, name)
 
-    def _read(self, name: str) -> _Value:
+    def read(self, name: str) -> _Value:
         if name not in self.values:
             raise ValueError(f"{name or 'an input that is left out'} is not computed before it is read")
         return self.values[name]
@@ -141,7 +147,7 @@ class _Compiler:
         self.program.gather(node.name, table, self._write(node.outputs[0], node.integer("width"), False))
 
     def _product(self, node: Node) -> None:
-        x, rows, formats = self._read(node.input(0)).place, node.integers("rows"), node.integers("formats")
+        x, rows, formats = self.read(node.input(0)).place, node.integers("rows"), node.integers("formats")
         segments = [
             self._segment(node.input(3 + 2 * s), count, kind, node.input(4 + 2 * s))
             for s, (count, kind) in enumerate(zip(rows, formats, strict=True))
@@ -156,7 +162,7 @@ class _Compiler:
             node.name, x, segments,
             [self._write(name, count, x[2]) for name, count in zip(node.outputs, rows)],
             norm=self._floats(norm) if norm else None,
-            residual=self._read(residual).place if residual else None,
+            residual=self.read(residual).place if residual else None,
             epsilon=node.number("epsilon"), activation=node.integer("activation"), adapter_offset=offset,
         )  # fmt: skip
 
@@ -165,7 +171,7 @@ class _Compiler:
         given = node.inputs[6:9], _numbered(node.input(10), "slot."), node.outputs[1:]
         if given != (STEP_INPUTS, group, (f"kv_out.{layer}",)):
             raise ValueError(f"{node.name} reads other inputs than a decoder graph has")
-        q, k, v = (self._read(name).place for name in node.inputs[:3])
+        q, k, v = (self.read(name).place for name in node.inputs[:3])
         cos, sin = (self._floats(name) for name in node.inputs[4:6])
         size = node.integer("head_size")
         self.program.attention(
@@ -177,13 +183,13 @@ class _Compiler:
         )  # fmt: skip
 
     def _pick(self, node: Node) -> None:
-        x = self._read(node.input(0)).place
+        x = self.read(node.input(0)).place
         if node.input(1) != "sample_rows" or node.integer("axis", 0) != 0:
             raise ValueError(f"{node.name} gathers by {node.input(1)}")
         self.program.pick(node.name, x, self._write(node.outputs[0], x[1], True))
 
     def _norm(self, node: Node) -> None:
-        x, weight = self._read(node.input(0)), self._floats(node.input(1))
+        x, weight = self.read(node.input(0)), self._floats(node.input(1))
         if node.integer("axis", -1) != -1 or weight.shape != (x.last,):
             raise ValueError(f"{node.name} has a weight of {weight.shape} for rows of {x.last}")
         out = self._write(node.outputs[0], x.place[1], x.place[2], x.last)
@@ -191,18 +197,18 @@ class _Compiler:
 
     def _reshape(self, node: Node) -> None:
         """[T, heads * size] seen as [T, heads, size], or back: the same floats."""
-        x, sizes = self._read(node.input(0)), self.constants.array(node.input(1), np.int64).tolist()
+        x, sizes = self.read(node.input(0)), self.constants.array(node.input(1), np.int64).tolist()
         if len(sizes) < 2 or sizes[0] != 0 or prod(sizes[1:]) != x.place[1]:
             raise ValueError(f"{node.name} makes {sizes} of rows of {x.place[1]}")
         self.values[node.outputs[0]] = _Value(x.place, sizes[-1])
 
     def _element(self, node: Node) -> None:
-        x = self._read(node.input(0))
+        x = self.read(node.input(0))
         second, by, other = node.input(1), 0.0, None
         if second in self.constants:
             by = float(self._floats(second).reshape(()))
         elif second:
-            other = self._read(second).place
+            other = self.read(second).place
         out = self._write(node.outputs[0], x.place[1], x.place[2], x.last)
         self.program.element(node.name, ELEMENTS[node.op], x.place, out, other, by)
 

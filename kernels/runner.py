@@ -101,14 +101,20 @@ class Runner:
     def kv_bytes(self) -> int:
         return sum(array.nbytes for array in self._kv.values())
 
-    def step(self, batch: Batch) -> Float32:
-        """Logits [S, V] of the wanted rows; the pages behind `batch.slots` are written in place. Raises StepError."""
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states that `step` can fill in; 0 where the graph has no such output."""
+        return self._graph.hidden_size
+
+    def step(self, batch: Batch, hidden: Float32 | None = None) -> Float32:
+        """Logits [S, V] of the wanted rows; the pages behind `batch.slots` are written in place. `hidden` [S, D] gets
+        what the head is given of the same rows, the last norm applied. Raises StepError."""
         logits = np.empty((len(batch.sample_rows), self.vocab_size), np.float32)
         try:
             if len(batch.block_tables) != self.groups:
                 raise InputError("bind step", "", f"pages of {len(batch.block_tables)} KV groups, not of {self.groups}")
             self._check_adapters(batch)
-            self.graph_seconds = self._graph.run(batch, logits)
+            self.graph_seconds = self._graph.run(batch, logits, hidden)
         except Exception as error:  # ONNX Runtime raises its own classes, none of them public
             cause = " ".join(str(error).split())[:600]
             tokens = f"{len(batch.input_ids)} tokens of {len(batch.context_len)} sequences"

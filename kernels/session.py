@@ -24,31 +24,47 @@ class Session:
         self.session = _open(graph, name, threads)
         self._inputs = {item.name for item in self.session.get_inputs()}
         self._binding = self.session.io_binding()
+        self._with_hidden = self.session.io_binding()  # of its own: an output once bound is written for ever
+        self.hidden_size = next((_width(o.shape) for o in self.session.get_outputs() if o.name == "hidden"), 0)
 
     def bind_pages(self, kv: dict[int, npt.NDArray[np.uint8]]) -> None:
         for layer, array in kv.items():
             place = ("cpu", 0, np.uint8, array.shape, array.ctypes.data)
-            self._binding.bind_input(f"kv.{layer}", *place)
-            self._binding.bind_output(f"kv_out.{layer}", *place)
+            for binding in (self._binding, self._with_hidden):
+                binding.bind_input(f"kv.{layer}", *place)
+                binding.bind_output(f"kv_out.{layer}", *place)
 
     def bind_adapters(self, values: npt.NDArray[np.float16]) -> None:
-        self._binding.bind_input("adapters", "cpu", 0, np.float16, values.shape, values.ctypes.data)
+        for binding in (self._binding, self._with_hidden):
+            binding.bind_input("adapters", "cpu", 0, np.float16, values.shape, values.ctypes.data)
 
-    def run(self, batch: Batch, logits: npt.NDArray[np.float32]) -> float:
-        """Fills logits [S, V]. Seconds of the run itself. Raises what ONNX Runtime raises."""
+    def run(
+        self, batch: Batch, logits: npt.NDArray[np.float32], hidden: npt.NDArray[np.float32] | None = None
+    ) -> float:
+        """Fills logits [S, V], and hidden [S, D] where it is given. Seconds of the run itself. Raises what ONNX Runtime
+        raises, and ValueError on a `hidden` of another shape."""
         rows = batch.sample_rows
+        binding = self._binding
+        if hidden is not None:
+            binding = self._with_hidden
+            if not self.hidden_size or hidden.shape != (len(rows), self.hidden_size):
+                raise ValueError(f"hidden of shape {hidden.shape} for {len(rows)} rows of {self.hidden_size}")
         if len(rows) == 0:  # its dense kernels take no empty product
             rows, logits = np.zeros(1, np.int32), np.empty((1, logits.shape[1]), np.float32)
+            hidden = None if hidden is None else np.empty((1, self.hidden_size), np.float32)
         for name, value in self._values(batch, rows):
-            self._binding.bind_cpu_input(name, value)
-        self._binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+            binding.bind_cpu_input(name, value)
+        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        if hidden is not None:
+            binding.bind_output("hidden", "cpu", 0, np.float32, hidden.shape, hidden.ctypes.data)
         began = perf_counter()
-        self.session.run_with_iobinding(self._binding)
+        self.session.run_with_iobinding(binding)
         return perf_counter() - began
 
     def close(self) -> None:
-        self._binding.clear_binding_inputs()
-        self._binding.clear_binding_outputs()
+        for binding in (self._binding, self._with_hidden):
+            binding.clear_binding_inputs()
+            binding.clear_binding_outputs()
 
     def _values(self, batch: Batch, rows: npt.NDArray[np.int32]) -> list[tuple[str, Any]]:
         found: list[tuple[str, Any]] = [
@@ -60,6 +76,10 @@ class Session:
         for group, (table, slot) in enumerate(zip(batch.block_tables, batch.slots, strict=True)):
             found += [(f"block_table.{group}", table), (f"slot.{group}", slot)]
         return found
+
+
+def _width(shape: list[Any]) -> int:
+    return shape[1] if len(shape) == 2 and isinstance(shape[1], int) else 0
 
 
 def _open(graph: Path, name: str, threads: int) -> Any:

@@ -33,6 +33,10 @@ class Engine(Protocol):
     def max_context(self) -> int: ...
     @property
     def vocab_size(self) -> int: ...
+    @property
+    def hidden_size(self) -> int:
+        """Of the hidden states that a row's `pooling` gets; 0: the engine hands out none."""
+        ...
 
     @property
     def page_bytes(self) -> int: ...
@@ -44,8 +48,9 @@ class Engine(Protocol):
     def write_page(self, page: int, content: bytes) -> None: ...
 
     def step(self, rows: list[StepRow]) -> list[list[SampledToken]]:
-        """The tokens of each row: none without sampling, else one, and one more for each draft that came true, up to
-        the first that did not. Raises on failure; the same rows may then be asked again."""
+        """The tokens of each row: first its targets, scored; then none without sampling, else one, and one more for
+        each draft that came true, up to the first that did not. Raises on failure; the same rows may then be asked
+        again."""
         ...
 
 

@@ -23,6 +23,7 @@ from skerry.core.files import read_json, write_atomic, write_json
 from skerry.core.target import local_device
 from skerry.core.wire import generate_key, load_key, public_hex, save_key
 from skerry.runtime.control import Transport, clamp_poll, enrol
+from skerry.runtime.version import runtime_version
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -120,15 +121,6 @@ def check_root(raw: bytes) -> None:
 
 def default_name() -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:63].strip("-._") or "node"
-
-
-def runtime_version() -> str:
-    from importlib import metadata
-
-    try:
-        return metadata.version("skerry")
-    except metadata.PackageNotFoundError:
-        return ""
 
 
 def read_token(path: Path) -> str:

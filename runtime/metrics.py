@@ -92,9 +92,10 @@ class Metrics:
         self.registry.register(_Snapshot(model_name, load))
         self.registry.register(_Again(inter, "vllm:time_per_output_token_seconds"))
 
-    def started(self, ttft: float, prompt_tokens: int) -> None:
-        """A request has its first token."""
-        self._ttft.observe(ttft)
+    def started(self, ttft: float | None, prompt_tokens: int) -> None:
+        """A prompt has its first token; None: only its own were scored."""
+        if ttft is not None:
+            self._ttft.observe(ttft)
         self._prompt_total.inc(prompt_tokens)
 
     def token(self, gap: float | None) -> None:
@@ -128,6 +129,12 @@ class Metrics:
         self._step_seconds.observe(done.seconds)
         self._step_rows.observe(done.rows)
         self._step_tokens.observe(done.prompt_tokens + done.output_tokens)
+
+    def embedded(self, prompt_tokens: int) -> None:
+        """One input."""
+        self._prompt.observe(prompt_tokens)
+        self._prompt_total.inc(prompt_tokens)
+        self._success.labels(self._model, "stop").inc()
 
     def error(self, status: int) -> None:
         self._errors.labels(self._model, str(status)).inc()

@@ -6,26 +6,30 @@ Three kinds of fields: those implemented here; those whose meaning would change 
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from skerry.runtime.api_error import ApiError, refuse
 from skerry.runtime.fields import boolean, integer, number, utf8
 from skerry.runtime.messages import message
+from skerry.runtime.prompting import TEMPLATE_FIELDS, TEXT_FIELDS, Prompting, parse_prompting
 from skerry.runtime.request import SamplingParams
 
 MAX_CHOICES, MAX_STOPS, MAX_STOP_LENGTH, MAX_LOGPROBS, MAX_BIASES = 16, 16, 512, 20, 1024
+MAX_ANSWERS = 64  # of one completion: prompts times choices
 
 COMMON = frozenset({
     "model", "stream", "stream_options", "seed", "temperature", "top_k", "top_p", "min_p", "presence_penalty",
     "frequency_penalty", "repetition_penalty", "logit_bias", "logprobs", "max_tokens", "min_tokens", "ignore_eos",
     "stop", "stop_token_ids", "n", "priority", "timeout", "cache_salt", "include_stop_str_in_output", "speculate",
-})  # fmt: skip
-CHAT = COMMON | {"messages", "max_completion_tokens", "top_logprobs"}
-COMPLETION = COMMON | {"prompt"}
+    "skip_special_tokens", "prompt_logprobs",
+}) | TEXT_FIELDS  # fmt: skip
+CHAT = COMMON | TEMPLATE_FIELDS | {"messages", "max_completion_tokens", "top_logprobs"}
+COMPLETION = COMMON | {"prompt", "echo", "best_of"}
 HARMLESS = frozenset({
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
     "parallel_tool_calls", "verbosity",
@@ -36,28 +40,32 @@ UNIMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (), "prediction": (),
     "web_search_options": (), "reasoning_effort": ("none",), "echo": (False,), "best_of": (1,), "suffix": ("",),
     "use_beam_search": (False,), "length_penalty": (1, 1.0),
-    "bad_words": ([],), "skip_special_tokens": (True,),
-    "prompt_logprobs": (0,), "truncate_prompt_tokens": (), "guided_json": (), "guided_regex": (), "guided_choice": (),
+    "bad_words": ([],), "guided_json": (), "guided_regex": (), "guided_choice": (),
     "guided_grammar": (), "structured_outputs": (), "grammar": ("",), "json_schema": (), "chat_template": (),
-    "chat_template_kwargs": ({},), "add_generation_prompt": (True,), "continue_final_message": (False,),
     "documents": ([],), "mirostat": (0,), "typical_p": (1, 1.0), "tfs_z": (1, 1.0), "n_probs": (0,), "lora": ([],),
     "dry_multiplier": (0, 0.0), "xtc_probability": (0, 0.0), "adapter": (), "prompt_embeds": (),
 }  # fmt: skip
 
+Prompt = str | tuple[int, ...]
+
+
+def text_size(messages: Iterable[Mapping[str, str]]) -> int:
+    return sum(len(m["content"]) + 32 for m in messages)
+
 
 @dataclass(frozen=True)
 class Call:
-    """A checked request body. Exactly one of `messages`, `prompt_text` and `prompt_ids` is set.
+    """A checked request body. A chat has `messages`, a completion `prompts`, texts or token ids.
 
-    `max_tokens` None: as many as fit. `logprobs` None: not asked; n: with n alternatives a token. `priority`: lower
-    goes first. `timeout`: seconds after which nobody waits for the answer. `salt`: prompts of another share no prefix.
+    `max_tokens` None: as many as fit; 0: the prompt alone, which `echo` answers with. `logprobs` None: not asked; n:
+    with n alternatives a token. `priority`: lower goes first. `timeout`: seconds after which nobody waits for the
+    answer. `salt`: prompts of another share no prefix.
     """
 
     chat: bool
     model: str | None
     messages: tuple[Mapping[str, str], ...] | None
-    prompt_text: str | None
-    prompt_ids: tuple[int, ...] | None
+    prompts: tuple[Prompt, ...]
     sampling: SamplingParams
     max_tokens: int | None
     stops: tuple[str, ...]
@@ -73,11 +81,21 @@ class Call:
     timeout: float | None = None
     salt: str = ""
     speculate: bool = True
+    prompting: Prompting = dataclasses.field(default_factory=Prompting)
+    skip_special: bool = True
+    echo: bool = False
+    prompt_logprobs: int | None = None
+
+    @property
+    def scored(self) -> int | None:
+        """Alternatives of each token of the prompt that is to be scored; None: none is."""
+        wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((count for count in wanted if count is not None), default=None)
 
     @property
     def text_size(self) -> int:
         """Characters to tokenize, template included; decides whether that is worth a thread."""
-        return sum(len(m["content"]) + 32 for m in self.messages or ()) + len(self.prompt_text or "")
+        return text_size(self.messages or ()) + sum(map(len, self.prompts))
 
 
 @dataclass(frozen=True)
@@ -104,10 +122,8 @@ def parse_body(raw: bytes) -> dict[str, Any]:
 
 
 def parse_chat(body: dict[str, Any], defaults: Defaults) -> Call:
-    _check_fields(body, CHAT)
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise refuse("messages", "must be a list of at least one message", "missing_required_parameter")
+    check_fields(body, CHAT)
+    messages = parse_messages(body)
     call = _call(body, defaults, chat=True)
     limit, older = integer(body, "max_completion_tokens", 1, 1 << 31), call.max_tokens
     if limit is not None and older is not None and limit != older:
@@ -118,23 +134,34 @@ def parse_chat(body: dict[str, Any], defaults: Defaults) -> Call:
         raise refuse("top_logprobs", "needs logprobs: true")
     logprobs = (top or 0) if wanted else None
     return replace(
-        call, messages=tuple(message(m, f"messages[{i}]") for i, m in enumerate(messages)), logprobs=logprobs,
+        call, messages=messages, logprobs=logprobs,
         max_tokens=older if limit is None else limit, sampling=replace(call.sampling, top_n=logprobs or 0),
     )  # fmt: skip
 
 
 def parse_completion(body: dict[str, Any], defaults: Defaults) -> Call:
-    _check_fields(body, COMPLETION)
+    check_fields(body, COMPLETION)
     call = _call(body, defaults, chat=False)
     logprobs = integer(body, "logprobs", 0, MAX_LOGPROBS)
-    text, ids = _prompt(body.get("prompt"), defaults.vocab_size)
+    prompts = parse_prompts(body.get("prompt"), "prompt", defaults.vocab_size, MAX_ANSWERS)
+    if len(prompts) * call.choices > MAX_ANSWERS:
+        raise refuse("n", f"{call.choices} choices of {len(prompts)} prompts are more than {MAX_ANSWERS}")
+    if integer(body, "best_of", 1, MAX_CHOICES) not in (None, call.choices):
+        raise refuse("best_of", f"is supported where it equals n ({call.choices})", "unsupported_parameter")
     return replace(
-        call, prompt_text=text, prompt_ids=ids, logprobs=logprobs, sampling=replace(call.sampling, top_n=logprobs or 0),
+        call, prompts=prompts, logprobs=logprobs, sampling=replace(call.sampling, top_n=logprobs or 0),
         max_tokens=16 if call.max_tokens is None else call.max_tokens,
     )  # fmt: skip
 
 
-def _check_fields(body: dict[str, Any], known: frozenset[str]) -> None:
+def parse_messages(body: dict[str, Any]) -> tuple[Mapping[str, str], ...]:
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise refuse("messages", "must be a list of at least one message", "missing_required_parameter")
+    return tuple(message(m, f"messages[{i}]") for i, m in enumerate(messages))
+
+
+def check_fields(body: dict[str, Any], known: frozenset[str]) -> None:
     for field, value in body.items():
         if field in known or field in HARMLESS:
             continue
@@ -146,20 +173,23 @@ def _check_fields(body: dict[str, Any], known: frozenset[str]) -> None:
 
 
 def _call(body: dict[str, Any], defaults: Defaults, chat: bool) -> Call:
-    model = body.get("model")
-    if model is not None and not isinstance(model, str):
-        raise refuse("model", "must be a string")
     stream = boolean(body, "stream")
     options = body.get("stream_options", {})
     if not isinstance(options, dict):
         raise refuse("stream_options", "must be an object")
     if options and not stream:
         raise refuse("stream_options", "needs stream: true")
-    max_tokens, min_tokens = integer(body, "max_tokens", 1, 1 << 31), integer(body, "min_tokens", 0, 1 << 31) or 0
+    echo, prompt_logprobs = not chat and boolean(body, "echo"), integer(body, "prompt_logprobs", 0, MAX_LOGPROBS)
+    if stream and prompt_logprobs is not None:
+        raise refuse("prompt_logprobs", "comes with whole answers only: not with stream: true")
+    max_tokens, min_tokens = (
+        integer(body, "max_tokens", int(not echo), 1 << 31),
+        integer(body, "min_tokens", 0, 1 << 31) or 0,
+    )
     if max_tokens is not None and min_tokens > max_tokens:
         raise refuse("min_tokens", f"is more than max_tokens ({min_tokens} and {max_tokens})")
     return Call(
-        chat=chat, model=model, messages=None, prompt_text=None, prompt_ids=None,
+        chat=chat, model=parse_model(body), messages=None, prompts=(),
         sampling=_sampling(body, defaults), max_tokens=max_tokens,
         stops=_stops(body.get("stop")), ignore_eos=boolean(body, "ignore_eos"),
         choices=integer(body, "n", 1, MAX_CHOICES) or 1, logprobs=None, stream=stream,
@@ -168,7 +198,9 @@ def _call(body: dict[str, Any], defaults: Defaults, chat: bool) -> Call:
         shows_stop=boolean(body, "include_stop_str_in_output"),
         priority=integer(body, "priority", -(1 << 31), 1 << 31) or 0,
         timeout=number(body, "timeout", 0.0, 86_400.0, 0.0, above=True) if "timeout" in body else None,
-        salt=_salt(body.get("cache_salt", "")), speculate=boolean(body, "speculate", True),
+        salt=parse_salt(body), speculate=boolean(body, "speculate", True),
+        prompting=parse_prompting(body), skip_special=boolean(body, "skip_special_tokens", True), echo=echo,
+        prompt_logprobs=prompt_logprobs,
     )  # fmt: skip
 
 
@@ -188,19 +220,28 @@ def _sampling(body: dict[str, Any], defaults: Defaults) -> SamplingParams:
     return params if seed is None else replace(params, seed=seed & ((1 << 64) - 1))
 
 
-def _prompt(raw: Any, vocab_size: int) -> tuple[str | None, tuple[int, ...] | None]:
-    if isinstance(raw, list) and len(raw) == 1 and isinstance(raw[0], str | list):
-        raw = raw[0]
+def parse_prompts(raw: Any, field: str, vocab_size: int, most: int) -> tuple[Prompt, ...]:
+    """One or several, each a text or a list of token ids, none of them empty."""
+    several = isinstance(raw, list) and bool(raw) and isinstance(raw[0], str | list)
+    given = raw if several else [raw]
+    if len(given) > most:
+        raise refuse(field, f"{len(given)} in one request are more than {most}")
+    return tuple(_prompt(one, f"{field}[{i}]" if several else field, vocab_size) for i, one in enumerate(given))
+
+
+def _prompt(raw: Any, where: str, vocab_size: int) -> Prompt:
     if isinstance(raw, str) and raw:
-        return utf8(raw, "prompt"), None
-    if isinstance(raw, list) and raw and isinstance(raw[0], str | list):
-        raise refuse("prompt", "several prompts in one request are not supported", "unsupported_parameter")
+        return utf8(raw, where)
     if not isinstance(raw, list) or not raw:
-        raise refuse("prompt", "must be a string or a list of token ids, not empty", "missing_required_parameter")
+        raise refuse(where, "must be a string or a list of token ids, not empty", "missing_required_parameter")
+    return token_ids(raw, where, vocab_size)
+
+
+def token_ids(raw: list[Any], where: str, vocab_size: int) -> tuple[int, ...]:
     for token in raw:
         if type(token) is not int or not 0 <= token < vocab_size:
-            raise refuse("prompt", f"{str(token)[:40]} is not a token id below {vocab_size}")
-    return None, tuple(raw)
+            raise refuse(where, f"{str(token)[:40]} is not a token id below {vocab_size}")
+    return tuple(raw)
 
 
 def _stops(raw: Any) -> tuple[str, ...]:
@@ -217,13 +258,18 @@ def _token_ids(raw: Any, vocab_size: int) -> frozenset[int]:
     ids = raw if raw is not None else []
     if not isinstance(ids, list) or len(ids) > MAX_BIASES:
         raise refuse("stop_token_ids", f"must be a list of at most {MAX_BIASES} token ids")
-    for token in ids:
-        if type(token) is not int or not 0 <= token < vocab_size:
-            raise refuse("stop_token_ids", f"{str(token)[:40]} is not a token id below {vocab_size}")
-    return frozenset(ids)
+    return frozenset(token_ids(ids, "stop_token_ids", vocab_size))
 
 
-def _salt(raw: Any) -> str:
+def parse_model(body: dict[str, Any]) -> str | None:
+    model = body.get("model")
+    if model is not None and not isinstance(model, str):
+        raise refuse("model", "must be a string")
+    return model
+
+
+def parse_salt(body: dict[str, Any]) -> str:
+    raw = body.get("cache_salt", "")
     if not isinstance(raw, str) or len(raw) > MAX_STOP_LENGTH:
         raise refuse("cache_salt", f"must be a string of at most {MAX_STOP_LENGTH} characters")
     return utf8(raw, "cache_salt")

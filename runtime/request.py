@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from skerry.runtime.pooling import Pooling
     from skerry.runtime.speculate import Lookup
 
 _SEED_MASK = (1 << 64) - 1
@@ -90,8 +91,11 @@ class Constraint(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """`max_tokens` bounds the tokens generated; a token in `stop_ids` ends the text, but none of the first
-    `min_tokens`.
+    """`max_tokens` bounds the tokens generated, 0: the prompt is computed and that is all; a token in `stop_ids` ends
+    the text, but none of the first `min_tokens`.
+
+    `scored`: the prompt's own tokens get log-probabilities, with so many alternatives each. `pooling` takes the
+    prompt's hidden states.
 
     `priority`: lower runs first, and takes rows and pages of higher ones. `deadline`: time.monotonic() after which
     nobody waits for the answer. `adapter`: the engine's slot, -1 for none. `scope` is the root key of its prefixes:
@@ -109,6 +113,8 @@ class Request:
     scope: bytes = b""
     constraint: Constraint | None = None
     speculate: bool = True
+    scored: int | None = None
+    pooling: Pooling | None = None
     number: int = field(default_factory=lambda: next(_ids))
 
     @property
@@ -133,14 +139,15 @@ class Sequence:
     """A request's mutable side. Only the scheduler writes to it.
 
     `tokens` is prompt plus output; the keys and values of the first `computed` of them are in `pages`. `keys` name its
-    full pages, the first `named` of which the pool knows. `cached` tokens were found in the prefix cache when it was
-    first admitted, -1 before that; `awaits` is the key of a page that another is computing for it. `since` and
-    `admitted` (0.0: not yet) are time.monotonic() of its arrival and of its first admission.
+    full pages, the first `named` of which the pool knows. `scores` are those of the prompt's tokens behind the first,
+    as far as they were asked for and are known. `cached` tokens were found in the prefix cache when it was first
+    admitted, -1 before that; `awaits` is the key of a page that another is computing for it. `since` and `admitted`
+    (0.0: not yet) are time.monotonic() of its arrival and of its first admission.
     """
 
     __slots__ = (
         "admitted", "awaits", "cached", "computed", "counts", "keys", "lookup", "named", "pages", "preemptions",
-        "request", "since", "state", "tokens",
+        "request", "scores", "since", "state", "tokens",
     )  # fmt: skip
 
     def __init__(self, request: Request, since: float = 0.0) -> None:
@@ -151,6 +158,7 @@ class Sequence:
         self.cached = -1
         self.pages = array("i")  # numpy copies it whole, a list item by item
         self.keys: list[bytes] = []
+        self.scores: list[SampledToken] = []
         self.awaits = b""
         self.lookup: Lookup | None = None
         self.state = State.WAITING
@@ -165,6 +173,26 @@ class Sequence:
     @property
     def generated(self) -> int:
         return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def settled(self) -> int:
+        """Tokens from the beginning of which only keys and values are wanted, no longer logits or hidden states: the
+        prefix cache can spare computing these. The last token is never one of them."""
+        last, request = len(self.tokens) - 1, self.request
+        if request.scored is not None and len(self.scores) < len(request.prompt) - 1:
+            return len(self.scores)
+        return last if request.pooling is None else min(last, request.pooling.settled)
+
+    @property
+    def widely(self) -> bool:
+        """Whether logits or hidden states of more than its last token are wanted."""
+        return self.settled < len(self.tokens) - 1
+
+    def targets(self, start: int, count: int) -> tuple[int, tuple[int, ...]]:
+        """(first, ids): of tokens start to start + count, those from index `first` on are followed by ids of the prompt
+        that are to be scored."""
+        first = max(start, len(self.scores))
+        return first - start, self.request.prompt[first + 1 : start + count + 1]
 
     def append(self, token: int) -> str:
         """Adds a sampled token; answers why the sequence ends with it, or ""."""
@@ -187,6 +215,9 @@ class StepRow:
     behind `tokens`, and as long as what is drawn is what was guessed, the next one is drawn as well. `history` maps ids
     seen to how often they were *generated* (0: prompt only); None unless a penalty is set. `forbidden` ids are not
     drawn while fewer than `until` tokens are generated.
+
+    `targets` are ids that follow tokens[first_target], tokens[first_target + 1], ... and get the log-probabilities that
+    the model gives them there, with `target_top` alternatives each. `pooling` takes the hidden states that it wants.
     """
 
     tokens: list[int]
@@ -200,11 +231,16 @@ class StepRow:
     adapter: int = -1
     forbidden: frozenset[int] = frozenset()
     until: int = 0
+    targets: tuple[int, ...] = ()
+    first_target: int = 0
+    target_top: int = 0
+    pooling: Pooling | None = None
 
 
 @dataclass(slots=True)
 class SampledToken:
-    """`logprob` and `entropy` (nats) are of the raw logits; `top` the best (id, logprob) pairs, best first."""
+    """A token that was drawn, or one of the prompt that was scored. `logprob` and `entropy` (nats) are of the raw
+    logits; `top` the best (id, logprob) pairs, best first."""
 
     id: int
     logprob: float
@@ -214,7 +250,8 @@ class SampledToken:
 
 @dataclass(slots=True)
 class Update:
-    """News about a sequence: a token, an end, or both. `at` is time.monotonic() in the engine's thread.
+    """News about a sequence: a token, an end, or both ("length" without a token ends one that generates none). `at` is
+    time.monotonic() in the engine's thread.
 
     `finish`: "" (goes on), "stop", "length", "timeout" (its deadline), "expired" (waited too long), "error" (the
     engine's fault) or "aborted" (the server shuts down).

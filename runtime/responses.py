@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import time
 import uuid
@@ -11,12 +12,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class TokenInfo:
-    """One generated token as the API reports it; `top` holds (text, bytes, logprob), best first."""
+    """One token as the API reports it; `top` holds (bytes, logprob), best first. `logprob` None: nothing comes before
+    it. `shown`: it is part of the text, which special tokens are not unless asked for."""
 
-    text: str
     raw: bytes
-    logprob: float
-    top: tuple[tuple[str, bytes, float], ...]
+    logprob: float | None
+    top: tuple[tuple[bytes, float], ...] = ()
+    shown: bool = True
 
 
 @dataclass
@@ -25,8 +27,9 @@ class Piece:
 
     index: int
     text: str
-    tokens: list[TokenInfo] = field(default_factory=list)
+    tokens: list[TokenInfo] = field(default_factory=list)  # where log-probabilities are asked for
     finish: str | None = None
+    prompt: list[Any] | None = None  # log-probabilities of the prompt's tokens, where asked for
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,8 @@ class Usage:
 class Form:
     """The fixed fields of one answer (id, time, model, engine), and its two dialects: chat and plain completion."""
 
-    def __init__(self, chat: bool, model: str, fingerprint: str) -> None:
-        self.chat = chat
+    def __init__(self, chat: bool, model: str, fingerprint: str, logprobs: bool = False) -> None:
+        self.chat, self._asks_logprobs = chat, logprobs
         kind = "chat.completion" if chat else "text_completion"
         head = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()),
@@ -58,12 +61,19 @@ class Form:
         }  # fmt: skip
         self._whole = head
         self._chunk = {**head, "object": "chat.completion.chunk" if chat else kind}
-        self._offsets: dict[int, int] = {}
+        self._offsets: dict[int, _Offsets] = {}
 
     def whole(self, pieces: list[Piece], usage: Usage) -> dict[str, Any]:
         """The answer without streaming; `pieces` is one whole choice each."""
         choices = [self._choice(piece, {"role": "assistant", "content": piece.text}, "message") for piece in pieces]
-        return {**self._whole, "choices": choices, "usage": usage.body()}
+        whole = {**self._whole, "choices": choices, "usage": usage.body()}
+        scored = [piece.prompt for piece in pieces]
+        if any(one is not None for one in scored):
+            if self.chat:
+                return {**whole, "prompt_logprobs": scored[0]}
+            for choice, one in zip(choices, scored):
+                choice["prompt_logprobs"] = one
+        return whole
 
     def opening(self, choices: int) -> list[dict[str, Any]]:
         """Chat streams begin with each choice's role."""
@@ -89,7 +99,8 @@ class Form:
         return {**self._chunk, "choices": choices}
 
     def _choice(self, piece: Piece, content: dict[str, str], name: str) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": piece.index, "logprobs": self._logprobs(piece)}
+        asked = bool(piece.tokens) or (self._asks_logprobs and name == "message")  # a whole answer may have no token
+        choice: dict[str, Any] = {"index": piece.index, "logprobs": self._logprobs(piece) if asked else None}
         if self.chat:
             choice[name] = content
         else:
@@ -97,33 +108,62 @@ class Form:
         choice["finish_reason"] = piece.finish
         return choice
 
-    def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
-        if not piece.tokens:
-            return None
+    def _logprobs(self, piece: Piece) -> dict[str, Any]:
         if self.chat:
             return {"content": [_chat_token(token) for token in piece.tokens], "refusal": None}
-        offset = self._offsets.get(piece.index, 0)
-        offsets = []
-        for token in piece.tokens:
-            offsets.append(offset)
-            offset += len(token.text)
-        self._offsets[piece.index] = offset
+        offsets = self._offsets.setdefault(piece.index, _Offsets())
         return {
-            "tokens": [token.text for token in piece.tokens],
+            "tokens": [_plain(token.raw) for token in piece.tokens],
             "token_logprobs": [token.logprob for token in piece.tokens],
-            "top_logprobs": [{text: logprob for text, _, logprob in token.top} for token in piece.tokens],
-            "text_offset": offsets,
+            "top_logprobs": [_plain_top(token) for token in piece.tokens],
+            "text_offset": [offsets.of(token) for token in piece.tokens],
         }
 
 
-def _chat_token(token: TokenInfo) -> dict[str, Any]:
-    def entry(text: str, raw: bytes, logprob: float) -> dict[str, Any]:
-        return {"token": text, "logprob": logprob, "bytes": list(raw)}
+class _Offsets:
+    """Where each token of a choice begins in its text, in characters; bytes of one character begin at the same place
+    until it is whole."""
 
-    return {
-        **entry(token.text, token.raw, token.logprob),
-        "top_logprobs": [entry(*alternative) for alternative in token.top],
-    }
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._at = 0
+
+    def of(self, token: TokenInfo) -> int:
+        at = self._at
+        if token.shown:
+            self._at += len(self._decoder.decode(token.raw))
+        return at
+
+
+def _escaped(raw: bytes) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def _spelled(raw: bytes, prefix: str) -> str:
+    """A token's text; of one that is no whole character its bytes, as OpenAI spells them: no two tokens look alike."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return prefix + _escaped(raw)
+
+
+def _plain(raw: bytes) -> str:
+    return _spelled(raw, "bytes:")
+
+
+def _plain_top(token: TokenInfo) -> dict[str, float] | None:
+    """The likeliest ones, and the token itself, which may be none of them."""
+    if token.logprob is None:
+        return None
+    return {**{_plain(raw): logprob for raw, logprob in token.top}, _plain(token.raw): token.logprob}
+
+
+def _chat_token(token: TokenInfo) -> dict[str, Any]:
+    def entry(raw: bytes, logprob: float | None) -> dict[str, Any]:
+        return {"token": _spelled(raw, ""), "logprob": logprob, "bytes": list(raw)}
+
+    top = [entry(*alternative) for alternative in token.top]
+    return {**entry(token.raw, token.logprob), "top_logprobs": top}
 
 
 def sse(document: dict[str, Any]) -> bytes:

@@ -42,7 +42,9 @@ class TooLong(InputError):
 @dataclass(frozen=True)
 class Limits:
     """`prefill_tokens` a step, `rows` sequences running at once, `queue` sequences waiting beyond those, none of them
-    longer than `queue_seconds`. `drafts` guesses a sequence and step at most; `prefixes`: pages are found again."""
+    longer than `queue_seconds`. `drafts` guesses a sequence and step at most; `prefixes`: pages are found again.
+    `wide_tokens` a step of prompts that want logits or hidden states of all their tokens: each costs a row of
+    logits."""
 
     prefill_tokens: int = 256
     rows: int = 32
@@ -50,6 +52,7 @@ class Limits:
     queue_seconds: float = 300.0
     drafts: int = 8
     prefixes: bool = True
+    wide_tokens: int = 64
 
 
 @dataclass(slots=True)
@@ -86,6 +89,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.totals = Totals()
         self.speculator = Speculator(self.limits.drafts)
+        self._wide = 0  # tokens of `Limits.wide_tokens` that the step being planned has left
         self._coming: dict[bytes, Sequence] = {}  # pages of running prompts that are not computed yet
 
     @property
@@ -126,7 +130,7 @@ class Scheduler:
         for sequence in decoding:
             if sequence.state is State.RUNNING and self._grow(sequence, 1):
                 planned.append(self._decode(sequence, len(decoding)))
-        budget = self.limits.prefill_tokens
+        budget, self._wide = self.limits.prefill_tokens, self.limits.wide_tokens
         for sequence in self.running:
             if budget and sequence.remaining > 1:
                 budget -= self._prefill(sequence, budget, planned)
@@ -137,17 +141,23 @@ class Scheduler:
                 budget -= self._prefill(sequence, budget, planned)
         return planned
 
-    def commit(self, planned: list[Planned], sampled: list[list[SampledToken]]) -> list[tuple[int, SampledToken, str]]:
-        """Records what a step did; answers (row, token, reason it ended or "") for each token, in order.
+    def commit(
+        self, planned: list[Planned], sampled: list[list[SampledToken]]
+    ) -> list[tuple[int, SampledToken | None, str]]:
+        """Records what a step did; answers (row, token, reason it ended or "") for each token drawn, in order, and
+        (row, None, reason) for a sequence that draws none.
 
         A sequence cancelled while the step ran is skipped: its pages are already free. Tokens behind the end of a text
         are dropped.
         """
-        news = []
+        news: list[tuple[int, SampledToken | None, str]] = []
         for index, (item, tokens) in enumerate(zip(planned, sampled, strict=True)):
             sequence = item.sequence
             if sequence.state is not State.RUNNING:
                 continue
+            if item.row.targets:
+                sequence.scores += tokens[: len(item.row.targets)]
+                tokens = tokens[len(item.row.targets) :]
             if item.guessed and tokens:
                 self.speculator.learn(sequence, len(item.row.drafts), len(tokens) - 1)
             reason = ""
@@ -160,6 +170,9 @@ class Scheduler:
                     break
             sequence.computed += item.count + max(0, kept - 1)
             self._name_pages(sequence)
+            if sequence.request.max_tokens == 0 and sequence.remaining == 0:
+                reason = "length"
+                news.append((index, None, reason))
             if reason:
                 self.finish(sequence)
         return news
@@ -181,7 +194,11 @@ class Scheduler:
 
     def _prefill(self, sequence: Sequence, budget: int, planned: list[Planned]) -> int:
         count = min(sequence.remaining, budget)
-        planned.append(_planned(sequence, count))
+        if sequence.widely:
+            count = min(count, self._wide)
+            self._wide -= count
+        if count:
+            planned.append(_planned(sequence, count))
         return count
 
     def _decode(self, sequence: Sequence, rows: int) -> Planned:
@@ -226,7 +243,7 @@ class Scheduler:
         """Whether a row and pages for all its tokens are free, with one page for each running sequence left over: else
         the newcomer would be preempted before it has run."""
         held = self._hold_prefix(sequence)
-        needed = self.pool.pages_for(len(sequence.tokens) + 1) - len(held)
+        needed = self._pages_of(sequence) - len(held)
         fits = len(self.running) < self.limits.rows and needed + len(self.running) <= self.pool.free
         self.pool.give(held)
         return fits
@@ -241,12 +258,12 @@ class Scheduler:
         if self._awaits(sequence):
             return True
         held = self._hold_prefix(sequence)
-        following = sequence.keys[len(held)] if len(held) < len(sequence.keys) else b""
+        following = sequence.keys[len(held)] if len(held) < self._sparable(sequence) else b""
         if following in self._coming:
             sequence.awaits = following
             self.pool.give(held)
             return True
-        needed = self.pool.pages_for(len(sequence.tokens) + 1) - len(held)
+        needed = self._pages_of(sequence) - len(held)
         if len(self.running) >= self.limits.rows or needed + len(self.running) > self.pool.free:
             self.pool.give(held)
             return False
@@ -265,11 +282,19 @@ class Scheduler:
         return True
 
     def _hold_prefix(self, sequence: Sequence) -> list[int]:
-        """Known pages of its beginning, held. At least one token is left to compute: its logits are wanted."""
+        """Known pages of its beginning, held. What is wanted more of than keys and values is left to compute."""
         if not self.limits.prefixes:
             return []
         self._extend_keys(sequence, len(sequence.tokens))
-        return self.pool.hold(sequence.keys[: (len(sequence.tokens) - 1) // self.pool.page_size])
+        return self.pool.hold(sequence.keys[: self._sparable(sequence)])
+
+    def _sparable(self, sequence: Sequence) -> int:
+        """Pages at its beginning that need not be computed where another has done so."""
+        return min(len(sequence.keys), sequence.settled // self.pool.page_size)
+
+    def _pages_of(self, sequence: Sequence) -> int:
+        """Pages for all its tokens, and for the next one if it generates any."""
+        return self.pool.pages_for(len(sequence.tokens) + min(1, sequence.request.max_tokens))
 
     def _extend_keys(self, sequence: Sequence, tokens: int) -> None:
         """Keys of all pages that the first `tokens` fill."""
@@ -313,7 +338,9 @@ def _rank(sequence: Sequence) -> tuple[int, int]:
 
 
 def _planned(sequence: Sequence, count: int, drafts: Seq[int] = (), guessed: bool = False) -> Planned:
-    request, start, last = sequence.request, sequence.computed, count == sequence.remaining
+    request, start = sequence.request, sequence.computed
+    last = count == sequence.remaining and request.max_tokens > 0
+    first_target, targets = (0, ()) if request.scored is None else sequence.targets(start, count)
     if last and request.constraint is not None:
         request.constraint.advance(sequence.tokens, len(request.prompt))
         request.constraint.prepare(drafts)
@@ -322,6 +349,7 @@ def _planned(sequence: Sequence, count: int, drafts: Seq[int] = (), guessed: boo
         sampling=request.sampling if last else None, token_index=sequence.generated,
         history=sequence.counts if last else None, drafts=tuple(drafts), constraint=request.constraint,
         adapter=request.adapter, forbidden=request.stop_ids if request.min_tokens else frozenset(),
-        until=request.min_tokens,
+        until=request.min_tokens, targets=targets, first_target=first_target, target_top=request.scored or 0,
+        pooling=request.pooling,
     )  # fmt: skip
     return Planned(sequence, count, row, guessed)

@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -19,17 +19,21 @@ from skerry.core.errors import SkerryError
 from skerry.runtime import adapter_calls, logs
 from skerry.runtime.access import Access
 from skerry.runtime.adapters import Adapter
+from skerry.runtime.answer import Answer, ClientGone
 from skerry.runtime.api_error import ApiError
 from skerry.runtime.protocol import Call, Defaults, parse_body, parse_chat, parse_completion
 from skerry.runtime.request_id import Trails
 from skerry.runtime.responses import SSE_END, Form, Piece, sse
-from skerry.runtime.service import Answer, ClientGone, Service
+from skerry.runtime.service import Service
+from skerry.runtime.text_routes import Cancellable, Door, add_text_routes
 from skerry.runtime.trail import Trail, note_error
 
 log = logging.getLogger("skerry.server")
 BODY_LIMIT = 1 << 20
 BODY_SECONDS = 30
+MANY_SCORES = 1_000
 CLIENT_CLOSED = 499  # nginx's number; nobody is left to read it
+T = TypeVar("T")
 
 
 @dataclass
@@ -65,12 +69,16 @@ def create_app(service: Service, gate: Gate, options: Options | None = None) -> 
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
 
-    async def generate(request: Request, parse: Callable[[dict[str, Any], Defaults], Call]) -> Response:
+    async def enter(request: Request) -> tuple[dict[str, Any], bytes]:
         gate.check()
         tenant = options.access.check(request)
-        call = parse(parse_body(await read_body(request, options.body_limit)), service.model.defaults)
+        return parse_body(await read_body(request, options.body_limit)), tenant
+
+    async def generate(request: Request, parse: Callable[[dict[str, Any], Defaults], Call]) -> Response:
+        body, tenant = await enter(request)
+        call = parse(body, service.model.defaults)
         answer = await service.ask(call, tenant)
-        form = Form(call.chat, answer.model, service.model.fingerprint)
+        form = Form(call.chat, answer.model, service.model.fingerprint, call.logprobs is not None)
         return EventStream(answer, form) if call.stream else await _whole(request, answer, form)
 
     @app.post("/v1/chat/completions")
@@ -80,6 +88,8 @@ def create_app(service: Service, gate: Gate, options: Options | None = None) -> 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         return await _guard(service, generate(request, parse_completion))
+
+    add_text_routes(app, service, Door(enter, lambda work: _guard(service, work), while_here))
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
@@ -161,17 +171,23 @@ def _too_large(limit: int) -> ApiError:
 
 
 async def _whole(request: Request, answer: Answer, form: Form) -> Response:
-    watcher = asyncio.create_task(cancel_when_gone(request.receive, answer))
-    try:
-        pieces = await answer.whole()
-    except ClientGone:
-        return Response(status_code=CLIENT_CLOSED)
-    finally:
-        watcher.cancel()
+    pieces = await while_here(request, answer, answer.whole())
+    scored = sum(len(piece.tokens) + len(piece.prompt or ()) for piece in pieces)
+    if scored > MANY_SCORES:  # their JSON would hold up everybody's stream
+        return await asyncio.to_thread(lambda: JSONResponse(form.whole(pieces, answer.usage)))
     return JSONResponse(form.whole(pieces, answer.usage))
 
 
-async def cancel_when_gone(receive: Receive, answer: Answer) -> None:
+async def while_here(request: Request, answer: Cancellable, work: Awaitable[T]) -> T:
+    """Awaits the work; when the client leaves, its answer is cancelled, which makes the work raise ClientGone."""
+    watcher = asyncio.create_task(cancel_when_gone(request.receive, answer))
+    try:
+        return await work
+    finally:
+        watcher.cancel()
+
+
+async def cancel_when_gone(receive: Receive, answer: Cancellable) -> None:
     """Ends the request when its connection is lost, also while it is still queued."""
     while (await receive())["type"] != "http.disconnect":
         pass
@@ -252,6 +268,8 @@ async def _guard(service: Service, work: Awaitable[Response]) -> Response:
     """Turns every failure into an ApiError and counts it; a bug of ours is a 500 like the engine's failures."""
     try:
         return await work
+    except ClientGone:
+        return Response(status_code=CLIENT_CLOSED)
     except ClientDisconnect:  # in the middle of its body
         service.metrics.cancelled()
         note_error("client_closed")

@@ -110,7 +110,15 @@ def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
     byte_level = "ByteLevel" in str(tokenizer.inner.decoder)
     if byte_level and token not in tokenizer.inner.get_added_tokens_decoder():
         return bytes(_BYTE_OF[c] for c in piece if c in _BYTE_OF)
+    if "▁" in piece and token not in tokenizer.inner.get_added_tokens_decoder():
+        return piece.replace("▁", " ").encode()  # decoded alone, a first word would lose its space
     return tokenizer.decode([token], skip_special=False).encode()
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def is_special(tokenizer: Tokenizer, token: int) -> bool:
+    """Whether texts are shown without it."""
+    return not tokenizer.decode([token]) and bool(tokenizer.decode([token], skip_special=False))
 
 
 def _byte_level_alphabet() -> dict[str, int]:

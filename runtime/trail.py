@@ -81,7 +81,7 @@ class Trail:
     model: str = ""
     error: str = ""
     params: dict[str, Any] = field(default_factory=dict)
-    accounts: list[Callable[[], Account]] = field(default_factory=list)
+    accounts: list[Callable[[], Account | None]] = field(default_factory=list)
     content: Content | None = None
 
     @property
@@ -90,7 +90,7 @@ class Trail:
 
     def account(self) -> Account | None:
         """Of all generations of the request together; None when there was none."""
-        return merged([account() for account in self.accounts])
+        return merged([found for account in self.accounts if (found := account()) is not None])
 
 
 def merged(accounts: Sequence[Account]) -> Account | None:

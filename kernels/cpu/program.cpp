@@ -228,6 +228,15 @@ std::string Program::set_pages(int layer, KvPages pages) {
   return "";
 }
 
+std::string Program::set_hidden(const Place& place) {
+  if (place.buffer < 0 || place.buffer >= static_cast<int>(needs_.size()) || !place.wanted ||
+      needs_[place.buffer].wanted < place.width) {
+    return "hidden is no value of wanted rows";
+  }
+  hidden_ = place;
+  return "";
+}
+
 std::string Program::check_inputs(const StepInputs& inputs) const {
   if (static_cast<int>(inputs.groups.size()) != groups_) {
     return to_string(inputs.groups.size()) + " block tables, expected " + to_string(groups_);
@@ -235,6 +244,7 @@ std::string Program::check_inputs(const StepInputs& inputs) const {
   for (size_t layer = 0; layer < kv_.size(); ++layer) {
     if (kv_[layer].data == nullptr) return "layer " + to_string(layer) + " has no pages";
   }
+  if (inputs.hidden != nullptr && hidden_.buffer < 0) return "the graph has no output hidden";
   return "";
 }
 
@@ -256,6 +266,9 @@ std::string Program::run(const StepInputs& inputs, int threads) {
     break;
   }
   if (pool != nullptr) pool->end();
+  if (problem.empty() && inputs.hidden != nullptr && inputs.wanted > 0) {
+    std::memcpy(inputs.hidden, buffers_[hidden_.buffer], sizeof(float) * inputs.wanted * hidden_.width);
+  }
   return problem;
 }
 

@@ -41,6 +41,7 @@ struct StepInputs {
   std::vector<Group> groups;
   int64_t tokens = 0, sequences = 0, wanted = 0;
   float* logits = nullptr;  // [wanted, vocabulary]
+  float* hidden = nullptr;  // [wanted, width of the place that set_hidden names], or null
 };
 
 struct KvPages {
@@ -153,6 +154,8 @@ class Program {
   std::string add(std::string name, std::unique_ptr<Step> step);
   std::string set_pages(int layer, KvPages pages);
   void set_adapters(const AdapterValues& adapters) { adapters_ = adapters; }
+  // Which value of a run is handed out as hidden: one that no later step writes over.
+  std::string set_hidden(const Place& place);
 
   // Runs all steps on `threads` threads, which spin from the first to the last. Empty, or which step complains of what;
   // pages may have been written then.
@@ -175,6 +178,7 @@ class Program {
   std::vector<float*> buffers_;
   std::vector<KvPages> kv_;
   AdapterValues adapters_;
+  Place hidden_;  // of the logits' buffer: none
   int groups_;
 };
 

@@ -60,6 +60,7 @@ def program_graph() -> onnx.ModelProto:
     inputs.append(helper.make_tensor_value_info("kv.0", TensorProto.UINT8, page))
     outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["S", VOCAB])]
     outputs.append(helper.make_tensor_value_info("kv_out.0", TensorProto.UINT8, page))
+    outputs.append(helper.make_tensor_value_info("hidden", TensorProto.FLOAT, ["S", WIDTH]))
     graph = helper.make_graph(
         nodes, "g", inputs, outputs, [numpy_helper.from_array(array, name) for name, array in weights.items()]
     )
@@ -93,6 +94,43 @@ def test_a_program_runs_and_wants_any_number_of_rows(seal: Callable[..., Bundle]
         assert runner.step(pack_rows([Row(range(40), 0, [[3, 4, 5]], "none")], 16)).shape == (0, VOCAB)
         next_row = runner.step(pack_rows([Row([7], 40, [[0, 1, 2]]), Row([7], 40, [[3, 4, 5]])], 16))
         np.testing.assert_array_equal(next_row[0], next_row[1])
+
+
+def test_hidden_states_are_handed_out_when_asked(seal: Callable[..., Bundle]) -> None:
+    rows = [Row(range(40), 0, [[0, 1, 2]], [3, 39]), Row([7, 8], 0, [[3]], "none"), Row([9], 0, [[4]])]
+    with Runner.open(seal(program_graph()), threads=2, pages=8) as runner:
+        assert runner.hidden_size == WIDTH
+        hidden = np.full((3, WIDTH), np.nan, np.float32)
+        logits = runner.step(pack_rows(rows, 16), hidden)
+        table = random_blocks(np.random.default_rng(0), BlockFormat.Q8_0, VOCAB, WIDTH).dequantized()
+        wanted = hidden @ table.T
+        assert np.abs(wanted - logits).max() <= 0.1 * wanted.std()  # the product rounds what it takes to 8 bits
+        alone = np.empty((1, WIDTH), np.float32)
+        runner.step(pack_rows([Row([9], 0, [[5]])], 16), alone)
+        np.testing.assert_array_equal(alone[0], hidden[2])
+        before = hidden.copy()
+        np.testing.assert_array_equal(runner.step(pack_rows(rows, 16)), logits)
+        np.testing.assert_array_equal(hidden, before)  # nothing is written where nobody asks
+        runner.step(pack_rows([Row([1, 2], 0, [[6]], "none")], 16), np.empty((0, WIDTH), np.float32))
+        for shape in ((2, WIDTH), (3, WIDTH - 1), (3 * WIDTH,)):
+            with pytest.raises(StepError, match="hidden"):
+                runner.step(pack_rows(rows, 16), np.empty(shape, np.float32))
+
+
+def test_a_graph_without_hidden_states_says_so(seal: Callable[..., Bundle]) -> None:
+    model = program_graph()
+    del model.graph.output[2]
+    with Runner.open(seal(model), threads=1, pages=4) as runner:
+        assert runner.hidden_size == 0
+        with pytest.raises(StepError, match="hidden"):
+            runner.step(pack_rows([Row([1], 0, [[0]])], 16), np.empty((1, WIDTH), np.float32))
+
+
+def test_hidden_states_that_nothing_computes_are_refused(seal: Callable[..., Bundle]) -> None:
+    model = program_graph()
+    node_of(model, "hidden").output[0] = node_of(model, "logits").input[0] = "other"
+    with pytest.raises(IncompatibleError, match="hidden is not computed"):
+        Runner.open(seal(model), pages=4).close()
 
 
 def test_a_closed_runner_lets_go_of_weights_and_pages_at_once(seal: Callable[..., Bundle]) -> None:

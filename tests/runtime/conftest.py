@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from skerry.core.chat import ChatTemplate
@@ -52,6 +53,7 @@ class FakeEngine:
     max_context: int = 128
     vocab_size: int = VOCAB
     letters: int = 26
+    hidden_size: int = 6
     script: Callable[[list[int]], int] | None = None
     rows: int | None = None
     fail_all: bool = False
@@ -89,8 +91,29 @@ class FakeEngine:
         return [self._run(row) for row in rows]
 
     def _run(self, row: StepRow) -> list[SampledToken]:
+        scored = [self._score(row, row.first_target + index) for index in range(len(row.targets))]
+        if row.pooling is not None:
+            wanted = row.pooling.wanted(row.start, len(row.tokens))
+            hidden = [self.hidden(self._context(row, row.start + index + 1)) for index in wanted]
+            row.pooling.take(row.start, len(row.tokens), np.array(hidden, np.float32).reshape(-1, self.hidden_size))
         if row.sampling is None:
-            return []
+            return scored
+        return scored + self._draw(row)
+
+    def _context(self, row: StepRow, count: int) -> list[int]:
+        return [self.cache[self._slot(row, p)] for p in range(count)]
+
+    def hidden(self, context: list[int]) -> list[float]:
+        """The hidden state behind a context: bytes of its hash."""
+        return [float(byte) - 127.5 for byte in hashlib.sha256(repr(context).encode()).digest()[: self.hidden_size]]
+
+    def _score(self, row: StepRow, index: int) -> SampledToken:
+        """The target behind the row's token `index`; its log-probability is a hash of all before it and itself."""
+        context, target = self._context(row, row.start + index + 1), row.targets[index - row.first_target]
+        logprob = -1.0 - hashlib.sha256(repr((context, target)).encode()).digest()[0] / 256
+        return SampledToken(target, logprob, 1.5, tuple((97 + i, -0.5 - i) for i in range(row.target_top)))
+
+    def _draw(self, row: StepRow) -> list[SampledToken]:
         masks = row.constraint.masks() if row.constraint is not None else []
         masks += [None] * (1 + len(row.drafts) - len(masks))
         drawn = [self._sample(row, index, mask) for index, mask in enumerate(masks)]
@@ -259,7 +282,6 @@ TINY = {
 
 def write_checkpoint(path: Path, tokenizer: Tokenizer, seed: int = 0) -> Path:
     """Random weights in Llama's shape, with the byte tokenizer."""
-    import numpy as np
     from safetensors.numpy import save_file
 
     rng = np.random.default_rng(seed)

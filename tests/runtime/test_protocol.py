@@ -84,14 +84,16 @@ def test_content_in_parts_is_joined_and_developer_is_system():
     assert call.messages == ({"role": "system", "content": "be brief"}, {"role": "user", "content": "ab"})
 
 
-@pytest.mark.parametrize("prompt", ["", [], [[]], ["a", "b"], [[1], [2]], [1, 100], [1, "a"], [-1], [True], 5, {}])
+@pytest.mark.parametrize("prompt", ["", [], [[]], ["a", 1], ["a"] * 65, [1, 100], [1, "a"], [-1], [True], 5, {}])
 def test_prompts_that_are_refused(prompt):
     with pytest.raises(ApiError) as caught:
         parse_completion({"prompt": prompt}, DEFAULTS)
-    assert caught.value.param == "prompt"
+    assert caught.value.param in ("prompt", "prompt[0]", "prompt[1]")
 
 
 def test_prompts_that_are_taken():
-    for prompt, text, ids in (("a", "a", None), (["a"], "a", None), ([1, 2], None, (1, 2)), ([[1, 2]], None, (1, 2))):
-        call = parse_completion({"prompt": prompt}, DEFAULTS)
-        assert (call.prompt_text, call.prompt_ids) == (text, ids)
+    for prompt, taken in (
+        ("a", ("a",)), (["a"], ("a",)), ([1, 2], ((1, 2),)), ([[1, 2]], ((1, 2),)), (["a", "b"], ("a", "b")),
+        ([[1], [2, 3]], ((1,), (2, 3))),
+    ):  # fmt: skip
+        assert parse_completion({"prompt": prompt}, DEFAULTS).prompts == taken

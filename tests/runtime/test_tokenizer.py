@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from skerry.runtime.tokenizer import Detokenizer, StopStrings, token_bytes
+from skerry.core.tokenizer import Tokenizer
+from skerry.runtime.tokenizer import Detokenizer, StopStrings, is_special, token_bytes
 
 
 def pieces(tokenizer, data: bytes, context: tuple[int, ...] = ()) -> list[str]:
@@ -66,3 +67,19 @@ def test_the_first_stop_wins_however_the_text_arrives(stops, text, shown):
 def test_bytes_of_tokens(tokenizer):
     assert [token_bytes(tokenizer, token) for token in (0, 32, 200, 255)] == [b"\x00", b" ", b"\xc8", b"\xff"]
     assert token_bytes(tokenizer, 256) == b"<|end|>"
+    assert [is_special(tokenizer, token) for token in (0, 200, 256, 257)] == [False, False, True, True]
+
+
+def test_bytes_of_tokens_where_spaces_are_spelled_out():
+    """As Llama 2 and Gemma have it: decoded alone a first word would lose its space, and bytes are spelled <0x..>."""
+    from tokenizers import AddedToken, decoders, models
+    from tokenizers import Tokenizer as Inner
+
+    inner = Inner(models.BPE(vocab={"▁a": 0, "b": 1, "<0xC3>": 2, "<0xA9>": 3}, merges=[]))
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    inner.add_special_tokens([AddedToken("<end>", special=True)])
+    spelled = Tokenizer(inner, "d")
+    assert [token_bytes(spelled, token) for token in range(5)] == [b" a", b"b", b"\xc3", b"\xa9", b"<end>"]
+    assert [is_special(spelled, token) for token in range(5)] == [False] * 4 + [True]
