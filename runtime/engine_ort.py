@@ -38,9 +38,7 @@ class OrtEngine:
         tokens = iter(_tokens(self._runner.sample(logits, SampleRows.build(params, max(tops))), tops))
         found: list[list[SampledToken]] = []
         for row in rows:
-            scored = [next(tokens) for _ in row.targets]
-            if any(token.id < 0 for token in scored):
-                raise SkerryError("score prompt", f"tokens from {row.start}", "the logits are not finite")
+            scored = _scored(row, [next(tokens) for _ in row.targets]) if row.targets else []
             found.append(scored + _matched(row, [next(tokens) for _ in _drawn(row)]))
         return found
 
@@ -88,6 +86,12 @@ def _tops(row: StepRow) -> list[int]:
 def _drawn(row: StepRow) -> range:
     """The tokens drawn for a row: one, and one behind each draft."""
     return range(0 if row.sampling is None else 1 + len(row.drafts))
+
+
+def _scored(row: StepRow, tokens: list[SampledToken]) -> list[SampledToken]:
+    if any(token.id < 0 for token in tokens):
+        raise SkerryError("score prompt", f"tokens from {row.start}", "the logits are not finite")
+    return tokens
 
 
 def _matched(row: StepRow, tokens: list[SampledToken]) -> list[SampledToken]:

@@ -189,8 +189,6 @@ class Sequence:
     def targets(self, start: int, count: int) -> tuple[int, tuple[int, ...]]:
         """(first, ids): of tokens start to start + count, those from index `first` on are followed by ids of the prompt
         that are to be scored."""
-        if self.request.scored is None:
-            return 0, ()
         first = max(start, len(self.scores))
         return first - start, self.request.prompt[first + 1 : start + count + 1]
 

@@ -148,8 +148,9 @@ class Scheduler:
             sequence = item.sequence
             if sequence.state is not State.RUNNING:
                 continue
-            sequence.scores += tokens[: len(item.row.targets)]
-            tokens = tokens[len(item.row.targets) :]
+            if item.row.targets:
+                sequence.scores += tokens[: len(item.row.targets)]
+                tokens = tokens[len(item.row.targets) :]
             if item.guessed and tokens:
                 self.speculator.learn(sequence, len(item.row.drafts), len(tokens) - 1)
             reason = ""
@@ -332,7 +333,7 @@ def _rank(sequence: Sequence) -> tuple[int, int]:
 def _planned(sequence: Sequence, count: int, drafts: Seq[int] = (), guessed: bool = False) -> Planned:
     request, start = sequence.request, sequence.computed
     last = count == sequence.remaining and request.max_tokens > 0
-    first_target, targets = sequence.targets(start, count)
+    first_target, targets = (0, ()) if request.scored is None else sequence.targets(start, count)
     if last and request.constraint is not None:
         request.constraint.advance(sequence.tokens, len(request.prompt))
         request.constraint.prepare(drafts)

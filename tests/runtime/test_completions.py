@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from skerry.core.errors import SkerryError
 from skerry.kernels.runner import Runner
 from skerry.runtime.engine import run_to_completion
 from skerry.runtime.engine_ort import OrtEngine
@@ -277,3 +278,11 @@ def test_the_real_engine_scores_as_its_scorer_does(bundles):
         assert [t.id for t in sequence.scores] == list(prompt[1:])
         assert all(len(t.top) == 3 and t.top[0][1] >= t.logprob - 1e-6 for t in sequence.scores)
     assert sequences[3].tokens[len(requests[3].prompt) :] == text
+
+
+def test_a_prompt_whose_logits_are_no_numbers_is_an_error(bundles):
+    engine = OrtEngine(Runner.open(bundles(spoiled=64), threads=1, pages=16))
+    pages, targets = [0, 1, 2, 3, 4], (97,) * 69
+    with pytest.raises(SkerryError, match=r"score prompt.*not finite"):
+        engine.step([StepRow([97] * 70, 0, pages, None, targets=targets)])
+    assert len(engine.step([StepRow([97] * 60, 0, pages, None, targets=targets[:59])])[0]) == 59
