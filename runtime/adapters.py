@@ -150,7 +150,8 @@ class Adapters:
         if not self._free and self._leaving:
             await asyncio.wait(self._leaving, return_when=asyncio.FIRST_COMPLETED)
         if not self._free:
-            cause = f"all {self.slots} slots are taken"
+            beside = ", and what replaces another needs one beside it" if name in self._named else ""
+            cause = f"all {self.slots} slots are taken{beside}"
             raise Conflict(LOAD, name, cause, "unload another, or skerry serve --adapter-slots with more")
         return self._free.pop()
 

@@ -25,7 +25,7 @@ class ApiError(Exception):
 
     @property
     def kind(self) -> str:
-        names = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+        names = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
         return names.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
 
     def body(self) -> dict[str, Any]:

@@ -34,7 +34,9 @@ def __getattr__(name: str) -> Any:
 @click.option("--adapter", "adapters", multiple=True, metavar="NAME=DIR", help="A PEFT folder to serve. Repeatable.")
 @click.option("--adapter-dir", type=click.Path(path_type=Path), help="Clients may load adapters from below it.")
 @click.option(
-    "--adapter-slots", type=click.IntRange(0, 1024), help="Adapters at once. Default: those given, 4 with a dir."
+    "--adapter-slots",
+    type=click.IntRange(0, 1024),
+    help="Adapters at once. Default: those given, and 4 with --adapter-dir.",
 )
 @click.option("--adapter-rank", default=16, show_default=True, type=click.IntRange(1, 1024), help="Largest rank.")
 @click.option("--max-connections", default=400, show_default=True, type=click.IntRange(1, 100_000))
@@ -105,7 +107,7 @@ def serve(
         key_files=KeyFiles(api_key_file, admin_key_file), body_limit=body_limit, drain_seconds=drain_seconds,
         tls=TlsFiles.of(tls_cert, tls_key), connections=max_connections, adapters=_named(adapters),
         adapter_dir=_directory(adapter_dir), adapter_rank=adapter_rank,
-        adapter_slots=max(len(adapters), 4 if adapter_dir else 0) if adapter_slots is None else adapter_slots,
+        adapter_slots=len(adapters) + (4 if adapter_dir else 0) if adapter_slots is None else adapter_slots,
     )  # fmt: skip
     set_up_process(log_format, log_level)
     sock = bind(host, port)

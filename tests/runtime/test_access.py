@@ -339,7 +339,8 @@ def test_serve_with_tls_keys_and_adapters(bundles, tmp_path):
                 return answer.json()["choices"][0]["text"]
 
             body = {"lora_name": "second", "lora_path": "second"}
-            assert client.post("/v1/load_lora_adapter", json=body).status_code == 403
+            refused = client.post("/v1/load_lora_adapter", json=body)
+            assert refused.status_code == 403 and refused.json()["error"]["type"] == "permission_error"
             assert client.post("/v1/load_lora_adapter", json=body, headers=bearer("root")).status_code == 200
             assert len({said("skerry"), said("first"), said("second")}) == 3
             assert [one["id"] for one in client.get("/v1/models").json()["data"]] == ["tiny", "first", "second"]

@@ -92,7 +92,9 @@ def test_slots_are_counted_and_given_again(start, run, tmp_path):
             for name in ("a0", "a1"):
                 assert (await load(server, name, name)).status_code == 200
             full = await load(server, "a2", "a2")
-            assert full.status_code == 409 and "all 2 slots are taken" in full.json()["error"]["message"]
+            assert full.status_code == 409 and "all 2 slots are taken (" in full.json()["error"]["message"]
+            full = await load(server, "a0", "a2", load_inplace=True)
+            assert full.status_code == 409 and "needs one beside it" in full.json()["error"]["message"]
             for _ in range(5):
                 assert (await unload(server, "a1")).status_code == 200
                 assert (await load(server, "a2", "a2")).status_code == 200  # the slot is free by then
