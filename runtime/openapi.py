@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from skerry.runtime.adapter_calls import MAX_TEXT
 from skerry.runtime.messages import ROLES
 from skerry.runtime.prompting import MAX_VARIABLES
 from skerry.runtime.protocol import (
@@ -115,6 +116,8 @@ def _schemas(fields: dict[str, Schema]) -> dict[str, Schema]:
         "TokenizeText": _body(fields, TOKENIZE_TEXT, "prompt", prompt=_string()),
         "TokenizeChat": _body(fields, TOKENIZE_CHAT, "messages"),
         "DetokenizeRequest": _body(fields, DETOKENIZE, "tokens"),
+        "LoadAdapter": _with({"load_inplace": flag}, _object(lora_name=_text(), lora_path=_text())),
+        "UnloadAdapter": _object(lora_name=_text()),
     }
     return {**requests, **_answers()}
 
@@ -151,8 +154,8 @@ def _answers() -> dict[str, Schema]:
     vector = _any(_list({"type": "number"}, least=1), {"type": "string", "contentEncoding": "base64"})
     model = _object(
         id=_string(), object={"const": "model"}, created=count, owned_by=_string(), max_model_len=_integer(1),
-        engine_digest=_string(),
     )  # fmt: skip
+    model = _with({name: _string() for name in ("engine_digest", "adapter_digest", "root", "parent")}, model)
     return {
         "Chat": _with(
             scores, _object(**head, object={"const": "chat.completion"}, choices=_list(chat_choice, 1), usage=usage)
@@ -171,6 +174,8 @@ def _answers() -> dict[str, Schema]:
             count=count, max_model_len=_integer(1), tokens=_list(count), token_strs=_any(_list(_string()), null)
         ),
         "Text": _object(prompt=_string()),
+        "Loaded": _object(status={"const": "loaded"}, lora_name=_string(), digest=_string(), rank=_integer(1)),
+        "Unloaded": _object(status={"const": "unloaded"}, lora_name=_string(), requests=count),
         "Model": model,
         "Models": _object(object={"const": "list"}, data=_list(model, 1)),
         "Health": _object(status={"enum": ["ready", "draining", "loading"]}, engine_digest=_string()),
@@ -185,12 +190,14 @@ def _answers() -> dict[str, Schema]:
 
 _WHY = {
     400: "The body is refused; `param` names the field.", 401: "The key is missing or wrong.",
-    404: "No such model or path.", 408: "The body did not arrive in time.", 413: "The body is too large.",
+    403: "This needs the admin key, or the server does not allow it.", 404: "No such model, adapter or path.",
+    409: "It does not fit the engine, or another of its name is loaded.", 408: "The body did not arrive in time.", 413: "The body is too large.",
     429: "The queue is full.", 500: "The engine failed on this request.",
     503: "Loading, shutting down, or waited too long.", 504: "Not answered within `timeout`.",
 }  # fmt: skip
 _PLAIN, _READING = (401,), (400, 401, 404, 408, 413, 503)
 _RUNNING = (*_READING, 429, 500, 504)
+_CHANGING = (*_READING, 403, 409)
 
 
 def _paths() -> dict[str, Schema]:
@@ -202,6 +209,8 @@ def _paths() -> dict[str, Schema]:
         "/tokenize": {"post": _post("Tokens of a text", ("TokenizeText", "TokenizeChat"), "Tokens", _READING)},
         "/detokenize": {"post": _post("Text of tokens", "DetokenizeRequest", "Text", _READING)},
         "/v1/models": {"get": _get("The served model", "Models", _PLAIN)},
+        "/v1/load_lora_adapter": {"post": _post("Load an adapter", "LoadAdapter", "Loaded", _CHANGING)},
+        "/v1/unload_lora_adapter": {"post": _post("Drop an adapter", "UnloadAdapter", "Unloaded", _CHANGING)},
         "/v1/models/{name}": {"get": {**_get("One model", "Model", (401, 404)), "parameters": [name]}},
         "/health/live": {"get": _get("The process answers", "Live")},
         "/health/ready": {"get": _ready()},
@@ -286,6 +295,10 @@ def _number(low: float, high: float, above: bool = False) -> Schema:
 def _string(least: int = 0, most: int | None = None) -> Schema:
     found: Schema = {"type": "string"}
     return found | ({"minLength": least} if least else {}) | ({} if most is None else {"maxLength": most})
+
+
+def _text() -> Schema:
+    return _string(1, MAX_TEXT)
 
 
 def _list(of: Schema, least: int = 0, most: int | None = None) -> Schema:
