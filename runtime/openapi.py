@@ -191,7 +191,8 @@ def _answers() -> dict[str, Schema]:
 _WHY = {
     400: "The body is refused; `param` names the field.", 401: "The key is missing or wrong.",
     403: "This needs the admin key, or the server does not allow it.", 404: "No such model, adapter or path.",
-    409: "It does not fit the engine, or another of its name is loaded.", 408: "The body did not arrive in time.", 413: "The body is too large.",
+    409: "It does not fit the engine, or another of its name is loaded.",
+    408: "The body did not arrive in time.", 413: "The body is too large.",
     429: "The queue is full.", 500: "The engine failed on this request.",
     503: "Loading, shutting down, or waited too long.", 504: "Not answered within `timeout`.",
 }  # fmt: skip
