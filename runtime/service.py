@@ -18,6 +18,7 @@ from typing import Any
 from skerry.core.chat import ChatTemplate, last_user_text
 from skerry.core.errors import InputError
 from skerry.core.tokenizer import Tokenizer
+from skerry.runtime import tools
 from skerry.runtime.api_error import ApiError, refuse
 from skerry.runtime.engine import Engine, EngineLoop
 from skerry.runtime.formats import Format
@@ -27,7 +28,7 @@ from skerry.runtime.metrics import Metrics
 from skerry.runtime.observe import Observer, Timing, Trace
 from skerry.runtime.protocol import Call, Defaults
 from skerry.runtime.request import Request, SampledToken, Sequence, Update, choice_of
-from skerry.runtime.responses import Piece, TokenInfo, Usage
+from skerry.runtime.responses import Piece, TokenInfo, ToolCall, Usage
 from skerry.runtime.scheduler import Limits
 from skerry.runtime.tokenizer import Detokenizer, StopStrings, token_bytes
 
@@ -58,13 +59,18 @@ class Model:
 class Choice:
     """One of a request's n outputs: its sequence, and the text so far."""
 
-    def __init__(self, index: int, sequence: Sequence, call: Call, tokenizer: Tokenizer) -> None:
+    def __init__(self, index: int, sequence: Sequence, call: Call, model: Model) -> None:
+        tokenizer, decode = model.tokenizer, model.tokenizer.decode
+        self._reader: tools.CallReader | None = None
+        if call.tools is not None:
+            family = tools.family_of(model.template.source)
+            self._reader, decode = tools.CallReader(family, call.tools), tools.decoder(tokenizer, family)
         self.index, self.sequence = index, sequence
         self.tokens = 0
         self.finish = ""
         self.last_at = 0.0
         self._tokenizer = tokenizer
-        self._detokenizer = Detokenizer(tokenizer.decode, sequence.request.prompt)
+        self._detokenizer = Detokenizer(decode, sequence.request.prompt)
         self._stops = StopStrings(call.stops, call.shows_stop)
         self._infos: list[TokenInfo] | None = [] if call.logprobs is not None else None
 
@@ -82,10 +88,23 @@ class Choice:
         if finish and not self._stops.hit:
             text += self._stops.finish()
         self.finish = "stop" if self._stops.hit else finish
-        if not (text or self.finish):
+        text, calls = self._read(text)
+        if not (text or calls or self.finish):
             return None
         infos, self._infos = self._infos, [] if self._infos is not None else None
-        return Piece(self.index, text, infos or [], self.finish or None)
+        return Piece(self.index, text, infos or [], self.finish or None, calls)
+
+    def _read(self, text: str) -> tuple[str, list[ToolCall]]:
+        """Tells calls from text. The last call that was asked for ends the answer."""
+        if self._reader is None:
+            return text, []
+        text, calls = self._reader.push(text)
+        if self.finish and not self._reader.done:
+            rest, more = self._reader.finish()
+            text, calls = text + rest, calls + more
+        if self._reader.done or (self._reader.count and self.finish == "stop"):
+            self.finish = "tool_calls"
+        return text, calls
 
     def _info(self, token: SampledToken) -> TokenInfo:
         top = tuple((*self._spell(id), max(logprob, LOWEST_LOGPROB)) for id, logprob in token.top)
@@ -103,7 +122,7 @@ class Answer:
         self._service = service
         self._trace = trace
         self._choices = {
-            sequence.request.number: Choice(index, sequence, call, service.model.tokenizer)
+            sequence.request.number: Choice(index, sequence, call, service.model)
             for index, sequence in enumerate(sequences)
         }
         self._news: asyncio.Queue[Update | None] = asyncio.Queue()
@@ -150,6 +169,7 @@ class Answer:
             part = merged[piece.index]
             part.text += piece.text
             part.tokens += piece.tokens
+            part.calls += piece.calls
             part.finish = piece.finish or part.finish
         return merged
 
@@ -216,6 +236,9 @@ class Service:
         self.check_model(call.model)
         in_thread = call.text_size > THREAD_CHARACTERS
         prompt, observed = await asyncio.to_thread(self._encode, call) if in_thread else self._encode(call)
+        if call.tools is not None:
+            family = tools.family_of(self.model.template.source)
+            call = replace(call, format=tools.format_of(call.tools, family, self.model.tokenizer))
         ends = frozenset() if call.ignore_eos and call.format is None else self.model.stop_ids
         room = self.loop.scheduler.max_tokens - len(prompt)
         max_tokens = max(1, room) if call.max_tokens is None else call.max_tokens
@@ -273,7 +296,7 @@ class Service:
             prompt = call.prompt_ids if call.prompt_ids is not None else tuple(encode(call.prompt_text or ""))
             observed = prompt
         else:
-            prompt = tuple(encode(self.model.template.render(call.messages)))
+            prompt = tuple(encode(tools.render(self.model.template, call.messages, call.tools)))
             observed = tuple(encode(last_user_text(call.messages)))
         if not prompt:
             raise ApiError(400, "the prompt has no tokens", param="messages" if call.chat else "prompt")
