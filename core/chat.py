@@ -28,6 +28,7 @@ class ChatTemplate:
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         environment.globals["raise_exception"] = self._refuse
+        environment.filters["tojson"] = _to_json
         self.source = source
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
         try:
@@ -48,15 +49,21 @@ class ChatTemplate:
             raise InputError("read chat template", path, str(error)) from error
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any) -> str:
-        """`variables`: the template's own. Raises InputError when it refuses the messages or fails on them."""
+        """`variables`: the template's own, and `tools`. Raises InputError when it refuses the messages or fails on
+        them."""
         from jinja2 import TemplateError
 
+        given = {"tools": None, **self._tokens, **variables}
         try:
-            return self._template.render(
-                messages=list(messages), add_generation_prompt=add_generation_prompt, **self._tokens, **variables
-            )
+            return self._template.render(messages=list(messages), add_generation_prompt=add_generation_prompt, **given)
         except (TemplateError, TypeError, ValueError, KeyError, OverflowError, MemoryError) as error:
             raise InputError("render chat template", "", str(error)) from error
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    """As templates expect it: keys in their order and no HTML escapes, unlike Jinja's own."""
+    known = {key: options[key] for key in ("separators", "sort_keys") if key in options}
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **known)
 
 
 def last_user_text(messages: Sequence[Message]) -> str:

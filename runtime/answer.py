@@ -7,22 +7,22 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from skerry.core.tokenizer import Tokenizer
 from skerry.runtime.adapters import Lease
 from skerry.runtime.api_error import ApiError
 from skerry.runtime.observe import Timing, Trace
 from skerry.runtime.protocol import Call
 from skerry.runtime.request import SampledToken, Sequence, Update
-from skerry.runtime.responses import Piece, TokenInfo, Usage
+from skerry.runtime.responses import Piece, TokenInfo, ToolCall, Usage
 from skerry.runtime.tokenizer import Detokenizer, StopStrings, is_special, token_bytes
+from skerry.runtime.tools import CallReader, family_of, spelling_decoder
 from skerry.runtime.trail import Account, Content, current, merged, note_error
 
 if TYPE_CHECKING:
-    from skerry.runtime.service import Service
+    from skerry.runtime.service import Model, Service
 
 LOWEST_LOGPROB = -9999.0  # JSON has no -inf
 
@@ -58,8 +58,9 @@ class Choice:
     each prompt writes."""
 
     def __init__(
-        self, index: int, sequence: Sequence, call: Call, tokenizer: Tokenizer, encoded: Encoded, trace: Trace
+        self, index: int, sequence: Sequence, call: Call, model: Model, encoded: Encoded, trace: Trace
     ) -> None:
+        tokenizer = model.tokenizer
         self.index, self.sequence, self.trace = index, sequence, trace
         self.leads = index % call.choices == 0
         self.tokens = 0
@@ -67,7 +68,11 @@ class Choice:
         self.first_at = self.last_at = 0.0
         self._tokenizer, self._call = tokenizer, call
         self._echo = encoded.echo
-        decode = functools.partial(tokenizer.decode, skip_special=call.skip_special)
+        self._reader: CallReader | None = None
+        decode: Callable[[list[int]], str] = functools.partial(tokenizer.decode, skip_special=call.skip_special)
+        if call.tools is not None:
+            family = family_of(model.template.source)
+            self._reader, decode = CallReader(family, call.tools), spelling_decoder(tokenizer, family)
         self._detokenizer = Detokenizer(decode, sequence.request.prompt)
         self._stops = StopStrings(call.stops, call.shows_stop)
         self._infos: list[TokenInfo] | None = [] if call.logprobs is not None else None
@@ -88,10 +93,23 @@ class Choice:
         if finish and not self._stops.hit:
             text += self._stops.finish()
         self.finish = "stop" if self._stops.hit else finish
-        if not (text or self.finish):
+        text, calls = self._read(text)
+        if not (text or calls or self.finish):
             return None
         infos, self._infos = self._infos, [] if self._infos is not None else None
-        return Piece(self.index, text, infos or [], self.finish or None)
+        return Piece(self.index, text, infos or [], self.finish or None, calls=calls)
+
+    def _read(self, text: str) -> tuple[str, list[ToolCall]]:
+        """Tells calls from text. The last call that was asked for ends the answer."""
+        if self._reader is None:
+            return text, []
+        text, calls = self._reader.push(text)
+        if self.finish and not self._reader.done:
+            rest, more = self._reader.finish()
+            text, calls = text + rest, calls + more
+        if self._reader.done or (self._reader.count and self.finish == "stop"):
+            self.finish = "tool_calls"
+        return text, calls
 
     def _opening(self) -> str:
         """The prompt, where it is echoed, once; with its tokens where log-probabilities are asked for."""
@@ -145,7 +163,7 @@ class Answer:
         for index, sequence in enumerate(sequences):
             prompt = index // call.choices
             self._choices[sequence.request.number] = Choice(
-                index, sequence, call, service.model.tokenizer, encoded[prompt], self._traces[prompt]
+                index, sequence, call, service.model, encoded[prompt], self._traces[prompt]
             )
         self._news: asyncio.Queue[Update | None] = asyncio.Queue()
         self.numbers = list(self._choices)
@@ -207,6 +225,7 @@ class Answer:
             part = merged[piece.index]
             part.text += piece.text
             part.tokens += piece.tokens
+            part.calls += piece.calls
             part.finish = piece.finish or part.finish
         for part, choice in zip(merged, self._choices.values()):
             part.prompt = choice.prompt_scores()

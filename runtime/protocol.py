@@ -15,9 +15,11 @@ from typing import Any
 
 from skerry.runtime.api_error import ApiError, refuse
 from skerry.runtime.fields import boolean, integer, number, utf8
+from skerry.runtime.formats import FORMAT_FIELDS, Format, parse_format
 from skerry.runtime.messages import message
 from skerry.runtime.prompting import TEMPLATE_FIELDS, TEXT_FIELDS, Prompting, parse_prompting
 from skerry.runtime.request import SamplingParams
+from skerry.runtime.tools import Tools, parse_tools
 
 MAX_CHOICES, MAX_STOPS, MAX_STOP_LENGTH, MAX_LOGPROBS, MAX_BIASES = 16, 16, 512, 20, 1024
 MAX_ANSWERS = 64  # of one completion: prompts times choices
@@ -27,21 +29,22 @@ COMMON = frozenset({
     "frequency_penalty", "repetition_penalty", "logit_bias", "logprobs", "max_tokens", "min_tokens", "ignore_eos",
     "stop", "stop_token_ids", "n", "priority", "timeout", "cache_salt", "include_stop_str_in_output", "speculate",
     "skip_special_tokens", "prompt_logprobs",
-}) | TEXT_FIELDS  # fmt: skip
-CHAT = COMMON | TEMPLATE_FIELDS | {"messages", "max_completion_tokens", "top_logprobs"}
+}) | TEXT_FIELDS | FORMAT_FIELDS  # fmt: skip
+CHAT = COMMON | TEMPLATE_FIELDS | {
+    "messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls",
+}  # fmt: skip
 COMPLETION = COMMON | {"prompt", "echo", "best_of"}
 HARMLESS = frozenset({
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "parallel_tool_calls", "verbosity",
+    "verbosity",
 })  # fmt: skip
 # Field and the values that ask for nothing.
 UNIMPLEMENTED: dict[str, tuple[Any, ...]] = {
-    "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (), "prediction": (),
+    "functions": ([],), "function_call": ("none", "auto"),
+    "modalities": (["text"],), "audio": (), "prediction": (),
     "web_search_options": (), "reasoning_effort": ("none",), "echo": (False,), "best_of": (1,), "suffix": ("",),
     "use_beam_search": (False,), "length_penalty": (1, 1.0),
-    "bad_words": ([],), "guided_json": (), "guided_regex": (), "guided_choice": (),
-    "guided_grammar": (), "structured_outputs": (), "grammar": ("",), "json_schema": (), "chat_template": (),
+    "bad_words": ([],), "chat_template": (),
     "documents": ([],), "mirostat": (0,), "typical_p": (1, 1.0), "tfs_z": (1, 1.0), "n_probs": (0,), "lora": ([],),
     "dry_multiplier": (0, 0.0), "xtc_probability": (0, 0.0), "adapter": (), "prompt_embeds": (),
 }  # fmt: skip
@@ -49,8 +52,8 @@ UNIMPLEMENTED: dict[str, tuple[Any, ...]] = {
 Prompt = str | tuple[int, ...]
 
 
-def text_size(messages: Iterable[Mapping[str, str]]) -> int:
-    return sum(len(m["content"]) + 32 for m in messages)
+def text_size(messages: Iterable[Mapping[str, Any]]) -> int:
+    return sum(len(m["content"]) + 32 + len(str(m.get("tool_calls", ""))) for m in messages)
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Call:
 
     chat: bool
     model: str | None
-    messages: tuple[Mapping[str, str], ...] | None
+    messages: tuple[Mapping[str, Any], ...] | None
     prompts: tuple[Prompt, ...]
     sampling: SamplingParams
     max_tokens: int | None
@@ -85,6 +88,8 @@ class Call:
     skip_special: bool = True
     echo: bool = False
     prompt_logprobs: int | None = None
+    format: Format | None = None
+    tools: Tools | None = None
 
     @property
     def scored(self) -> int | None:
@@ -95,7 +100,8 @@ class Call:
     @property
     def text_size(self) -> int:
         """Characters to tokenize, template included; decides whether that is worth a thread."""
-        return text_size(self.messages or ()) + sum(map(len, self.prompts))
+        tools = self.tools.size if self.tools is not None else 0
+        return text_size(self.messages or ()) + tools + sum(map(len, self.prompts))
 
 
 @dataclass(frozen=True)
@@ -133,9 +139,15 @@ def parse_chat(body: dict[str, Any], defaults: Defaults) -> Call:
     if top is not None and not wanted:
         raise refuse("top_logprobs", "needs logprobs: true")
     logprobs = (top or 0) if wanted else None
+    tools = parse_tools(body)
+    if tools is not None and tools.choice == "required" and call.min_tokens:
+        raise refuse("min_tokens", "cannot be kept: tool_choice says where the text ends")
+    if tools is not None and call.format is not None:
+        raise refuse(call.format.field, "cannot be combined with tools; set tool_choice to none for the last answer")
     return replace(
         call, messages=messages, logprobs=logprobs,
         max_tokens=older if limit is None else limit, sampling=replace(call.sampling, top_n=logprobs or 0),
+        tools=tools,
     )  # fmt: skip
 
 
@@ -200,8 +212,15 @@ def _call(body: dict[str, Any], defaults: Defaults, chat: bool) -> Call:
         timeout=number(body, "timeout", 0.0, 86_400.0, 0.0, above=True) if "timeout" in body else None,
         salt=parse_salt(body), speculate=boolean(body, "speculate", True),
         prompting=parse_prompting(body), skip_special=boolean(body, "skip_special_tokens", True), echo=echo,
-        prompt_logprobs=prompt_logprobs,
+        prompt_logprobs=prompt_logprobs, format=_format(body, min_tokens),
     )  # fmt: skip
+
+
+def _format(body: dict[str, Any], min_tokens: int) -> Format | None:
+    found = parse_format(body)
+    if found is not None and min_tokens:
+        raise refuse("min_tokens", f"cannot be kept: {found.field} says where the text ends")
+    return found
 
 
 def _sampling(body: dict[str, Any], defaults: Defaults) -> SamplingParams:

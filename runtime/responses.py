@@ -21,6 +21,19 @@ class TokenInfo:
     shown: bool = True
 
 
+@dataclass(frozen=True)
+class ToolCall:
+    """A call that is whole; `arguments` is JSON, `index` its place among the answer's calls."""
+
+    id: str
+    name: str
+    arguments: str
+    index: int
+
+    def body(self) -> dict[str, Any]:
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+
+
 @dataclass
 class Piece:
     """A stretch of one choice's output: text that may be shown, the tokens it came from, and perhaps the end."""
@@ -30,6 +43,7 @@ class Piece:
     tokens: list[TokenInfo] = field(default_factory=list)  # where log-probabilities are asked for
     finish: str | None = None
     prompt: list[Any] | None = None  # log-probabilities of the prompt's tokens, where asked for
+    calls: list[ToolCall] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -65,7 +79,7 @@ class Form:
 
     def whole(self, pieces: list[Piece], usage: Usage) -> dict[str, Any]:
         """The answer without streaming; `pieces` is one whole choice each."""
-        choices = [self._choice(piece, {"role": "assistant", "content": piece.text}, "message") for piece in pieces]
+        choices = [self._choice(piece, _message(piece), "message") for piece in pieces]
         whole = {**self._whole, "choices": choices, "usage": usage.body()}
         scored = [piece.prompt for piece in pieces]
         if any(one is not None for one in scored):
@@ -88,6 +102,11 @@ class Form:
         if piece.text or piece.tokens:
             shown = Piece(piece.index, piece.text, piece.tokens)
             events.append(self._event([self._choice(shown, {"content": piece.text}, "delta")]))
+        for call in piece.calls:
+            named = {"index": call.index, **call.body(), "function": {"name": call.name, "arguments": ""}}
+            given = {"index": call.index, "function": {"arguments": call.arguments}}
+            for delta in (named, given):
+                events.append(self._event([self._choice(Piece(piece.index, ""), {"tool_calls": [delta]}, "delta")]))
         if piece.finish:
             events.append(self._event([self._choice(Piece(piece.index, "", [], piece.finish), {}, "delta")]))
         return events
@@ -98,7 +117,7 @@ class Form:
     def _event(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self._chunk, "choices": choices}
 
-    def _choice(self, piece: Piece, content: dict[str, str], name: str) -> dict[str, Any]:
+    def _choice(self, piece: Piece, content: dict[str, Any], name: str) -> dict[str, Any]:
         asked = bool(piece.tokens) or (self._asks_logprobs and name == "message")  # a whole answer may have no token
         choice: dict[str, Any] = {"index": piece.index, "logprobs": self._logprobs(piece) if asked else None}
         if self.chat:
@@ -118,6 +137,12 @@ class Form:
             "top_logprobs": [_plain_top(token) for token in piece.tokens],
             "text_offset": [offsets.of(token) for token in piece.tokens],
         }
+
+
+def _message(piece: Piece) -> dict[str, Any]:
+    if not piece.calls:
+        return {"role": "assistant", "content": piece.text}
+    return {"role": "assistant", "content": piece.text or None, "tool_calls": [call.body() for call in piece.calls]}
 
 
 class _Offsets:

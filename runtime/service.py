@@ -11,16 +11,19 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from skerry.core.chat import ChatTemplate, last_user_text
+from skerry.core.errors import InputError
 from skerry.core.tokenizer import Tokenizer
 from skerry.runtime.adapter_metrics import AdapterInfo
 from skerry.runtime.adapters import Adapters, Lease
 from skerry.runtime.answer import Answer, Choice, Encoded
 from skerry.runtime.api_error import ApiError, refuse
 from skerry.runtime.engine import Engine, EngineLoop, StepDone
+from skerry.runtime.formats import Format
+from skerry.runtime.grammar import GrammarConstraint, Grammars
 from skerry.runtime.kvcache import root_key
 from skerry.runtime.metrics import Metrics
 from skerry.runtime.observe import Observer, Trace
@@ -28,6 +31,7 @@ from skerry.runtime.prompting import Source, encode, no_tokens, truncated
 from skerry.runtime.protocol import Call, Defaults
 from skerry.runtime.request import Request, Sequence, Update, choice_of
 from skerry.runtime.scheduler import Limits
+from skerry.runtime.tools import family_of, format_of
 from skerry.runtime.trail import note_error
 
 # Longer texts are tokenized in a thread: at about 1 MB/s, this many characters take 4 ms.
@@ -87,6 +91,7 @@ class Service:
         fatal = lambda cause: self._call_soon(on_fatal, cause)  # noqa: E731
         self.loop = EngineLoop(engine, self._deliver, limits=limits, on_fatal=fatal, on_step=self._stepped)
         self.metrics = Metrics(model.name, self.loop.load)
+        self.grammars = Grammars(model.tokenizer, engine.vocab_size, model.stop_ids)
         self.adapters = adapters or Adapters()
         self.adapters.reserved = (model.name, *ALIASES)
         self.adapters.after_step = self.loop.after_step
@@ -97,6 +102,7 @@ class Service:
 
     async def close(self, reason: str = "the server is shutting down") -> None:
         await asyncio.to_thread(self.loop.close, reason)
+        self.grammars.close()
 
     def check_model(self, name: str | None) -> None:
         if name not in (None, *ALIASES, self.model.name):
@@ -121,18 +127,33 @@ class Service:
         in_thread = call.text_size > THREAD_CHARACTERS
         encoded = await asyncio.to_thread(self._encode, call) if in_thread else self._encode(call)
         _check_scores(call, encoded)
-        requests = [self._request(call, one.ids, tenant, arrived, lease) for one in encoded]
-        sequences = self.loop.submit(*(choice_of(r, index) for r in requests for index in range(call.choices)))
+        if call.tools is not None:
+            family = family_of(self.model.template.source)
+            call = replace(call, format=format_of(call.tools, family, self.model.tokenizer))
+        asked = [self._request(call, one.ids, tenant, arrived, lease) for one in encoded]
+        requests = [choice_of(request, index) for request in asked for index in range(call.choices)]
+        if call.format is not None:
+            constraints = await self._constraints(call.format, len(requests))
+            requests = [replace(choice, constraint=own) for choice, own in zip(requests, constraints)]
+        sequences = self.loop.submit(*requests)
         answer = Answer(self, call, encoded, sequences, arrived, lease)
         for number in answer.numbers:
             self._answers[number] = answer
         return answer
 
+    async def _constraints(self, format: Format, count: int) -> list[GrammarConstraint]:
+        try:
+            return await self.grammars.constraints(format, count)
+        except InputError as error:
+            hint = f" ({error.hint})" if error.hint else ""
+            raise refuse(format.field, error.cause + hint, "invalid_format") from error
+
     def _request(self, call: Call, prompt: tuple[int, ...], tenant: bytes, arrived: float, lease: Lease) -> Request:
         room = self.loop.scheduler.max_tokens - len(prompt)
+        ends = frozenset() if call.ignore_eos and call.format is None else self.model.stop_ids
         return Request(
             prompt, max(1, room) if call.max_tokens is None else call.max_tokens, call.sampling,
-            call.stop_ids | (frozenset() if call.ignore_eos else self.model.stop_ids), call.min_tokens,
+            call.stop_ids | ends, call.min_tokens,
             priority=call.priority, deadline=math.inf if call.timeout is None else arrived + call.timeout,
             adapter=lease.slot, scope=self.scope(tenant, call.salt, lease.scope), speculate=call.speculate,
             scored=call.scored,
@@ -193,7 +214,7 @@ class Service:
 
     def _encode_one(self, call: Call, source: Source, room: int) -> Encoded:
         tokenizer, how = self.model.tokenizer, call.prompting
-        whole = encode(tokenizer, self.model.template, source, how)
+        whole = encode(tokenizer, self.model.template, source, how, call.tools)
         ids = truncated(whole, how, room)
         if not ids:
             raise no_tokens("messages" if call.chat else "prompt")
