@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from skerry.runtime.adapter_calls import MAX_TEXT
-from skerry.runtime.messages import ROLES
+from skerry.runtime.formats import MAX_CHOICES as MAX_FORMAT_CHOICES
+from skerry.runtime.formats import MAX_SOURCE
+from skerry.runtime.messages import MAX_CALLS, ROLES
 from skerry.runtime.prompting import MAX_VARIABLES
 from skerry.runtime.protocol import (
     CHAT,
@@ -28,6 +30,7 @@ from skerry.runtime.text_protocol import (
     TOKENIZE_CHAT,
     TOKENIZE_TEXT,
 )
+from skerry.runtime.tools import MAX_DESCRIPTION, MAX_TOOLS
 
 Schema = dict[str, Any]
 LARGE = 1 << 31
@@ -87,9 +90,39 @@ def _fields(vocab_size: int, hidden_size: int) -> dict[str, Schema]:
         "add_generation_prompt": flag, "continue_final_message": flag,
         "chat_template_kwargs": {"type": "object", "maxProperties": MAX_VARIABLES},
         "prompt_logprobs": {**_integer(0, MAX_LOGPROBS), "description": "Not with stream."},
+        **_formats(), "tools": _list(_ref("Tool"), most=MAX_TOOLS), "parallel_tool_calls": flag,
+        "tool_choice": _any(
+            {"enum": ["none", "auto", "required"]},
+            _object(type={"const": "function"}, function=_object(name=_string(1, 64))),
+        ),
         "return_token_strs": flag, "encoding_format": {"enum": list(FORMATS)}, "pooling": {"enum": list(POOLINGS)},
         "dimensions": _integer(1, max(1, hidden_size)), "normalize": flag,
     }  # fmt: skip
+
+
+def _formats() -> dict[str, Schema]:
+    """What may be said of the answer's shape; at most one of them."""
+    schema = _any({"type": "object"}, {"type": "boolean"}, {"type": "string", "contentMediaType": "application/json"})
+    words = _list(_string(1), 1, MAX_FORMAT_CHOICES)
+    source, flag = _string(1, MAX_SOURCE), {"type": "boolean"}
+    named = _with(
+        {"strict": flag, "description": _string()},
+        _object(name={"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"}, schema={"type": "object"}),
+    )
+    return {
+        "response_format": _any(
+            _object(type={"const": "text"}),
+            _object(type={"const": "json_object"}),
+            _object(type={"const": "json_schema"}, json_schema=named),
+        ),
+        "structured_outputs": {"type": "object", "description": "One of json, regex, choice, grammar, json_object."},
+        "guided_json": schema,
+        "guided_regex": source,
+        "guided_choice": words,
+        "guided_grammar": source,
+        "json_schema": schema,
+        "grammar": {**source, "minLength": 0, "description": "GBNF or Lark."},
+    }
 
 
 def _body(fields: dict[str, Schema], known: Iterable[str], required: str, **own: Schema) -> Schema:
@@ -109,7 +142,30 @@ def _schemas(fields: dict[str, Schema]) -> dict[str, Schema]:
     }
     flag, choices = {"type": "boolean"}, MAX_LOGPROBS
     requests = {
-        "Message": _object(role={"enum": list(ROLES)}, content=_any(_string(), _list(text))),
+        "Message": _any(
+            _object(role={"enum": [role for role in ROLES if role != "tool"]}, content=_any(_string(), _list(text))),
+            _with(
+                {"content": _any(_string(), _list(text), {"type": "null"})},
+                _object(role={"const": "assistant"}, tool_calls=_list(_ref("ToolCall"), 1, MAX_CALLS)),
+            ),
+            _with({"tool_call_id": _string(1, 256)}, _object(role={"const": "tool"}, content=_string())),
+        ),
+        "Tool": _object(
+            type={"const": "function"},
+            function=_with(
+                {"description": _string(most=MAX_DESCRIPTION), "parameters": {"type": "object"}},
+                _object(name={"type": "string", "pattern": "^[A-Za-z0-9_.-]{1,64}$"}),
+            ),
+        ),
+        "ToolCall": _with(
+            {"id": _string(1, 256)},
+            _object(
+                type={"const": "function"},
+                function=_object(
+                    name=_string(1, 256), arguments={"type": "string", "contentMediaType": "application/json"}
+                ),
+            ),
+        ),
         "ChatRequest": _body(fields, CHAT, "messages", logprobs=flag, max_tokens=_integer(1, LARGE)),
         "CompletionRequest": _body(fields, COMPLETION, "prompt", logprobs=_integer(0, choices)),
         "EmbeddingRequest": _body(fields, EMBEDDING, "input"),
@@ -131,7 +187,7 @@ def _answers() -> dict[str, Schema]:
         prompt_tokens=count, completion_tokens=count, total_tokens=count,
         prompt_tokens_details=_object(cached_tokens=count),
     )  # fmt: skip
-    ends = {"enum": ["stop", "length", None]}
+    ends = {"enum": ["stop", "length", "tool_calls", None]}
     logprob = _any({"type": "number"}, null)
     spelled = {"token": _string(), "logprob": logprob, "bytes": _list(_integer(0, 255))}
     of_chat = _object(content=_list(_object(**spelled, top_logprobs=_list(_object(**spelled)))), refusal=null)
@@ -141,13 +197,21 @@ def _answers() -> dict[str, Schema]:
     )  # fmt: skip
     chat_choice = _object(
         index=count, finish_reason=ends, logprobs=_any(of_chat, null),
-        message=_object(role={"const": "assistant"}, content=_string()),
+        message=_with(
+            {"tool_calls": _list(_ref("ToolCall"), 1)},
+            _object(role={"const": "assistant"}, content=_any(_string(), null)),
+        ),
     )  # fmt: skip
     ranked = _object(logprob={"type": "number"}, rank=_any(_integer(1), null), decoded_token=_string())
     scores = {"prompt_logprobs": _list(_any({"type": "object", "additionalProperties": ranked}, null))}
     text_choice = _object(index=count, finish_reason=ends, logprobs=_any(of_text, null), text=_string())
     texts = _list(_with(scores, text_choice), 1)
-    delta = {"type": "object", "properties": {"role": {"const": "assistant"}, "content": _string()}}
+    delta = {
+        "type": "object",
+        "properties": {
+            "role": {"const": "assistant"}, "content": _string(), "tool_calls": _list(_with({"index": count}, _called())),
+        },
+    }  # fmt: skip
     deltas = _list(_object(index=count, finish_reason=ends, logprobs=_any(of_chat, null), delta=delta))
     last = {"usage": usage}
     head = {"id": _string(), "created": count, "model": _string(), "system_fingerprint": _string()}
@@ -184,6 +248,11 @@ def _answers() -> dict[str, Schema]:
         "Error": _object(error=_object(message=_string(), type=_string(), param=_any(_string(), null),
                                        code=_any(_string(), null))),
     }  # fmt: skip
+
+
+def _called() -> Schema:
+    function = {"type": "object", "properties": {"name": _string(), "arguments": _string()}}
+    return {"type": "object", "properties": {"id": _string(), "type": {"const": "function"}, "function": function}}
 
 
 # Routes
