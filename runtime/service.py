@@ -60,7 +60,8 @@ class Choice:
     """One of a request's n outputs: its sequence, and the text so far."""
 
     def __init__(self, index: int, sequence: Sequence, call: Call, model: Model) -> None:
-        tokenizer, decode = model.tokenizer, model.tokenizer.decode
+        tokenizer = model.tokenizer
+        decode: Callable[[list[int]], str] = tokenizer.decode
         self._reader: tools.CallReader | None = None
         if call.tools is not None:
             family = tools.family_of(model.template.source)
