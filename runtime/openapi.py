@@ -102,7 +102,7 @@ def _fields(vocab_size: int, hidden_size: int) -> dict[str, Schema]:
 
 def _formats() -> dict[str, Schema]:
     """What may be said of the answer's shape; at most one of them."""
-    schema = _any({"type": "object"}, {"type": "boolean"}, {"type": "string", "contentMediaType": "application/json"})
+    schema = _any({"type": "object"}, {"type": "boolean"}, _json_text())
     words = _list(_string(1), 1, MAX_FORMAT_CHOICES)
     source, flag = _string(1, MAX_SOURCE), {"type": "boolean"}
     named = _with(
@@ -161,9 +161,7 @@ def _schemas(fields: dict[str, Schema]) -> dict[str, Schema]:
             {"id": _string(1, 256)},
             _object(
                 type={"const": "function"},
-                function=_object(
-                    name=_string(1, 256), arguments={"type": "string", "contentMediaType": "application/json"}
-                ),
+                function=_object(name=_string(1, 256), arguments=_json_text()),
             ),
         ),
         "ChatRequest": _body(fields, CHAT, "messages", logprobs=flag, max_tokens=_integer(1, LARGE)),
@@ -206,12 +204,9 @@ def _answers() -> dict[str, Schema]:
     scores = {"prompt_logprobs": _list(_any({"type": "object", "additionalProperties": ranked}, null))}
     text_choice = _object(index=count, finish_reason=ends, logprobs=_any(of_text, null), text=_string())
     texts = _list(_with(scores, text_choice), 1)
-    delta = {
-        "type": "object",
-        "properties": {
-            "role": {"const": "assistant"}, "content": _string(), "tool_calls": _list(_with({"index": count}, _called())),
-        },
-    }  # fmt: skip
+    called = _list(_with({"index": count}, _called()))
+    said = {"role": {"const": "assistant"}, "content": _string(), "tool_calls": called}
+    delta = {"type": "object", "properties": said}
     deltas = _list(_object(index=count, finish_reason=ends, logprobs=_any(of_chat, null), delta=delta))
     last = {"usage": usage}
     head = {"id": _string(), "created": count, "model": _string(), "system_fingerprint": _string()}
@@ -365,6 +360,10 @@ def _number(low: float, high: float, above: bool = False) -> Schema:
 def _string(least: int = 0, most: int | None = None) -> Schema:
     found: Schema = {"type": "string"}
     return found | ({"minLength": least} if least else {}) | ({} if most is None else {"maxLength": most})
+
+
+def _json_text() -> Schema:
+    return {"type": "string", "contentMediaType": "application/json"}
 
 
 def _text() -> Schema:

@@ -40,7 +40,8 @@ HARMLESS = frozenset({
 })  # fmt: skip
 # Field and the values that ask for nothing.
 UNIMPLEMENTED: dict[str, tuple[Any, ...]] = {
-    "functions": ([],), "function_call": ("none", "auto"),
+    "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
+    "function_call": ("none", "auto"),
     "modalities": (["text"],), "audio": (), "prediction": (),
     "web_search_options": (), "reasoning_effort": ("none",), "echo": (False,), "best_of": (1,), "suffix": ("",),
     "use_beam_search": (False,), "length_penalty": (1, 1.0),

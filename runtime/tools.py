@@ -173,6 +173,7 @@ def offered(
     specs = [dict(spec) for spec in tools.specs] if tools is not None else []
     if "message['tools']" in source:  # Phi-4-mini reads them from the system message
         functions = json.dumps([spec["function"] for spec in specs], ensure_ascii=False)
+        messages = [_marked(message) for message in messages]
         return (_with_system(messages, "", {"tools": functions}) if specs else messages), None
     if re.search(r"\btools\b", source):
         return messages, specs or None
@@ -200,15 +201,24 @@ def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
     return {"role": message["role"], "content": "\n".join([content] * bool(content) + calls)}
 
 
-def spelling_decoder(tokenizer: Tokenizer, family: Family) -> Callable[[Sequence[int]], str]:
+def _marked(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message whose calls are part of its content, as Phi-4-mini wrote them."""
+    if not message.get("tool_calls"):
+        return message
+    calls = json.dumps([call["function"] for call in message["tool_calls"]], ensure_ascii=False)
+    return {**message, "content": f"{message['content']}{PHI.opening}{calls}{PHI.closing}"}
+
+
+def spelling_decoder(tokenizer: Tokenizer, family: Family) -> Callable[[list[int]], str]:
     """Decodes as the tokenizer does, but spells the family's markers, which may be special tokens."""
     found = ((tokenizer.id(marker), marker) for marker in (family.opening, family.closing) if marker)
     markers = {id: marker for id, marker in found if id is not None}
 
-    def decode(ids: Sequence[int]) -> str:
+    def decode(ids: list[int]) -> str:
         if markers.keys().isdisjoint(ids):
             return tokenizer.decode(ids)
-        parts, run = [], []
+        parts: list[str] = []
+        run: list[int] = []
         for id in ids:
             if id in markers:
                 parts += [tokenizer.decode(run) if run else "", markers[id]]
@@ -232,6 +242,9 @@ class CallReader:
         self._names = {spec["function"]["name"] for spec in tools.specs}
         self._held = ""
         self._space = ""  # white space that is shown only if text follows
+        self._scanned: tuple[int, int, bool] | None = (
+            None  # of a call that is not whole yet: up to where, depth, in quotes
+        )
         self._clean = True  # nothing was shown yet: a bare call may begin
         self.count = 0
 
@@ -259,8 +272,9 @@ class CallReader:
                 shown += self._show(self._held[:cut])
                 self._held = self._held[cut:]
                 break
-            shown += self._show(self._held[:start])
-            self._held = self._held[start:]
+            if start:
+                shown += self._show(self._held[:start])
+                self._held, self._scanned = self._held[start:], None
             found = self._body(skip, final)
             if found is None:
                 break
@@ -270,7 +284,7 @@ class CallReader:
                 self._space, self._clean = "", True
             else:
                 shown += self._show(self._held[:end])
-            self._held = self._held[end:]
+            self._held, self._scanned = self._held[end:], None
         if self.done:
             self._held = ""
         if final:
@@ -291,12 +305,12 @@ class CallReader:
         """Reads behind a marker: (end, calls), none of them where it is no call and [:end] is text; None: wait."""
         held, family = self._held, self._family
         begin = skip + len(held[skip:]) - len(held[skip:].lstrip())
-        refused = (max(skip, 1), [])
+        refused: tuple[int, list[ToolCall]] = (max(skip, 1), [])
         if begin == len(held):
             return refused if final else None
         if held[begin] != ("[" if family.listed else "{"):
             return refused
-        end = _json_end(held, begin)
+        end = self._json_end(begin)
         if end is None:
             return refused if final else None
         read = self._calls(held[begin:end])
@@ -314,13 +328,31 @@ class CallReader:
         self.count += len(read)
         return end, read
 
+    def _json_end(self, begin: int) -> int | None:
+        """Behind the object or list that begins there; None while it is not whole. Goes on where it stopped."""
+        at, depth, quoted = self._scanned or (begin, 0, False)
+        for mark in _MARKS.finditer(self._held, at):
+            at = mark.end()
+            match mark.group():
+                case '"':
+                    quoted = not quoted
+                case "{" | "[" if not quoted:
+                    depth += 1
+                case "}" | "]" if not quoted:
+                    depth -= 1
+                    if depth == 0:
+                        return at
+        split = at < len(self._held) and self._held.endswith("\\")  # an escape whose second half is to come
+        self._scanned = (len(self._held) - split, depth, quoted)
+        return None
+
     def _calls(self, text: str) -> list[ToolCall]:
         """[] unless every one is a call of a tool that was offered."""
         try:
             document = json.loads(text, parse_constant=_refuse)
         except (ValueError, RecursionError):
             return []
-        found = []
+        found: list[ToolCall] = []
         for item in document if isinstance(document, list) else [document]:
             if not isinstance(item, dict) or item.get("name") not in self._names:
                 return []
@@ -341,23 +373,6 @@ class CallReader:
         self._space = text[len(bare) :]
         self._clean = self._clean and not bare
         return bare
-
-
-def _json_end(text: str, begin: int) -> int | None:
-    """Behind the object or list that begins there; None while it is not whole."""
-    depth, quoted, at = 0, False, begin
-    for mark in _MARKS.finditer(text, begin):
-        at = mark.end()
-        match mark.group():
-            case '"':
-                quoted = not quoted
-            case "{" | "[" if not quoted:
-                depth += 1
-            case "}" | "]" if not quoted:
-                depth -= 1
-                if depth == 0:
-                    return at
-    return None
 
 
 _MARKS = re.compile(r'\\.|["{}\[\]]', re.DOTALL)

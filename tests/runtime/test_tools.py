@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from typing import Any
 
 import jsonschema
@@ -91,6 +92,15 @@ def test_how_the_text_is_cut_changes_nothing(said: str, family: Family, parallel
         assert whole[0] == said, "text without a call is shown whole"
 
 
+def test_a_long_call_is_read_in_one_pass():
+    reader = CallReader(HERMES, OFFERED)
+    said = written(HERMES, ("weather", {"city": "\\\\" * 40_000}))
+    began = time.monotonic()
+    calls = [call for part in said for call in reader.push(part)[1]]
+    assert json.loads(calls[0].arguments) == {"city": "\\\\" * 40_000}
+    assert time.monotonic() - began < 10, "a pass for each character would take minutes"
+
+
 def test_text_streams_up_to_the_beginning_of_a_marker():
     reader = CallReader(HERMES, OFFERED)
     assert [reader.push(part)[0] for part in ("Hel", "lo <", "b> ", "<tool_", "x")] == [
@@ -132,8 +142,10 @@ def test_rendering_with_and_without_a_template_of_tools():
         "{{ m.tool_calls[0].function.arguments | tojson }}{% endif %}{{ m.content }}{% endfor %}"
     )
     assert shown(own, messages, OFFERED) == json.dumps([WEATHER, CLOCK]) + 'hi{"b": 1, "a": "<é>"}noon'
+    phi_calls = "hi<|tool_call|>" + json.dumps([messages[1]["tool_calls"][0]["function"]], ensure_ascii=False)
     phi = ChatTemplate("{% for message in messages %}{{ message['tools'] }}{{ message['content'] }}{% endfor %}")
     assert shown(phi, messages[:1], OFFERED).startswith('[{"name": "weather"')
+    assert shown(phi, messages[:2], None) == f"{phi_calls}<|/tool_call|>"
 
 
 @pytest.mark.parametrize(
