@@ -26,10 +26,10 @@ def slow_down(share: float) -> None:
     inner = Runner.step
     last = 0.0
 
-    def step(self: Runner, batch: Batch) -> Any:
+    def step(self: Runner, batch: Batch, hidden: Any = None) -> Any:
         nonlocal last
         began = time.perf_counter()
-        logits = inner(self, batch)
+        logits = inner(self, batch, hidden)
         ended = time.perf_counter()
         until = ended + share * (ended - (last if began - last < IDLE else began))
         while time.perf_counter() < until:
@@ -63,8 +63,8 @@ def truncate(share: float) -> None:
     service: Any = importlib.import_module("skerry.runtime.service")  # a fault of the server, so put into the server
     inner = service.Request
 
-    def request(prompt: Any, max_tokens: int, *rest: Any) -> Any:
-        return inner(prompt, max(1, int(max_tokens * share)), *rest)
+    def request(prompt: Any, max_tokens: int, *rest: Any, **fields: Any) -> Any:
+        return inner(prompt, max(1, int(max_tokens * share)), *rest, **fields)
 
     service.Request = request
 
