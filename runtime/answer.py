@@ -48,6 +48,8 @@ def failure(update: Update, timeout: float | None) -> ApiError | None:
         return ApiError(504, f"not answered within the {timeout:g} s asked for", code="timeout")
     if update.finish == "expired":
         return ApiError(503, "waited too long in the queue", code="queue_timeout", retry_after=1)
+    if update.finish == "refused":
+        return ApiError(400, f"the request cannot be answered: {update.error}", code="unanswerable")
     if update.finish == "error":
         return ApiError(500, f"the engine failed on this request: {update.error}", code="engine_error")
     return None

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from skerry.core.errors import Unavailable
 from skerry.runtime.kvcache import PagePool
-from skerry.runtime.request import Request, SampledToken, Sequence, State, StepRow, Update
+from skerry.runtime.request import Request, SampledToken, Sequence, State, StepRow, Unanswerable, Update
 from skerry.runtime.scheduler import Limits, Planned, Scheduler
 
 log = logging.getLogger("skerry.engine")
@@ -210,10 +210,11 @@ class EngineLoop:
         now = time.monotonic()
         return [Update(sequence, None, why, now) for sequence, why in self.scheduler.expire(now)]
 
-    def _step(self, planned: list[Planned]) -> tuple[list[list[SampledToken]], dict[int, str]]:
+    def _step(self, planned: list[Planned]) -> tuple[list[list[SampledToken]], dict[int, Exception]]:
         """Runs the batch; when it fails, each row alone, so that a poisoned request costs only itself.
 
-        Asking again is safe: a row writes the same values to the same slots. Answers tokens and errors by row.
+        Asking again is safe: a row writes the same values to the same slots. Answers tokens and errors by row. A
+        request that cannot be answered is no failure of the engine, or a client could have a good engine taken back.
         """
         self._steps += 1
         began = time.monotonic()
@@ -226,8 +227,7 @@ class EngineLoop:
             return sampled, {}
         except Exception as error:  # noqa: BLE001 - whatever an engine throws fails requests, never the process
             log.warning("step of %d rows failed: %s", len(planned), error)
-            self._failed += 1
-            errors = {0: str(error)}
+            errors = {0: error}
         sampled = [[] for _ in planned]
         if len(planned) > 1:
             errors = {}
@@ -235,19 +235,21 @@ class EngineLoop:
                 try:
                     sampled[index] = self.engine.step([item.row])[0]
                 except Exception as error:  # noqa: BLE001 - as above
-                    errors[index] = str(error)
-        self._failed_in_a_row = self._failed_in_a_row + 1 if len(errors) == len(planned) else 0
+                    errors[index] = error
+        faults = sum(not isinstance(error, Unanswerable) for error in errors.values())
+        self._failed += bool(faults) or not errors
+        self._failed_in_a_row = self._failed_in_a_row + 1 if faults == len(planned) else 0
         return sampled, errors
 
     def _commit(
-        self, planned: list[Planned], sampled: list[list[SampledToken]], errors: dict[int, str]
+        self, planned: list[Planned], sampled: list[list[SampledToken]], errors: dict[int, Exception]
     ) -> list[Update]:
         now = time.monotonic()
         updates = []
-        for index, cause in errors.items():
-            sequence = planned[index].sequence
-            if self.scheduler.finish(sequence, poisoned=True):
-                updates.append(Update(sequence, None, "error", now, cause))
+        for index, error in errors.items():
+            sequence, refused = planned[index].sequence, isinstance(error, Unanswerable)
+            if self.scheduler.finish(sequence, poisoned=not refused):
+                updates.append(Update(sequence, None, "refused" if refused else "error", now, str(error)))
         for index, token, reason in self.scheduler.commit(planned, sampled):
             updates.append(Update(planned[index].sequence, token, reason, now))
         return updates

@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from skerry.core.errors import InputError, SkerryError, Unavailable
+from skerry.core.errors import InputError, Unavailable
 from skerry.core.tokenizer import Tokenizer
 from skerry.runtime.formats import Format
+from skerry.runtime.request import Unanswerable
 
 Mask = npt.NDArray[np.int32]
 COMPILE_SECONDS = 5.0
@@ -198,7 +199,7 @@ class GrammarConstraint:
                 return list(self._work.result(MASK_SECONDS))
             except Exception as error:  # noqa: BLE001 - raised below, in one shape
                 self._cause = str(error) or type(error).__name__
-        raise SkerryError("apply grammar", "", " ".join(self._cause.split())[:300] or "masks were never prepared")
+        raise Unanswerable("apply grammar", "", " ".join(self._cause.split())[:300] or "masks were never prepared")
 
     def _settle(self) -> None:
         """The matcher is nobody else's any more."""

@@ -23,6 +23,8 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
+from skerry.core.errors import InputError
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
@@ -68,6 +70,12 @@ def choice_seed(seed: int, index: int) -> int:
     return mixed ^ (mixed >> 31)
 
 
+class Unanswerable(InputError):
+    """The request itself cannot be answered, which only running it showed: no fault of the engine."""
+
+    code = "unanswerable"
+
+
 class Constraint(Protocol):
     """What one sequence may say: its grammar and how far it is in it. Used by the engine's thread alone."""
 
@@ -85,7 +93,7 @@ class Constraint(Protocol):
 
     def masks(self) -> list[npt.NDArray[np.int32]]:
         """Of the last `prepare`: 1 to 1 + drafts masks, fewer where the grammar ends a draft; waits for them.
-        Raises SkerryError when the grammar has failed."""
+        Raises Unanswerable when the grammar has failed."""
         ...
 
 
@@ -253,8 +261,8 @@ class Update:
     """News about a sequence: a token, an end, or both ("length" without a token ends one that generates none). `at` is
     time.monotonic() in the engine's thread.
 
-    `finish`: "" (goes on), "stop", "length", "timeout" (its deadline), "expired" (waited too long), "error" (the
-    engine's fault) or "aborted" (the server shuts down).
+    `finish`: "" (goes on), "stop", "length", "timeout" (its deadline), "expired" (waited too long), "refused"
+    (Unanswerable), "error" (the engine's fault) or "aborted" (the server shuts down).
     """
 
     sequence: Sequence

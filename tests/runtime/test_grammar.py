@@ -192,7 +192,11 @@ def test_a_failed_grammar_costs_only_its_own_request(start, fake, run):
 
             server.service.grammars.constraints = broken
             bad, good = await asyncio.gather(server.chat(guided_regex="abc", max_tokens=20), server.chat(max_tokens=20))
-            assert bad.status_code == 500 and good.status_code == 200
+            assert (bad.status_code, bad.json()["error"]["code"]) == (400, "unanswerable") and good.status_code == 200
+            for _ in range(4):  # alone in their steps: no number of them ends the worker or speaks against its engine
+                assert (await server.chat(guided_regex="abc", max_tokens=20)).status_code == 400
+            assert server.service.observer.failures == 0 and server.service.loop.load().failed_steps == 0
+            assert server.fatal == []
             server.service.grammars.constraints = constraints
             fine = (await server.chat(guided_regex="abc", max_tokens=20)).json()
             assert fine["choices"][0]["message"]["content"] == "abc"
