@@ -29,12 +29,14 @@ class NodeSettings:
     adapter_dir: str = ""
     adapter_slots: int = 0
     adapter_rank: int = 16
+    prefix_cache: str = ""
+    prefix_cache_mib: int = 256
     worker_command: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         tops = {
             "port": 65_535, "admin_port": 65_535, "threads": 1024, "max_failed_ratio": 1, "adapter_slots": 1024,
-            "adapter_rank": 1024,
+            "adapter_rank": 1024, "prefix_cache_mib": 1 << 20,
         }  # fmt: skip
         for name in (*tops, "memory_bytes", "warm_seconds", "probation_requests", "probation_seconds", "drain_seconds"):
             value, top = getattr(self, name), tops.get(name)
@@ -60,4 +62,8 @@ class NodeSettings:
             "--adapter-slots": self.adapter_slots,
         }  # fmt: skip
         given = [word for flag, value in flags.items() if value for word in (flag, str(value))]
-        return given + (["--adapter-rank", str(self.adapter_rank)] if self.adapter_slots else [])
+        if self.adapter_slots:
+            given += ["--adapter-rank", str(self.adapter_rank)]
+        if self.prefix_cache:
+            given += ["--prefix-cache", self.prefix_cache, "--prefix-cache-mib", str(self.prefix_cache_mib)]
+        return given

@@ -346,6 +346,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--adapter-slots", type=int, default=0, help="on an engine whose graph takes adapters")
     parser.add_argument("--adapter-rank", type=int, default=16)
     parser.add_argument("--adapter-dir", type=Path)
+    parser.add_argument("--prefix-cache", type=Path, help="directory that keeps prompts' pages over restarts")
+    parser.add_argument("--prefix-cache-mib", type=int, default=256)
     given = parser.parse_args(arguments)
     set_up_process(given.log_format, given.log_level)
     options = WorkerOptions(
@@ -354,6 +356,7 @@ def main(arguments: list[str] | None = None) -> int:
         otel_content=given.otel_content,
         key_files=KeyFiles(given.api_key_file, given.admin_key_file), adapter_slots=given.adapter_slots,
         adapter_rank=given.adapter_rank, adapter_dir=given.adapter_dir, adapters_optional=True,
+        prefix_directory=given.prefix_cache, prefix_bytes=given.prefix_cache_mib << 20,
     )  # fmt: skip
     with contextlib.suppress(KeyboardInterrupt):
         return asyncio.run(_run(options, given.fd, given.control_fd))

@@ -305,6 +305,8 @@ def test_beyond_the_limit_newcomers_are_told(start, run):
 
 def test_settings_of_a_node_reach_its_worker():
     assert NodeSettings().worker_options() == []
+    kept = NodeSettings(prefix_cache="/kept", prefix_cache_mib=9).worker_options()
+    assert kept == ["--prefix-cache", "/kept", "--prefix-cache-mib", "9"]
     told = NodeSettings(adapter_slots=3, adapter_dir="/a", admin_key_file="/k", memory_bytes=5).worker_options()
     assert told == ["--memory-bytes", "5", "--admin-key-file", "/k", "--adapter-dir", "/a", "--adapter-slots", "3",
                     "--adapter-rank", "16"]  # fmt: skip
