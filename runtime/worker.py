@@ -166,56 +166,61 @@ class Worker:
 
     async def _prepare(self, loading: asyncio.Task[Loaded]) -> Service:
         """Imports the HTTP side while the loader's thread reads the bundle, then joins the two."""
-        from skerry.runtime.adapters import Adapters
-        from skerry.runtime.connections import guarded
-        from skerry.runtime.listener import Listener
-        from skerry.runtime.observe import Observer
-        from skerry.runtime.peft_config import Base
-        from skerry.runtime.prefix_file import PrefixFile
-        from skerry.runtime.scheduler import Limits
-        from skerry.runtime.server import Gate, Options, create_app
-        from skerry.runtime.service import Service
+        from skerry.runtime import listener, server, service  # noqa: F401 - while the loader is busy
 
         loaded = await loading
         self._loaded = True
-        manifest = loaded.bundle.manifest
         if loaded.golden:
             golden = loaded.golden
             self._send("golden", ok=golden.ok, max_error=golden.max_error, mean_error=golden.mean_error)
             golden.require(loaded.bundle)
-        observer = Observer(
-            manifest.engine_digest, manifest.tokenizer_digest, hash_seed=self.options.hash_seed,
-            window_requests=self.options.window_requests, emit=lambda window: self._send("window", window=window),
-        )  # fmt: skip
-        limits = Limits(queue=self.options.max_queue)
-        slots = getattr(loaded.engine, "adapters", None)
-        adapters = Adapters(slots, Base.of(manifest), self.options.adapter_dir)
-        service = Service(
-            loaded.engine, loaded.model(), observer, limits=limits, on_fatal=self._fatal, adapters=adapters
-        )
-        for name, path in self.options.adapters:
-            await adapters.load(name, path)
-        gate = Gate()
-        options = Options(self._access, self.options.body_limit)
-        if self._telemetry:
-            reports = (*options.reports, self._telemetry.report)
-            options = replace(options, reports=reports, content=self._telemetry.content)
-        app = create_app(service, gate, options)
-        if self.options.prefix_directory is not None:
-            self._prefixes = PrefixFile(
-                self.options.prefix_directory, manifest.engine_digest, self.options.prefix_bytes
-            )
-            log.info("%d pages of prefixes read", self._prefixes.restore(loaded.engine, service.loop.scheduler.pool))
-        protocol = guarded(limit=self.options.connections)
-        self._listener = Listener(app, self._socket, gate, service, protocol, self._tls)
-        service.start()
+        opened = await self._open_service(loaded)
+        self._open_listener(opened)
+        opened.start()
         gc.collect()
         gc.freeze()  # what is loaded stays: collections no longer walk it
         self._send(
-            "ready", engine_digest=manifest.engine_digest, manifest_sha256=loaded.bundle.digest, pid=os.getpid(),
-            load_seconds=round(time.monotonic() - self._began, 3),
+            "ready", engine_digest=loaded.bundle.manifest.engine_digest, manifest_sha256=loaded.bundle.digest,
+            pid=os.getpid(), load_seconds=round(time.monotonic() - self._began, 3),
         )  # fmt: skip
+        return opened
+
+    async def _open_service(self, loaded: Loaded) -> Service:
+        from skerry.runtime.adapters import Adapters
+        from skerry.runtime.observe import Observer
+        from skerry.runtime.peft_config import Base
+        from skerry.runtime.prefix_file import PrefixFile
+        from skerry.runtime.scheduler import Limits
+        from skerry.runtime.service import Service
+
+        options, manifest = self.options, loaded.bundle.manifest
+        observer = Observer(
+            manifest.engine_digest, manifest.tokenizer_digest, hash_seed=options.hash_seed,
+            window_requests=options.window_requests, emit=lambda window: self._send("window", window=window),
+        )  # fmt: skip
+        adapters = Adapters(getattr(loaded.engine, "adapters", None), Base.of(manifest), options.adapter_dir)
+        service = Service(
+            loaded.engine, loaded.model(), observer, limits=Limits(queue=options.max_queue), on_fatal=self._fatal,
+            adapters=adapters,
+        )  # fmt: skip
+        for name, path in options.adapters:
+            await adapters.load(name, path)
+        if options.prefix_directory is not None:
+            self._prefixes = PrefixFile(options.prefix_directory, manifest.engine_digest, options.prefix_bytes)
+            log.info("%d pages of prefixes read", self._prefixes.restore(loaded.engine, service.loop.scheduler.pool))
         return service
+
+    def _open_listener(self, service: Service) -> None:
+        from skerry.runtime.connections import guarded
+        from skerry.runtime.listener import Listener
+        from skerry.runtime.server import Gate, Options, create_app
+
+        gate, options = Gate(), Options(self._access, self.options.body_limit)
+        if self._telemetry:
+            reports = (*options.reports, self._telemetry.report)
+            options = replace(options, reports=reports, content=self._telemetry.content)
+        app, protocol = create_app(service, gate, options), guarded(limit=self.options.connections)
+        self._listener = Listener(app, self._socket, gate, service, protocol, self._tls)
 
     def _open_telemetry(self) -> Telemetry | None:
         """Raises SkerryError when it cannot be had; but a variable that an agent happens to have passed on must not

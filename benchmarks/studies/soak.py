@@ -58,7 +58,13 @@ WORDS = [
     "night",
     "long",
 ]
-EXPECTED = {200, 400, 413, 429, 503}
+KINDS = (
+    "chat", "chat", "stream", "stream", "choices", "schema", "tools", "embed", "echo", "leave", "broken", "large",
+    "long",
+)  # fmt: skip
+PATHS = {"embed": "/v1/embeddings", "echo": "/v1/completions"}
+TOOLS = [{"type": "function", "function": {"name": "look", "parameters": SCHEMA}}]
+EXPECTED = {200, 400, 413, 429, 503, 504}
 
 
 @dataclass
@@ -78,7 +84,7 @@ class Seen:
 
 def body(rng: random.Random) -> tuple[str, bytes]:
     """(kind, a request's body), at random."""
-    kind = rng.choice(["chat", "chat", "stream", "stream", "choices", "schema", "leave", "broken", "large", "long"])
+    kind = rng.choice(KINDS)
     if kind == "broken":
         return kind, rng.choice(
             [b"", b"{", b'{"messages": 1}', b"\xff\xfe", b"[" * 5000, b'{"messages": [{"role": 1}]}']
@@ -89,12 +95,18 @@ def body(rng: random.Random) -> tuple[str, bytes]:
     fields: dict[str, Any] = {"max_tokens": rng.choice([1, 8, 30, 60]), "temperature": rng.choice([0, 0.7, 1.2])}
     if kind == "large":
         return kind, json.dumps(
-            {"messages": [{"role": "user", "content": "x" * rng.choice([50_000, 3 << 20])}]}
+            {"messages": [{"role": "user", "content": "x" * rng.choice([50_000, 50_000, 3 << 20, 50 << 20])}]}
         ).encode()
     if kind == "long":
         fields["max_tokens"] = 1 << 20
     if kind == "choices":
         fields["n"] = rng.choice([2, 4])
+    if kind == "embed":
+        return kind, json.dumps({"input": [prompt, prompt[:20]], "pooling": rng.choice(["last", "mean"])}).encode()
+    if kind == "echo":
+        return kind, json.dumps({"prompt": [prompt, "And"], "echo": True, "logprobs": 2, "max_tokens": 5}).encode()
+    if kind == "tools":
+        fields |= {"tools": TOOLS, "tool_choice": rng.choice(["auto", "required"])}
     if kind == "schema":
         fields["response_format"] = {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}}
     if kind in ("stream", "leave"):
@@ -110,7 +122,8 @@ async def ask(session: aiohttp.ClientSession, url: str, rng: random.Random, seen
     kind, raw = body(rng)
     try:
         headers = {"Content-Type": "application/json"}
-        async with session.post(f"{url}/v1/chat/completions", data=raw, headers=headers) as response:
+        path = PATHS.get(kind, "/v1/chat/completions")
+        async with session.post(f"{url}{path}", data=raw, headers=headers) as response:
             if kind == "leave" and response.status == 200:
                 await response.content.read(rng.randrange(1, 400))
                 response.close()
