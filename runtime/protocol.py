@@ -14,6 +14,7 @@ from typing import Any
 
 from skerry.runtime.api_error import ApiError, refuse
 from skerry.runtime.fields import boolean, integer, number, utf8
+from skerry.runtime.formats import FORMAT_FIELDS, Format, parse_format
 from skerry.runtime.messages import message
 from skerry.runtime.request import SamplingParams
 
@@ -23,7 +24,7 @@ COMMON = frozenset({
     "model", "stream", "stream_options", "seed", "temperature", "top_k", "top_p", "min_p", "presence_penalty",
     "frequency_penalty", "repetition_penalty", "logit_bias", "logprobs", "max_tokens", "min_tokens", "ignore_eos",
     "stop", "stop_token_ids", "n", "priority", "timeout", "cache_salt", "include_stop_str_in_output", "speculate",
-})  # fmt: skip
+}) | FORMAT_FIELDS  # fmt: skip
 CHAT = COMMON | {"messages", "max_completion_tokens", "top_logprobs"}
 COMPLETION = COMMON | {"prompt"}
 HARMLESS = frozenset({
@@ -33,12 +34,11 @@ HARMLESS = frozenset({
 # Field and the values that ask for nothing.
 UNIMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (), "prediction": (),
+    "modalities": (["text"],), "audio": (), "prediction": (),
     "web_search_options": (), "reasoning_effort": ("none",), "echo": (False,), "best_of": (1,), "suffix": ("",),
     "use_beam_search": (False,), "length_penalty": (1, 1.0),
     "bad_words": ([],), "skip_special_tokens": (True,),
-    "prompt_logprobs": (0,), "truncate_prompt_tokens": (), "guided_json": (), "guided_regex": (), "guided_choice": (),
-    "guided_grammar": (), "structured_outputs": (), "grammar": ("",), "json_schema": (), "chat_template": (),
+    "prompt_logprobs": (0,), "truncate_prompt_tokens": (), "chat_template": (),
     "chat_template_kwargs": ({},), "add_generation_prompt": (True,), "continue_final_message": (False,),
     "documents": ([],), "mirostat": (0,), "typical_p": (1, 1.0), "tfs_z": (1, 1.0), "n_probs": (0,), "lora": ([],),
     "dry_multiplier": (0, 0.0), "xtc_probability": (0, 0.0), "adapter": (), "prompt_embeds": (),
@@ -73,6 +73,7 @@ class Call:
     timeout: float | None = None
     salt: str = ""
     speculate: bool = True
+    format: Format | None = None
 
     @property
     def text_size(self) -> int:
@@ -169,7 +170,15 @@ def _call(body: dict[str, Any], defaults: Defaults, chat: bool) -> Call:
         priority=integer(body, "priority", -(1 << 31), 1 << 31) or 0,
         timeout=number(body, "timeout", 0.0, 86_400.0, 0.0, above=True) if "timeout" in body else None,
         salt=_salt(body.get("cache_salt", "")), speculate=boolean(body, "speculate", True),
+        format=_format(body, min_tokens),
     )  # fmt: skip
+
+
+def _format(body: dict[str, Any], min_tokens: int) -> Format | None:
+    found = parse_format(body)
+    if found is not None and min_tokens:
+        raise refuse("min_tokens", f"cannot be kept: {found.field} says where the text ends")
+    return found
 
 
 def _sampling(body: dict[str, Any], defaults: Defaults) -> SamplingParams:

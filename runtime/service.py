@@ -12,13 +12,16 @@ import contextlib
 import math
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from skerry.core.chat import ChatTemplate, last_user_text
+from skerry.core.errors import InputError
 from skerry.core.tokenizer import Tokenizer
-from skerry.runtime.api_error import ApiError
+from skerry.runtime.api_error import ApiError, refuse
 from skerry.runtime.engine import Engine, EngineLoop, StepDone
+from skerry.runtime.formats import Format
+from skerry.runtime.grammar import GrammarConstraint, Grammars
 from skerry.runtime.kvcache import root_key
 from skerry.runtime.metrics import Metrics
 from skerry.runtime.observe import Observer, Timing, Trace
@@ -226,12 +229,14 @@ class Service:
         fatal = lambda cause: self._call_soon(on_fatal, cause)  # noqa: E731
         self.loop = EngineLoop(engine, self._deliver, limits=limits, on_fatal=fatal, on_step=self._stepped)
         self.metrics = Metrics(model.name, self.loop.load)
+        self.grammars = Grammars(model.tokenizer, engine.vocab_size, model.stop_ids)
 
     def start(self) -> None:
         self.loop.start()
 
     async def close(self, reason: str = "the server is shutting down") -> None:
         await asyncio.to_thread(self.loop.close, reason)
+        self.grammars.close()
 
     def check_model(self, name: str | None) -> None:
         if name not in (None, *ALIASES, self.model.name):
@@ -245,20 +250,30 @@ class Service:
         self.check_model(call.model)
         in_thread = call.text_size > THREAD_CHARACTERS
         prompt, observed = await asyncio.to_thread(self._encode, call) if in_thread else self._encode(call)
+        ends = frozenset() if call.ignore_eos and call.format is None else self.model.stop_ids
         room = self.loop.scheduler.max_tokens - len(prompt)
         max_tokens = max(1, room) if call.max_tokens is None else call.max_tokens
         request = Request(
-            prompt, max_tokens, call.sampling,
-            call.stop_ids | (frozenset() if call.ignore_eos else self.model.stop_ids), call.min_tokens,
+            prompt, max_tokens, call.sampling, call.stop_ids | ends, call.min_tokens,
             priority=call.priority, deadline=math.inf if call.timeout is None else timing.arrived + call.timeout,
             scope=root_key(self.model.engine_digest.encode(), tenant, call.salt.encode()), speculate=call.speculate,
         )  # fmt: skip
         requests = [choice_of(request, index) for index in range(call.choices)]
+        if call.format is not None:
+            constraints = await self._constraints(call.format, call.choices)
+            requests = [replace(choice, constraint=own) for choice, own in zip(requests, constraints)]
         sequences = self.loop.submit(*requests)
         answer = Answer(self, call, sequences, Trace(timing, len(prompt), observed))
         for number in answer.numbers:
             self._answers[number] = answer
         return answer
+
+    async def _constraints(self, format: Format, count: int) -> list[GrammarConstraint]:
+        try:
+            return await self.grammars.constraints(format, count)
+        except InputError as error:
+            hint = f" ({error.hint})" if error.hint else ""
+            raise refuse(format.field, error.cause + hint, "invalid_format") from error
 
     def stop(self, answer: Answer) -> None:
         for number in answer.numbers:
