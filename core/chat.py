@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ class ChatTemplate:
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         environment.globals["raise_exception"] = self._refuse
+        environment.filters["tojson"] = _to_json
         self.source = source
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
         try:
@@ -47,16 +49,37 @@ class ChatTemplate:
         except (OSError, UnicodeDecodeError) as error:
             raise InputError("read chat template", path, str(error)) from error
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """Raises InputError when the template refuses the messages or fails on them."""
         from jinja2 import TemplateError
 
         try:
             return self._template.render(
-                messages=list(messages), add_generation_prompt=add_generation_prompt, **self._tokens
-            )
-        except (TemplateError, TypeError, ValueError, KeyError, OverflowError, MemoryError) as error:
+                messages=list(messages), add_generation_prompt=add_generation_prompt,
+                tools=None if tools is None else list(tools), **self._tokens,
+            )  # fmt: skip
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            KeyError,
+            AttributeError,
+            RecursionError,
+            OverflowError,
+            MemoryError,
+        ) as error:
             raise InputError("render chat template", "", str(error)) from error
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    """As templates expect it: keys in their order and no HTML escapes, unlike Jinja's own."""
+    known = {key: options[key] for key in ("separators", "sort_keys") if key in options}
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **known)
 
 
 def last_user_text(messages: Sequence[Message]) -> str:

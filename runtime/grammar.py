@@ -32,7 +32,7 @@ MASK_SECONDS = 5.0
 KNOWN = 32  # compiled grammars kept; a copy takes microseconds
 COMPILING = 16  # at once; more are told to come back
 # A lexer's state takes 1 to 2 KB, so one grammar holds 20 MB at most; fuel of 100,000 burns for about 7 ms a step.
-LIMITS = {
+LIMITS: dict[str, Any] = {
     "max_items_in_row": 2_000, "initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 100_000, "step_max_items": 30_000,
     "max_lexer_states": 10_000, "max_grammar_size": 200_000, "verbose_errors": False,
 }  # fmt: skip

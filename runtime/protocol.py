@@ -15,8 +15,9 @@ from typing import Any
 from skerry.runtime.api_error import ApiError, refuse
 from skerry.runtime.fields import boolean, integer, number, utf8
 from skerry.runtime.formats import FORMAT_FIELDS, Format, parse_format
-from skerry.runtime.messages import message
+from skerry.runtime.messages import conversation
 from skerry.runtime.request import SamplingParams
+from skerry.runtime.tools import Tools, parse_tools
 
 MAX_CHOICES, MAX_STOPS, MAX_STOP_LENGTH, MAX_LOGPROBS, MAX_BIASES = 16, 16, 512, 20, 1024
 
@@ -25,15 +26,18 @@ COMMON = frozenset({
     "frequency_penalty", "repetition_penalty", "logit_bias", "logprobs", "max_tokens", "min_tokens", "ignore_eos",
     "stop", "stop_token_ids", "n", "priority", "timeout", "cache_salt", "include_stop_str_in_output", "speculate",
 }) | FORMAT_FIELDS  # fmt: skip
-CHAT = COMMON | {"messages", "max_completion_tokens", "top_logprobs"}
+CHAT = COMMON | {
+    "messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls",
+}  # fmt: skip
 COMPLETION = COMMON | {"prompt"}
 HARMLESS = frozenset({
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "parallel_tool_calls", "verbosity",
+    "verbosity",
 })  # fmt: skip
 # Field and the values that ask for nothing.
 UNIMPLEMENTED: dict[str, tuple[Any, ...]] = {
-    "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
+    "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
+    "function_call": ("none", "auto"),
     "modalities": (["text"],), "audio": (), "prediction": (),
     "web_search_options": (), "reasoning_effort": ("none",), "echo": (False,), "best_of": (1,), "suffix": ("",),
     "use_beam_search": (False,), "length_penalty": (1, 1.0),
@@ -55,7 +59,7 @@ class Call:
 
     chat: bool
     model: str | None
-    messages: tuple[Mapping[str, str], ...] | None
+    messages: tuple[Mapping[str, Any], ...] | None
     prompt_text: str | None
     prompt_ids: tuple[int, ...] | None
     sampling: SamplingParams
@@ -74,11 +78,14 @@ class Call:
     salt: str = ""
     speculate: bool = True
     format: Format | None = None
+    tools: Tools | None = None
 
     @property
     def text_size(self) -> int:
         """Characters to tokenize, template included; decides whether that is worth a thread."""
-        return sum(len(m["content"]) + 32 for m in self.messages or ()) + len(self.prompt_text or "")
+        tools = self.tools.size if self.tools is not None else 0
+        said = sum(len(m["content"]) + 32 + len(str(m.get("tool_calls", ""))) for m in self.messages or ())
+        return said + tools + len(self.prompt_text or "")
 
 
 @dataclass(frozen=True)
@@ -118,9 +125,15 @@ def parse_chat(body: dict[str, Any], defaults: Defaults) -> Call:
     if top is not None and not wanted:
         raise refuse("top_logprobs", "needs logprobs: true")
     logprobs = (top or 0) if wanted else None
+    tools = parse_tools(body)
+    if tools is not None and tools.forced and call.min_tokens:
+        raise refuse("min_tokens", "cannot be kept: tool_choice says where the text ends")
+    if tools is not None and call.format is not None:
+        raise refuse(call.format.field, "cannot be combined with tools; set tool_choice to none for the last answer")
     return replace(
-        call, messages=tuple(message(m, f"messages[{i}]") for i, m in enumerate(messages)), logprobs=logprobs,
+        call, messages=conversation(messages), logprobs=logprobs,
         max_tokens=older if limit is None else limit, sampling=replace(call.sampling, top_n=logprobs or 0),
+        tools=tools,
     )  # fmt: skip
 
 

@@ -19,6 +19,19 @@ class TokenInfo:
     top: tuple[tuple[str, bytes, float], ...]
 
 
+@dataclass(frozen=True)
+class ToolCall:
+    """A call that is whole; `arguments` is JSON, `index` its place among the answer's calls."""
+
+    id: str
+    name: str
+    arguments: str
+    index: int
+
+    def body(self) -> dict[str, Any]:
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+
+
 @dataclass
 class Piece:
     """A stretch of one choice's output: text that may be shown, the tokens it came from, and perhaps the end."""
@@ -27,6 +40,7 @@ class Piece:
     text: str
     tokens: list[TokenInfo] = field(default_factory=list)
     finish: str | None = None
+    calls: list[ToolCall] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -62,7 +76,7 @@ class Form:
 
     def whole(self, pieces: list[Piece], usage: Usage) -> dict[str, Any]:
         """The answer without streaming; `pieces` is one whole choice each."""
-        choices = [self._choice(piece, {"role": "assistant", "content": piece.text}, "message") for piece in pieces]
+        choices = [self._choice(piece, _message(piece), "message") for piece in pieces]
         return {**self._whole, "choices": choices, "usage": usage.body()}
 
     def opening(self, choices: int) -> list[dict[str, Any]]:
@@ -78,6 +92,11 @@ class Form:
         if piece.text or piece.tokens:
             shown = Piece(piece.index, piece.text, piece.tokens)
             events.append(self._event([self._choice(shown, {"content": piece.text}, "delta")]))
+        for call in piece.calls:
+            named = {"index": call.index, **call.body(), "function": {"name": call.name, "arguments": ""}}
+            given = {"index": call.index, "function": {"arguments": call.arguments}}
+            for delta in (named, given):
+                events.append(self._event([self._choice(Piece(piece.index, ""), {"tool_calls": [delta]}, "delta")]))
         if piece.finish:
             events.append(self._event([self._choice(Piece(piece.index, "", [], piece.finish), {}, "delta")]))
         return events
@@ -88,7 +107,7 @@ class Form:
     def _event(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self._chunk, "choices": choices}
 
-    def _choice(self, piece: Piece, content: dict[str, str], name: str) -> dict[str, Any]:
+    def _choice(self, piece: Piece, content: dict[str, Any], name: str) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": piece.index, "logprobs": self._logprobs(piece)}
         if self.chat:
             choice[name] = content
@@ -114,6 +133,12 @@ class Form:
             "top_logprobs": [{text: logprob for text, _, logprob in token.top} for token in piece.tokens],
             "text_offset": offsets,
         }
+
+
+def _message(piece: Piece) -> dict[str, Any]:
+    if not piece.calls:
+        return {"role": "assistant", "content": piece.text}
+    return {"role": "assistant", "content": piece.text or None, "tool_calls": [call.body() for call in piece.calls]}
 
 
 def _chat_token(token: TokenInfo) -> dict[str, Any]:

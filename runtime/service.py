@@ -27,9 +27,11 @@ from skerry.runtime.metrics import Metrics
 from skerry.runtime.observe import Observer, Timing, Trace
 from skerry.runtime.protocol import Call, Defaults
 from skerry.runtime.request import Request, SampledToken, Sequence, Update, choice_of
-from skerry.runtime.responses import Piece, TokenInfo, Usage
+from skerry.runtime.responses import Piece, TokenInfo, ToolCall, Usage
 from skerry.runtime.scheduler import Limits
 from skerry.runtime.tokenizer import Detokenizer, StopStrings, token_bytes
+from skerry.runtime.tool_chat import ToolChat
+from skerry.runtime.tool_parsers import CallParser
 from skerry.runtime.trail import Account, Content, current, note_error
 
 # Longer texts are tokenized in a thread: at about 1 MB/s, this many characters take 4 ms.
@@ -59,13 +61,17 @@ class Model:
 class Choice:
     """One of a request's n outputs: its sequence, and the text so far."""
 
-    def __init__(self, index: int, sequence: Sequence, call: Call, tokenizer: Tokenizer) -> None:
+    def __init__(self, index: int, sequence: Sequence, call: Call, tokenizer: Tokenizer, chat: ToolChat) -> None:
+        decode: Callable[[list[int]], str] = tokenizer.decode
+        self._parser: CallParser | None = None
+        if call.tools is not None:
+            self._parser, decode = chat.parser(call.tools), chat.decode
         self.index, self.sequence = index, sequence
         self.tokens = 0
         self.finish = ""
         self.first_at = self.last_at = 0.0
         self._tokenizer = tokenizer
-        self._detokenizer = Detokenizer(tokenizer.decode, sequence.request.prompt)
+        self._detokenizer = Detokenizer(decode, sequence.request.prompt)
         self._stops = StopStrings(call.stops, call.shows_stop)
         self._infos: list[TokenInfo] | None = [] if call.logprobs is not None else None
 
@@ -83,10 +89,23 @@ class Choice:
         if finish and not self._stops.hit:
             text += self._stops.finish()
         self.finish = "stop" if self._stops.hit else finish
-        if not (text or self.finish):
+        text, calls = self._read(text)
+        if not (text or calls or self.finish):
             return None
         infos, self._infos = self._infos, [] if self._infos is not None else None
-        return Piece(self.index, text, infos or [], self.finish or None)
+        return Piece(self.index, text, infos or [], self.finish or None, calls)
+
+    def _read(self, text: str) -> tuple[str, list[ToolCall]]:
+        """Tells calls from text. Where one call is all that may come, it ends the answer."""
+        if self._parser is None:
+            return text, []
+        text, calls = self._parser.push(text)
+        if self.finish:
+            rest, more = self._parser.finish()
+            text, calls = text + rest, calls + more
+        if self._parser.done or (self._parser.calls and self.finish == "stop"):
+            self.finish = "tool_calls"
+        return text, calls
 
     def _info(self, token: SampledToken) -> TokenInfo:
         top = tuple((*self._spell(id), max(logprob, LOWEST_LOGPROB)) for id, logprob in token.top)
@@ -104,7 +123,7 @@ class Answer:
         self._service = service
         self._trace = trace
         self._choices = {
-            sequence.request.number: Choice(index, sequence, call, service.model.tokenizer)
+            sequence.request.number: Choice(index, sequence, call, service.model.tokenizer, service.tool_chat)
             for index, sequence in enumerate(sequences)
         }
         self._news: asyncio.Queue[Update | None] = asyncio.Queue()
@@ -163,6 +182,7 @@ class Answer:
             part = merged[piece.index]
             part.text += piece.text
             part.tokens += piece.tokens
+            part.calls += piece.calls
             part.finish = piece.finish or part.finish
         return merged
 
@@ -229,6 +249,7 @@ class Service:
         fatal = lambda cause: self._call_soon(on_fatal, cause)  # noqa: E731
         self.loop = EngineLoop(engine, self._deliver, limits=limits, on_fatal=fatal, on_step=self._stepped)
         self.metrics = Metrics(model.name, self.loop.load)
+        self.tool_chat = ToolChat(model.template, model.tokenizer)
         self.grammars = Grammars(model.tokenizer, engine.vocab_size, model.stop_ids)
 
     def start(self) -> None:
@@ -250,6 +271,8 @@ class Service:
         self.check_model(call.model)
         in_thread = call.text_size > THREAD_CHARACTERS
         prompt, observed = await asyncio.to_thread(self._encode, call) if in_thread else self._encode(call)
+        if call.tools is not None and call.tools.forced:
+            call = replace(call, format=self.tool_chat.format(call.tools))
         ends = frozenset() if call.ignore_eos and call.format is None else self.model.stop_ids
         room = self.loop.scheduler.max_tokens - len(prompt)
         max_tokens = max(1, room) if call.max_tokens is None else call.max_tokens
@@ -314,7 +337,7 @@ class Service:
             prompt = call.prompt_ids if call.prompt_ids is not None else tuple(encode(call.prompt_text or ""))
             observed = prompt
         else:
-            prompt = tuple(encode(self.model.template.render(call.messages)))
+            prompt = tuple(encode(self.tool_chat.render(call.messages, call.tools)))
             observed = tuple(encode(last_user_text(call.messages)))
         if not prompt:
             raise ApiError(400, "the prompt has no tokens", param="messages" if call.chat else "prompt")

@@ -2,7 +2,7 @@
 
 | family | what the model says |
 |---|---|
-| hermes | `<tool_call>{"name": .., "arguments": {..}}</tool_call>`, once a call: Hermes, Qwen, SmolLM; also the generic one |
+| hermes | `<tool_call>{"name": .., "arguments": {..}}</tool_call>`, once a call; also the generic one |
 | llama | `{"name": .., "parameters": {..}}` as the whole answer, or after `<|python_tag|>`; several with `;` between |
 | mistral | `[TOOL_CALLS][{..}, {..}]`, or `[TOOL_CALLS]name[ARGS]{..}` |
 | phi | `<|tool_call|>[{..}, {..}]<|/tool_call|>` |
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NoReturn
 
+from skerry.runtime.responses import ToolCall
 from skerry.runtime.tokenizer import overlap
 
 SPACE = " \t\r\n"
@@ -88,15 +89,6 @@ def family_of(template: str) -> Family:
     if "<tool_call>" not in template and ("<|python_tag|>" in template or "<|start_header_id|>" in template):
         return LLAMA if re.search(r"\btools\b", template) else HERMES
     return HERMES
-
-
-@dataclass(frozen=True)
-class ToolCall:
-    """`arguments` is the JSON of an object."""
-
-    id: str
-    name: str
-    arguments: str
 
 
 class _At(Enum):
@@ -272,7 +264,7 @@ class CallParser:
 
     def _call(self, raw: str) -> ToolCall | None:
         found = _function(raw, self._name, self._mark > 1 or self.calls > 0 or not self._family.bare)
-        return None if found is None else ToolCall(self._family.new_id(), *found)
+        return None if found is None else ToolCall(self._family.new_id(), *found, self.calls)
 
     def _no_call(self, shown: list[str]) -> bool:
         self._show(self._held[: self._mark], shown)

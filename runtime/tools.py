@@ -13,7 +13,6 @@ from skerry.runtime.fields import boolean, utf8
 
 MAX_TOOLS, MAX_TOOL_SIZE, MAX_TOOLS_SIZE, MAX_DEPTH = 128, 64 << 10, 256 << 10, 32
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 @dataclass(frozen=True)
@@ -28,15 +27,10 @@ class Tools:
     size: int = 0
 
     @property
-    def schemas(self) -> dict[str, dict[str, Any]]:
-        """Name and parameters of each function that may be called, in order. A schema that leaves its type open is
-        of an object: arguments are nothing else."""
+    def wanted(self) -> list[Mapping[str, Any]]:
+        """The functions that may be called."""
         functions = [tool["function"] for tool in self.given]
-        return {
-            f["name"]: {"type": "object", **(f.get("parameters") or NO_PARAMETERS)}
-            for f in functions
-            if self.named in ("", f["name"])
-        }
+        return [function for function in functions if self.named in ("", function["name"])]
 
 
 def parse_tools(body: Mapping[str, Any]) -> Tools | None:

@@ -146,7 +146,8 @@ BAD_FIELDS = [
     ({"stop": ["x"] * 17}, "stop"), ({"n": 0}, "n"), ({"logit_bias": {"999": 1}}, "logit_bias"),
     ({"logit_bias": {"1": 200}}, "logit_bias"), ({"logit_bias": {"-1": 1}}, "logit_bias"),
     ({"stream": "yes"}, "stream"), ({"stream_options": {"include_usage": True}}, "stream_options"),
-    ({"tools": [{"type": "function"}]}, "tools"), ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"tools": [{"type": "function"}]}, "tools[0].function"),
+    ({"response_format": {"type": "yaml"}}, "response_format.type"),
     ({"top_logprobs": 2}, "top_logprobs"), ({"presence_penalty": 3}, "presence_penalty"),
     ({"repetition_penalty": 0}, "repetition_penalty"), ({"temprature": 1}, "temprature"),
     ({"max_completion_tokens": 4}, "max_completion_tokens"), ({"messages": []}, "messages"),
@@ -156,7 +157,7 @@ BAD_FIELDS = [
     ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content"),
     ({"min_tokens": 9}, "min_tokens"), ({"priority": "high"}, "priority"), ({"timeout": 0}, "timeout"),
     ({"stop_token_ids": [-1]}, "stop_token_ids"), ({"cache_salt": 1}, "cache_salt"),
-    ({"guided_json": {}}, "guided_json"), ({"echo": True}, "echo"),
+    ({"guided_json": 5}, "guided_json"), ({"echo": True}, "echo"),
 ]  # fmt: skip
 
 
