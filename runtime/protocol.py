@@ -129,7 +129,10 @@ def parse_chat(body: dict[str, Any], defaults: Defaults) -> Call:
     if tools is not None and tools.forced and call.min_tokens:
         raise refuse("min_tokens", "cannot be kept: tool_choice says where the text ends")
     if tools is not None and call.format is not None:
-        raise refuse(call.format.field, "cannot be combined with tools; set tool_choice to none for the last answer")
+        if tools.forced:
+            raise refuse("tool_choice", f"lets the model only call, and {call.format.field} asks for an answer")
+        if call.format.kind != "json":
+            raise refuse(call.format.field, "cannot be combined with tools; a JSON schema can")
     return replace(
         call, messages=conversation(messages), logprobs=logprobs,
         max_tokens=older if limit is None else limit, sampling=replace(call.sampling, top_n=logprobs or 0),

@@ -207,7 +207,7 @@ class Answer:
             self._trace.add(update.token.logprob, update.token.entropy)
         piece = choice.push(update.token, update.finish)
         if piece is not None and self._content is not None:
-            self._content.answered(choice.index, piece.text)
+            self._content.answered(choice.index, piece.text + "".join(map(str, piece.calls)))
         if choice.finish and not update.finish:
             self._service.loop.cancel(choice.sequence)
         return piece
@@ -271,8 +271,8 @@ class Service:
         self.check_model(call.model)
         in_thread = call.text_size > THREAD_CHARACTERS
         prompt, observed = await asyncio.to_thread(self._encode, call) if in_thread else self._encode(call)
-        if call.tools is not None and call.tools.forced:
-            call = replace(call, format=self.tool_chat.format(call.tools))
+        if call.tools is not None and (call.tools.forced or call.format is not None):
+            call = replace(call, format=self.tool_chat.format(call.tools, call.format))
         ends = frozenset() if call.ignore_eos and call.format is None else self.model.stop_ids
         room = self.loop.scheduler.max_tokens - len(prompt)
         max_tokens = max(1, room) if call.max_tokens is None else call.max_tokens

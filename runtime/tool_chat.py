@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from skerry.core.errors import InputError
 from skerry.runtime.formats import Format, lark_string
+from skerry.runtime.grammar import JSON_STYLE
 from skerry.runtime.tool_parsers import HERMES, CallParser, family_of
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ For each function call, return a json object with function name and arguments wi
 <tool_call>
 {{"name": <function-name>, "arguments": <args-json-object>}}
 </tool_call>"""
-JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 NO_PARAMETERS = {"type": "object", "properties": {}}
 # Keywords beside which additionalProperties: false would forbid what they allow.
 COMPOSING = frozenset({"$ref", "allOf", "anyOf", "oneOf", "if", "patternProperties", "unevaluatedProperties"})
@@ -71,8 +71,9 @@ class ToolChat:
             return self._tokenizer.decode(ids)
         return self._tokenizer.decode([id for id in ids if id not in self._hidden], skip_special=False)
 
-    def format(self, tools: Tools) -> Format:
-        """The grammar of an answer that is calls and nothing else, such that the parser finds them."""
+    def format(self, tools: Tools, answer: Format | None = None) -> Format:
+        """The grammar of an answer that is calls and nothing else, such that the parser finds them; or, where the
+        client asks for JSON when nothing is called, either that or calls."""
         family, single = self.family, not tools.parallel or bool(tools.named)
         rules = []
         for index, function in enumerate(tools.wanted):
@@ -85,12 +86,15 @@ class ToolChat:
         opening, close = self._marker(family.opens[0]), self._marker(family.close)
         pad = lark_string(family.pad) if family.pad else ""
         if family.bare:
-            rules += ["one: call", f"start: one {more}"]
+            rules += ["one: call", f"calls: one {more}"]
         elif family.listed:
-            rules += ["one: call", f'start: {opening} "[" one {more} "]" {close}']
+            rules += ["one: call", f'calls: {opening} "[" one {more} "]" {close}']
         else:
-            rules += [f"one: {opening} {pad} call {pad} {close}", f"start: one {more}"]
-        return Format("lark", "\n".join(rules), "tools")
+            rules += [f"one: {opening} {pad} call {pad} {close}", f"calls: one {more}"]
+        if answer is None:
+            return Format("lark", "\n".join([*rules, "start: calls"]), "tools")
+        rules += ["start: calls | answer", f"answer: %json {json.dumps(_answer(answer), ensure_ascii=False)}"]
+        return Format("lark", "\n".join(rules), answer.field)
 
     def _marker(self, text: str) -> str:
         """A marker that is one token is that token: its letters would be another text to the model."""
@@ -211,6 +215,16 @@ def _arguments(function: Mapping[str, Any]) -> dict[str, Any]:
     if "properties" in schema and not COMPOSING & schema.keys():
         schema.setdefault("additionalProperties", False)
     return {**schema, "x-guidance": {**JSON_STYLE, "lenient": function.get("strict") is not True}}
+
+
+def _answer(format: Format) -> dict[str, Any]:
+    """The schema of a format of kind json, in its style."""
+    schema, style = json.loads(format.source), dict(JSON_STYLE)
+    if isinstance(schema, bool):
+        schema = {} if schema else {"enum": []}
+    if format.whitespace:
+        style |= {"whitespace_pattern": format.whitespace, "item_separator": ",", "key_separator": ":"}
+    return {**schema, "x-guidance": style}
 
 
 def _joined(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -317,7 +317,8 @@ def called(arguments: Any, **call: Any) -> dict[str, Any]:
         ({"tools": [CLOCK], "tool_choice": {"type": "function", "function": {"name": "x"}}},
          "tool_choice.function.name"),
         ({"tools": [CLOCK], "parallel_tool_calls": 1}, "parallel_tool_calls"),
-        ({"tools": [CLOCK], "response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": [CLOCK], "tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice"),
+        ({"tools": [CLOCK], "guided_regex": "a+"}, "guided_regex"),
         ({"tools": [CLOCK], "tool_choice": "required", "min_tokens": 2}, "min_tokens"),
         ({"functions": [{"name": "a"}]}, "functions"), ({"function_call": {"name": "a"}}, "function_call"),
         (said(), "messages[1].content"), (said(tool_calls=5), "messages[1].tool_calls"),
@@ -451,6 +452,35 @@ def test_calls_and_text_of_a_model_that_decides_itself(start, fake, run):
                 assert (choice.message.content, choice.message.tool_calls) == (answers["one"], None)
             await server.idle()
             await client.close()
+
+    run(scenario())
+
+
+@every_family
+def test_json_or_calls_where_both_are_asked_for(start, fake, run, tokenizer, family):
+    """With tools at the model's choice and a response_format, an answer is the one or the other, never loose text."""
+    model = served(tokenizer, SHORT.format(SPELLED[family.name]))
+    shape = {"type": "object", "properties": {"rain": {"type": "boolean"}}, "required": ["rain"],
+             "additionalProperties": False}  # fmt: skip
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": shape}}
+    ask = {**ASK, "tools": [CLOCK], "response_format": wanted, "max_tokens": 900, "parallel_tool_calls": False}
+
+    def leans(letter: str) -> Any:
+        """A model that says the brace or bracket it wants first, and then whatever is allowed."""
+        return lambda context: ord(letter) if context[-1] == ord(">") else ord("{") if letter == "{" else ord("r")
+
+    async def scenario() -> None:
+        for letter in ("{", family.opens[0][0]):
+            async with start(fake(script=leans(letter), pages=400, max_context=1500), model=model) as server:
+                client = client_of(server)
+                choice = (await client.chat.completions.create(**ask)).choices[0]
+                if choice.message.tool_calls:
+                    assert (choice.message.tool_calls[0].function.name, choice.message.content) == ("clock", None)
+                else:
+                    jsonschema.validate(json.loads(choice.message.content), shape)
+                if not family.bare:
+                    assert bool(choice.message.tool_calls) == (letter != "{")
+                await client.close()
 
     run(scenario())
 
