@@ -13,6 +13,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from skerry.core.errors import InputError
@@ -52,7 +53,9 @@ class ToolChat:
         self._template, self._tokenizer = template, tokenizer
         source = template.source
         self._knows_tools = bool(re.search(r"\btools\b", source))
-        self.family = family_of(source) if self._knows_tools else HERMES
+        family = family_of(source) if self._knows_tools else HERMES
+        spelled = sorted(family.opens, key=lambda marker: marker not in source)  # the template's own marker first
+        self.family = replace(family, opens=tuple(spelled))
         self._knows_calls = self._knows_tools and "tool_calls" in source
         self._in_system = bool(re.search(r"""\[['"]tools['"]\]|message\.tools\b""", source))
         self._wants_none = bool(re.search(r"""content(['"]\])? is none""", source))

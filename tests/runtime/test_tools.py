@@ -17,9 +17,11 @@ from skerry.core.chat import ChatTemplate
 from skerry.core.errors import InputError
 from skerry.core.tokenizer import Tokenizer
 from skerry.runtime.api_error import ApiError
+from skerry.runtime.grammar import Grammars
 from skerry.runtime.protocol import Defaults, parse_chat
 from skerry.runtime.responses import ToolCall
 from skerry.runtime.service import Model
+from skerry.runtime.tokenizer import Detokenizer
 from skerry.runtime.tool_chat import ToolChat
 from skerry.runtime.tool_parsers import FAMILIES, GRANITE, HERMES, LLAMA, MISTRAL, PHI, CallParser, Family, family_of
 from skerry.runtime.tools import Tools, parse_tools
@@ -342,6 +344,32 @@ def test_what_is_refused_by_name(fields: dict[str, Any], param: str):
     assert (caught.value.status, caught.value.param) == (400, param)
 
 
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats()
+    | st.sampled_from(["function", "a", "{}", "\ud800", "object"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.sampled_from(["type", "function", "name", "parameters", "description", "id", "arguments", "strict"]), inner
+    ),
+    max_leaves=12,
+)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(JSON, JSON, JSON, JSON, st.booleans())
+def test_whatever_stands_there_is_taken_or_refused(tools: Any, choice: Any, calls: Any, id: Any, wrapped: bool):
+    if wrapped:
+        tools, calls = [{"type": "function", "function": tools}], [{"id": "c", "type": "function", "function": calls}]
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": None, "tool_calls": calls},
+                {"role": "tool", "content": "y", "tool_call_id": id}]  # fmt: skip
+    for body in ({"messages": messages[:1], "tools": tools, "tool_choice": choice}, {"messages": messages}):
+        try:
+            made = parse_chat(body, Defaults(9))
+        except ApiError as refused:
+            assert refused.status == 400 and refused.param and refused.param in refused.message
+        else:
+            json.dumps([made.messages, made.tools and list(made.tools.given)], ensure_ascii=False).encode()
+
+
 def test_what_a_request_comes_to():
     body = {"tools": [WEATHER, CLOCK], "parallel_tool_calls": False}
     made = parse_tools(body)
@@ -393,7 +421,7 @@ def test_forced_calls_over_openais_client(start, fake, run, tokenizer, family):
 
     async def scenario() -> None:
         async with start(fake(pages=400, max_context=1500), model=model) as server:
-            assert server.service.tool_chat.family is family
+            assert server.service.tool_chat.family == family
             client = client_of(server)
             named = {"type": "function", "function": {"name": "weather"}}
             for fields in (
@@ -537,7 +565,7 @@ def test_a_real_engine_is_forced_to_call(bundles, start, run):
     run(scenario())
 
 
-def test_special_tokens_that_mark_calls_are_spelled_and_forced():
+def test_special_tokens_that_mark_calls_are_spelled_and_forced(run):
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Inner
 
@@ -552,5 +580,15 @@ def test_special_tokens_that_mark_calls_are_spelled_and_forced():
     chat = ToolChat(ChatTemplate(NEMO), tokenizer)
     assert chat.decode(ids) == "hi [TOOL_CALLS][{é}]"
     assert ToolChat(ChatTemplate(PLAIN), tokenizer).decode(ids) == "hi [{é}]"
-    assert f"<[{tokenizer.id('[TOOL_CALLS]')}]>" in chat.format(Tools((CLOCK,), forced=True)).source
+    grammars = Grammars(tokenizer, tokenizer.vocab_size, [tokenizer.id("<s>")])
+    (constraint,) = run(grammars.constraints(chat.format(Tools((CLOCK,), forced=True)), 1))
+    forced = constraint.forced(99)
+    assert forced[0] == tokenizer.id("[TOOL_CALLS]")
+    assert chat.decode(forced) == '[TOOL_CALLS][{"name": "clock", "arguments": {}}'
+    grammars.close()
+    answered = f'hi {chat.family.opens[0]}[{{"name": "clock"}}]'
+    detokenizer, parser = Detokenizer(chat.decode, ids[:3]), chat.parser(Tools((CLOCK,)))
+    found = [parser.push(detokenizer.push(id)) for id in tokenizer.encode(answered)]
+    assert [call.name for _, calls in found for call in calls] == ["clock"]
+    assert "".join(text for text, _ in found) == "hi"
     assert ToolCall("1", "n", "{}", 0).body()["function"] == {"name": "n", "arguments": "{}"}
