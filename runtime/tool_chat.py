@@ -42,6 +42,8 @@ For each function call, return a json object with function name and arguments wi
 {{"name": <function-name>, "arguments": <args-json-object>}}
 </tool_call>"""
 NO_PARAMETERS = {"type": "object", "properties": {}}
+NEEDLE = "kq7needle"  # no template says that by itself
+RESULT_ROLES = ("tool", "tool_response", "tool_results", "ipython")
 # Keywords beside which additionalProperties: false would forbid what they allow.
 COMPOSING = frozenset({"$ref", "allOf", "anyOf", "oneOf", "if", "patternProperties", "unevaluatedProperties"})
 
@@ -113,8 +115,10 @@ class ToolChat:
         if not given and not spoken:
             return self._template.render(messages)
         shaped = [self._shape(m) for m in (self._alone(messages) if spoken and self._one_call else messages)]
+        if spoken and not self._result_role:
+            shaped = _joined(shaped)
         if not self._knows_tools:
-            return self._template.render(self._instructed(_joined(shaped), given) if given else _joined(shaped))
+            return self._template.render(self._instructed(shaped, given) if given else shaped)
         if self._in_system and given:
             functions = json.dumps([tool["function"] for tool in given], ensure_ascii=False)
             shaped = _with_system(shaped, "", {"tools": functions})
@@ -123,9 +127,9 @@ class ToolChat:
     def _shape(self, message: Message) -> dict[str, Any]:
         """A message as the template takes it."""
         if message["role"] == "tool":
-            if not self._knows_tools:
+            if not self._result_role:
                 return {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
-            return {**message, "tool_call_id": self._id(message["tool_call_id"])}
+            return {**message, "role": self._result_role, "tool_call_id": self._id(message["tool_call_id"])}
         calls = message.get("tool_calls")
         if not calls:
             return dict(message)
@@ -181,16 +185,23 @@ class ToolChat:
         except InputError:
             return None
 
-    def _with_calls(self, arguments: Any, count: int) -> str | None:
+    def _with_calls(self, arguments: Any, count: int, role: str = "tool") -> str | None:
         calls = [
             {"id": f"abcdefgh{i}", "type": "function", "function": {"name": "f", "arguments": arguments}}
             for i in range(count)
         ]
-        results = [
-            {"role": "tool", "content": "r", "tool_call_id": call["id"], "name": "f"} for call in calls
-        ]  # fmt: skip
-        asked: Message = {"role": "user", "content": "q"}
-        return self._tried(asked, {"role": "assistant", "content": "", "tool_calls": calls}, *results)
+        said = {"content": "", "tool_calls": calls} if self._knows_calls else {"content": "a"}
+        results = [{"role": role, "content": NEEDLE, "tool_call_id": call["id"], "name": "f"} for call in calls]
+        return self._tried({"role": "user", "content": "q"}, {"role": "assistant", **said}, *results)
+
+    @functools.cached_property
+    def _result_role(self) -> str:
+        """Whose words a result is; "" where the template shows it under no role of a tool's."""
+        for role in RESULT_ROLES if self._knows_tools else ():
+            for arguments in ({}, "{}"):
+                if NEEDLE in (self._with_calls(arguments, 1, role) or ""):
+                    return role
+        return ""
 
     @functools.cached_property
     def _wants_strings(self) -> bool:
@@ -207,8 +218,8 @@ class ToolChat:
 
     @functools.cached_property
     def _takes_system(self) -> bool:
-        shown = self._tried({"role": "system", "content": "needle"}, {"role": "user", "content": "q"})
-        return shown is not None and "needle" in shown
+        shown = self._tried({"role": "system", "content": NEEDLE}, {"role": "user", "content": "q"})
+        return shown is not None and NEEDLE in shown
 
 
 def _arguments(function: Mapping[str, Any]) -> dict[str, Any]:

@@ -263,6 +263,17 @@ def test_arguments_as_text_and_no_content_where_a_template_takes_it_so(tokenizer
     assert shown.startswith("<user>hi" + f"clock({SAID})<tool>noon 0[")
 
 
+def test_results_take_the_role_that_the_template_shows(tokenizer):
+    asked = "{{ tools | tojson }}{% for m in messages %}{% if m.role in ['user', 'assistant'ROLE] %}<{{ m.role }}>"
+    source = asked + "{{ m.content }}{% endif %}{% endfor %}"
+    assert rendered(source.replace("ROLE", ", 'tool_response'"), tokenizer, conversation(1)).endswith(
+        "<tool_response>noon 0"
+    )
+    told = rendered(source.replace("ROLE", ""), tokenizer, conversation())
+    answers = "\n".join(f"<tool_response>\nnoon {i}\n</tool_response>" for i in (1, 0))
+    assert told.endswith(f"</tool_call><user>{answers}")
+
+
 def test_templates_without_tools_get_a_preamble_and_words(tokenizer):
     shown = rendered(PLAIN, tokenizer, conversation(system=True))
     assert shown.startswith("<system>be brief\n\n# Tools") and json.dumps(WEATHER) in shown
