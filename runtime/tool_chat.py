@@ -197,8 +197,9 @@ class ToolChat:
     @functools.cached_property
     def _result_role(self) -> str:
         """Whose words a result is; "" where the template shows it under no role of a tool's."""
+        written: tuple[Any, ...] = ({}, "{}")
         for role in RESULT_ROLES if self._knows_tools else ():
-            for arguments in ({}, "{}"):
+            for arguments in written:
                 if NEEDLE in (self._with_calls(arguments, 1, role) or ""):
                     return role
         return ""
