@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from skerry.core.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
+FAULTS = (TypeError, ValueError, KeyError, AttributeError, RecursionError, OverflowError, MemoryError)  # of a template
 MAX_TEMPLATE = 256 << 10
 
 
@@ -57,7 +58,7 @@ class ChatTemplate:
         given = {"tools": None, **self._tokens, **variables}
         try:
             return self._template.render(messages=list(messages), add_generation_prompt=add_generation_prompt, **given)
-        except (TemplateError, TypeError, ValueError, KeyError, OverflowError, MemoryError) as error:
+        except (TemplateError, *FAULTS) as error:
             raise InputError("render chat template", "", str(error)) from error
 
 

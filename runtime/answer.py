@@ -18,7 +18,7 @@ from skerry.runtime.protocol import Call
 from skerry.runtime.request import SampledToken, Sequence, Update
 from skerry.runtime.responses import Piece, TokenInfo, ToolCall, Usage
 from skerry.runtime.tokenizer import Detokenizer, StopStrings, is_special, token_bytes
-from skerry.runtime.tools import CallReader, family_of, spelling_decoder
+from skerry.runtime.tool_parsers import CallParser
 from skerry.runtime.trail import Account, Content, current, merged, note_error
 
 if TYPE_CHECKING:
@@ -70,11 +70,10 @@ class Choice:
         self.first_at = self.last_at = 0.0
         self._tokenizer, self._call = tokenizer, call
         self._echo = encoded.echo
-        self._reader: CallReader | None = None
+        self._parser: CallParser | None = None
         decode: Callable[[list[int]], str] = functools.partial(tokenizer.decode, skip_special=call.skip_special)
         if call.tools is not None:
-            family = family_of(model.template.source)
-            self._reader, decode = CallReader(family, call.tools), spelling_decoder(tokenizer, family)
+            self._parser, decode = model.chat.parser(call.tools), model.chat.decode
         self._detokenizer = Detokenizer(decode, sequence.request.prompt)
         self._stops = StopStrings(call.stops, call.shows_stop)
         self._infos: list[TokenInfo] | None = [] if call.logprobs is not None else None
@@ -102,14 +101,14 @@ class Choice:
         return Piece(self.index, text, infos or [], self.finish or None, calls=calls)
 
     def _read(self, text: str) -> tuple[str, list[ToolCall]]:
-        """Tells calls from text. The last call that was asked for ends the answer."""
-        if self._reader is None:
+        """Tells calls from text. Where one call is all that may come, it ends the answer."""
+        if self._parser is None:
             return text, []
-        text, calls = self._reader.push(text)
-        if self.finish and not self._reader.done:
-            rest, more = self._reader.finish()
+        text, calls = self._parser.push(text)
+        if self.finish:
+            rest, more = self._parser.finish()
             text, calls = text + rest, calls + more
-        if self._reader.done or (self._reader.count and self.finish == "stop"):
+        if self._parser.done or (self._parser.calls and self.finish == "stop"):
             self.finish = "tool_calls"
         return text, calls
 
@@ -257,7 +256,7 @@ class Answer:
                 choice.trace.add(update.token.logprob, update.token.entropy)
         piece = choice.push(update.token, update.finish)
         if piece is not None and self._content is not None:
-            self._content.answered(choice.index, piece.text)
+            self._content.answered(choice.index, piece.text + "".join(map(str, piece.calls)))
         if choice.finish and not update.finish:
             self._service.loop.cancel(choice.sequence)
         return piece

@@ -108,7 +108,7 @@ def _encoded(service: Service, call: EmbeddingCall) -> list[tuple[int, ...]]:
     model, room, prompts = service.model, service.loop.scheduler.max_tokens, []
     for index, source in enumerate(call.inputs):
         where = f"input[{index}]"
-        ids = truncated(encode(model.tokenizer, model.template, source, call.prompting), call.prompting, room)
+        ids = truncated(encode(model.chat, source, call.prompting), call.prompting, room)
         if not ids:
             raise no_tokens(where)
         if len(ids) > room:

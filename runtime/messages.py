@@ -7,6 +7,7 @@ from typing import Any
 
 from skerry.runtime.api_error import refuse
 from skerry.runtime.fields import utf8
+from skerry.runtime.tools import MAX_DEPTH, deeper
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_CALLS = 128
@@ -33,10 +34,27 @@ def message(raw: Any, where: str) -> dict[str, Any]:
     made = {"role": "system" if role == "developer" else role, "content": utf8(content, f"{where}.content")}
     if calls:
         made["tool_calls"] = calls
-    for field in ("tool_call_id", "name") if role == "tool" else ():
-        if raw.get(field) is not None:
-            made[field] = _name(raw[field], f"{where}.{field}")
+    if role == "tool":
+        made["tool_call_id"] = _name(raw.get("tool_call_id"), f"{where}.tool_call_id")
     return made
+
+
+def conversation(raw: list[Any]) -> tuple[dict[str, Any], ...]:
+    """The messages in order; a tool's result must answer a call before it, and bears that function's name."""
+    made: list[dict[str, Any]] = []
+    called: dict[str, str] = {}
+    for index, item in enumerate(raw):
+        one = message(item, f"messages[{index}]")
+        called |= {call["id"]: call["function"]["name"] for call in one.get("tool_calls", ())}
+        if one["role"] == "tool":
+            name = called.get(one["tool_call_id"])
+            if name is None:
+                raise refuse(
+                    f"messages[{index}].tool_call_id", f"{one['tool_call_id'][:64]!r} is no call of an earlier message"
+                )
+            one["name"] = name
+        made.append(one)
+    return tuple(made)
 
 
 def _calls(raw: Any, role: str, where: str) -> list[dict[str, Any]]:
@@ -53,17 +71,21 @@ def _call(raw: Any, where: str) -> dict[str, Any]:
     function = raw.get("function") if isinstance(raw, dict) else None
     if not isinstance(function, dict) or raw.get("type", "function") != "function":
         raise refuse(where, "must be a call of type function")
-    arguments = function.get("arguments") or "{}"
+    given, field = function.get("arguments") or "{}", f"{where}.function.arguments"
     try:
-        parsed = json.loads(utf8(arguments, f"{where}.function.arguments")) if isinstance(arguments, str) else arguments
-        utf8(json.dumps(parsed, ensure_ascii=False), f"{where}.function.arguments")
+        arguments = json.loads(utf8(given, field)) if isinstance(given, str) else given
+        if not isinstance(arguments, dict):
+            raise refuse(field, "must be a JSON object, as a string")
+        if deeper(arguments, MAX_DEPTH):
+            raise refuse(field, f"is nested more than {MAX_DEPTH} deep")
+        utf8(json.dumps(arguments, ensure_ascii=False, allow_nan=False), field)
     except (ValueError, RecursionError) as error:
-        raise refuse(f"{where}.function.arguments", f"is not JSON: {error}") from error
-    if not isinstance(parsed, dict):
-        raise refuse(f"{where}.function.arguments", "must be a JSON object, as a string")
-    made = {"type": "function", "function": {"name": _name(function.get("name"), f"{where}.function.name"),
-                                             "arguments": parsed}}  # fmt: skip
-    return made if raw.get("id") is None else {"id": _name(raw["id"], f"{where}.id"), **made}
+        raise refuse(field, f"is not JSON: {error}") from error
+    name = _name(function.get("name"), f"{where}.function.name")
+    return {
+        "id": _name(raw.get("id"), f"{where}.id"), "type": "function",
+        "function": {"name": name, "arguments": arguments},
+    }  # fmt: skip
 
 
 def _name(raw: Any, where: str) -> str:

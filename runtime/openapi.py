@@ -30,7 +30,7 @@ from skerry.runtime.text_protocol import (
     TOKENIZE_CHAT,
     TOKENIZE_TEXT,
 )
-from skerry.runtime.tools import MAX_DESCRIPTION, MAX_TOOLS
+from skerry.runtime.tools import MAX_TOOLS
 
 Schema = dict[str, Any]
 LARGE = 1 << 31
@@ -148,12 +148,12 @@ def _schemas(fields: dict[str, Schema]) -> dict[str, Schema]:
                 {"content": _any(_string(), _list(text), {"type": "null"})},
                 _object(role={"const": "assistant"}, tool_calls=_list(_ref("ToolCall"), 1, MAX_CALLS)),
             ),
-            _with({"tool_call_id": _string(1, 256)}, _object(role={"const": "tool"}, content=_string())),
+            _object(role={"const": "tool"}, content=_string(), tool_call_id=_string(1, 256)),
         ),
         "Tool": _object(
             type={"const": "function"},
             function=_with(
-                {"description": _string(most=MAX_DESCRIPTION), "parameters": {"type": "object"}},
+                {"description": _string(), "parameters": {"type": "object"}},
                 _object(name={"type": "string", "pattern": "^[A-Za-z0-9_.-]{1,64}$"}),
             ),
         ),

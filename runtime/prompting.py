@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from skerry.core.chat import ChatTemplate, Message
+from skerry.core.chat import Message
 from skerry.core.errors import InputError
-from skerry.core.tokenizer import Tokenizer
 from skerry.runtime.api_error import ApiError, refuse
 from skerry.runtime.fields import boolean, integer, utf8
-from skerry.runtime.tools import Tools, offered
+from skerry.runtime.tool_chat import ToolChat
+from skerry.runtime.tools import Tools
 
 TEXT_FIELDS = frozenset({"add_special_tokens", "truncate_prompt_tokens"})
 TEMPLATE_FIELDS = frozenset({"add_generation_prompt", "continue_final_message", "chat_template_kwargs"})
@@ -53,16 +53,14 @@ def parse_prompting(body: dict[str, Any]) -> Prompting:
     )  # fmt: skip
 
 
-def encode(
-    tokenizer: Tokenizer, template: ChatTemplate, source: Source, how: Prompting, tools: Tools | None = None
-) -> tuple[int, ...]:
+def encode(chat: ToolChat, source: Source, how: Prompting, tools: Tools | None = None) -> tuple[int, ...]:
     """Token ids as they are; of a text; of messages, rendered. Not truncated. Raises ApiError or InputError 400."""
     if isinstance(source, str):
-        return tuple(tokenizer.encode(source, special=how.add_special))
+        return tuple(chat.tokenizer.encode(source, special=how.add_special))
     if source and isinstance(source[0], int):
         return source
-    text = render(template, source, how, tools)  # type: ignore[arg-type]
-    return tuple(tokenizer.encode(text, special=how.add_special))
+    text = render(chat, source, how, tools)  # type: ignore[arg-type]
+    return tuple(chat.tokenizer.encode(text, special=how.add_special))
 
 
 def truncated(ids: tuple[int, ...], how: Prompting, room: int) -> tuple[int, ...]:
@@ -72,9 +70,8 @@ def truncated(ids: tuple[int, ...], how: Prompting, room: int) -> tuple[int, ...
     return ids[-(max(1, room) if how.truncate < 0 else how.truncate) :]
 
 
-def render(template: ChatTemplate, messages: Sequence[Message], how: Prompting, tools: Tools | None = None) -> str:
-    shown, specs = offered(template.source, messages, tools)
-    text = template.render(shown, how.generation, tools=specs, **how.variables)
+def render(chat: ToolChat, messages: Sequence[Message], how: Prompting, tools: Tools | None = None) -> str:
+    text = chat.render(messages, tools, how.generation, **how.variables)
     if len(text) > MAX_RENDERED:
         raise InputError("render chat template", "", f"it makes {len(text)} characters, more than {MAX_RENDERED}")
     return _left_open(text, str(messages[-1]["content"])) if how.continues else text

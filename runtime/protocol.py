@@ -16,7 +16,7 @@ from typing import Any
 from skerry.runtime.api_error import ApiError, refuse
 from skerry.runtime.fields import boolean, integer, number, utf8
 from skerry.runtime.formats import FORMAT_FIELDS, Format, parse_format
-from skerry.runtime.messages import message
+from skerry.runtime.messages import conversation
 from skerry.runtime.prompting import TEMPLATE_FIELDS, TEXT_FIELDS, Prompting, parse_prompting
 from skerry.runtime.request import SamplingParams
 from skerry.runtime.tools import Tools, parse_tools
@@ -141,10 +141,13 @@ def parse_chat(body: dict[str, Any], defaults: Defaults) -> Call:
         raise refuse("top_logprobs", "needs logprobs: true")
     logprobs = (top or 0) if wanted else None
     tools = parse_tools(body)
-    if tools is not None and tools.choice == "required" and call.min_tokens:
+    if tools is not None and tools.forced and call.min_tokens:
         raise refuse("min_tokens", "cannot be kept: tool_choice says where the text ends")
     if tools is not None and call.format is not None:
-        raise refuse(call.format.field, "cannot be combined with tools; set tool_choice to none for the last answer")
+        if tools.forced:
+            raise refuse("tool_choice", f"lets the model only call, and {call.format.field} asks for an answer")
+        if call.format.kind != "json":
+            raise refuse(call.format.field, "cannot be combined with tools; a JSON schema can")
     return replace(
         call, messages=messages, logprobs=logprobs,
         max_tokens=older if limit is None else limit, sampling=replace(call.sampling, top_n=logprobs or 0),
@@ -167,11 +170,11 @@ def parse_completion(body: dict[str, Any], defaults: Defaults) -> Call:
     )  # fmt: skip
 
 
-def parse_messages(body: dict[str, Any]) -> tuple[Mapping[str, str], ...]:
+def parse_messages(body: dict[str, Any]) -> tuple[Mapping[str, Any], ...]:
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise refuse("messages", "must be a list of at least one message", "missing_required_parameter")
-    return tuple(message(m, f"messages[{i}]") for i, m in enumerate(messages))
+    return conversation(messages)
 
 
 def check_fields(body: dict[str, Any], known: frozenset[str]) -> None:

@@ -30,6 +30,9 @@ class ToolCall:
     arguments: str
     index: int
 
+    def __str__(self) -> str:
+        return f"{self.name}({self.arguments})"
+
     def body(self) -> dict[str, Any]:
         return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
 

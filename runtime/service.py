@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from skerry.runtime.prompting import Source, encode, no_tokens, truncated
 from skerry.runtime.protocol import Call, Defaults
 from skerry.runtime.request import Request, Sequence, Update, choice_of
 from skerry.runtime.scheduler import Limits
-from skerry.runtime.tools import family_of, format_of
+from skerry.runtime.tool_chat import ToolChat
 from skerry.runtime.trail import note_error
 
 # Longer texts are tokenized in a thread: at about 1 MB/s, this many characters take 4 ms.
@@ -52,6 +53,11 @@ class Model:
     template: ChatTemplate
     defaults: Defaults
     stop_ids: frozenset[int]
+
+    @functools.cached_property
+    def chat(self) -> ToolChat:
+        """Its template, with and without tools."""
+        return ToolChat(self.template, self.tokenizer)
 
 
 def _check_scores(call: Call, encoded: list[Encoded]) -> None:
@@ -127,9 +133,8 @@ class Service:
         in_thread = call.text_size > THREAD_CHARACTERS
         encoded = await asyncio.to_thread(self._encode, call) if in_thread else self._encode(call)
         _check_scores(call, encoded)
-        if call.tools is not None:
-            family = family_of(self.model.template.source)
-            call = replace(call, format=format_of(call.tools, family, self.model.tokenizer))
+        if call.tools is not None and (call.tools.forced or call.format is not None):
+            call = replace(call, format=self.model.chat.format(call.tools, call.format))
         asked = [self._request(call, one.ids, tenant, arrived, lease) for one in encoded]
         requests = [choice_of(request, index) for request in asked for index in range(call.choices)]
         if call.format is not None:
@@ -214,7 +219,7 @@ class Service:
 
     def _encode_one(self, call: Call, source: Source, room: int) -> Encoded:
         tokenizer, how = self.model.tokenizer, call.prompting
-        whole = encode(tokenizer, self.model.template, source, how, call.tools)
+        whole = encode(self.model.chat, source, how, call.tools)
         ids = truncated(whole, how, room)
         if not ids:
             raise no_tokens("messages" if call.chat else "prompt")

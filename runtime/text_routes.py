@@ -95,7 +95,7 @@ def as_json(found: dict[str, Any]) -> bytes:
 
 
 def tokenized(model: Model, call: TokenizeCall) -> dict[str, Any]:
-    tokens = encode(model.tokenizer, model.template, call.source, call.prompting)
+    tokens = encode(model.chat, call.source, call.prompting)
     inner = model.tokenizer.inner
     strings = (
         [inner.id_to_token(token) or "" for token in tokens] if call.strings else None
