@@ -157,12 +157,10 @@ def _schemas(fields: dict[str, Schema]) -> dict[str, Schema]:
                 _object(name={"type": "string", "pattern": "^[A-Za-z0-9_.-]{1,64}$"}),
             ),
         ),
-        "ToolCall": _with(
-            {"id": _string(1, 256)},
-            _object(
-                type={"const": "function"},
-                function=_object(name=_string(1, 256), arguments=_json_text()),
-            ),
+        "ToolCall": _object(
+            id=_string(1, 256),
+            type={"const": "function"},
+            function=_object(name=_string(1, 256), arguments=_json_text()),
         ),
         "ChatRequest": _body(fields, CHAT, "messages", logprobs=flag, max_tokens=_integer(1, LARGE)),
         "CompletionRequest": _body(fields, COMPLETION, "prompt", logprobs=_integer(0, choices)),

@@ -6,6 +6,7 @@ import json
 import random
 import re
 import time
+from dataclasses import replace
 from typing import Any
 
 import jsonschema
@@ -432,7 +433,7 @@ def test_forced_calls_over_openais_client(start, fake, run, tokenizer, family):
 
     async def scenario() -> None:
         async with start(fake(pages=400, max_context=1500), model=model) as server:
-            assert server.service.tool_chat.family == family
+            assert server.service.model.chat.family == family
             client = client_of(server)
             named = {"type": "function", "function": {"name": "weather"}}
             for fields in (
@@ -561,9 +562,9 @@ def test_a_real_engine_is_forced_to_call(bundles, start, run):
     offered = tool(parameters=schema)
 
     async def scenario() -> None:
-        async with start(loaded.engine, model=loaded.model()) as server:
-            # The preamble would not fit the tiny context of 512 bytes: the template is told to know tools.
-            server.service.tool_chat = ToolChat(ChatTemplate(SHORT.format("<tool_call>")), loaded.tokenizer)
+        # The preamble would not fit the tiny context of 512 bytes: the template is told to know tools.
+        model = replace(loaded.model(), template=ChatTemplate(SHORT.format("<tool_call>")))
+        async with start(loaded.engine, model=model) as server:
             client = client_of(server)
             ask = {**ASK, **offered, "max_tokens": 200, "tool_choice": "required", "parallel_tool_calls": False}
             for seed in range(3):
