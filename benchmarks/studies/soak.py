@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import http.client
 import itertools
 import json
 import random
@@ -22,9 +24,13 @@ import statistics
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from multiprocessing import Pipe, Process
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 
@@ -137,18 +143,33 @@ async def ask(session: aiohttp.ClientSession, url: str, rng: random.Random, seen
             seen.wrong.append(f"{kind}: {error!r}")
 
 
-async def watch(session: aiohttp.ClientSession, server: Server, began: float, seen: Seen) -> None:
-    """The proportional set size now and then, and how long the server takes to say that it lives."""
-    due = 0.0
-    while True:
+def watch(url: str, pid: int, news: Connection) -> None:
+    """The proportional set size now and then, and how long the server takes to say that it lives, until told to end. In
+    a process of its own: clients that make bodies of 50 MB would hold it up."""
+    parts, began, due = urlsplit(url), time.monotonic(), 0.0
+    live, series = list[float](), list[tuple[float, int]]()
+    while not news.poll(LIVE_SECONDS):
         asked = time.monotonic()
-        async with session.get(f"{server.url}/health/live") as response:
-            await response.read()
-        seen.live.append(time.monotonic() - asked)
-        if asked - began >= due and server.pid:
-            seen.series.append((asked - began, process_memory(server.pid)["pss"]))
+        connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=60)
+        connection.request("GET", "/health/live")
+        connection.getresponse().read()
+        connection.close()
+        live.append(time.monotonic() - asked)
+        if asked - began >= due:
+            series.append((asked - began, process_memory(pid)["pss"]))
             due += SAMPLE_SECONDS
-        await asyncio.sleep(LIVE_SECONDS)
+    news.send((live, series))
+
+
+@contextlib.contextmanager
+def watched(server: Server, seen: Seen) -> Iterator[None]:
+    ours, theirs = Pipe()
+    watcher = Process(target=watch, args=(server.url, server.pid, theirs), daemon=True)
+    watcher.start()
+    yield
+    ours.send("end")
+    seen.live, seen.series = ours.recv()
+    watcher.join()
 
 
 async def soak(server: Server, seconds: float, seed: int, seen: Seen) -> None:
@@ -161,9 +182,7 @@ async def soak(server: Server, seconds: float, seed: int, seen: Seen) -> None:
 
     timeout = aiohttp.ClientTimeout(total=120)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
-        watcher = asyncio.create_task(watch(session, server, began, seen))
         await asyncio.gather(*(client(number) for number in range(CLIENTS)))
-        watcher.cancel()
 
 
 async def leave(server: Server, count: int) -> None:
@@ -230,7 +249,8 @@ def main(arguments: list[str] | None = None) -> int:
     seen = Seen()
     document = new_document("soak")
     with open_server(str(given.bundle)) as server:
-        asyncio.run(soak(server, given.minutes * 60, given.seed, seen))
+        with watched(server, seen):
+            asyncio.run(soak(server, given.minutes * 60, given.seed, seen))
         after = asyncio.run(left_behind(server))
         asyncio.run(leave(server, LEAVERS))
         finally_ = asyncio.run(left_behind(server))
