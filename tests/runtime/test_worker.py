@@ -239,8 +239,9 @@ def test_serve_answers_the_openai_client_and_ctrl_c_ends_it_well(bundles, tmp_pa
         assert logged.choices[0].logprobs and len(logged.choices[0].logprobs.content or []) == 12
         plain = client.completions.create(model=name, prompt="once", max_tokens=5, temperature=0, n=2)
         assert len(plain.choices) == 2 and plain.choices[0].text == plain.choices[1].text
-        with pytest.raises(BadRequestError, match="tools"):
-            client.chat.completions.create(**asked, tools=[{"type": "function", "function": {"name": "f"}}])
+        assert len(client.embeddings.create(model=name, input=["once", "twice"]).data) == 2
+        with pytest.raises(BadRequestError, match="suffix"):
+            client.completions.create(model=name, prompt="once", suffix="upon")
         with pytest.raises(AuthenticationError):
             OpenAI(base_url=base, api_key="wrong", max_retries=0).models.list()
         process.send_signal(signal.SIGINT)
