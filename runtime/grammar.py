@@ -37,7 +37,12 @@ LIMITS: dict[str, Any] = {
     "max_items_in_row": 2_000, "initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 100_000, "step_max_items": 30_000,
     "max_lexer_states": 10_000, "max_grammar_size": 200_000, "verbose_errors": False,
 }  # fmt: skip
-JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": False}
+JSON_STYLE: dict[str, Any] = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "lenient": False,
+}
 
 
 class Grammars:
@@ -130,13 +135,7 @@ def _source(format: Format) -> str:
 
     match format.kind:
         case "json":
-            schema = json.loads(format.source)
-            if isinstance(schema, bool):
-                schema = {} if schema else {"enum": []}
-            schema.pop("x-guidance", None)  # the compiler's own options are not the client's to set
-            style: dict[str, Any] = dict(JSON_STYLE)
-            if format.whitespace:
-                style |= {"whitespace_pattern": format.whitespace, "item_separator": ",", "key_separator": ":"}
+            schema, style = json_parts(format)
             return str(LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=style))  # type: ignore[arg-type]
         case "regex":
             return str(LLMatcher.grammar_from_regex(format.source))
@@ -147,6 +146,18 @@ def _source(format: Format) -> str:
                 raise ValueError(f"no grammar: {error or type(error).__name__}") from error
         case _:
             return str(LLMatcher.grammar_from_lark(format.source))
+
+
+def json_parts(format: Format) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The schema of a format of kind json, and the style of its text: the compiler's options, which are not the
+    client's to set."""
+    schema, style = json.loads(format.source), dict(JSON_STYLE)
+    if isinstance(schema, bool):
+        schema = {} if schema else {"enum": []}
+    schema.pop("x-guidance", None)
+    if format.whitespace:
+        style |= {"whitespace_pattern": format.whitespace, "item_separator": ",", "key_separator": ":"}
+    return schema, style
 
 
 class GrammarConstraint:

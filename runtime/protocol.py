@@ -212,8 +212,7 @@ def _call(body: dict[str, Any], defaults: Defaults, chat: bool) -> Call:
         include_usage=boolean(options, "include_usage"), min_tokens=min_tokens,
         stop_ids=_token_ids(body.get("stop_token_ids"), defaults.vocab_size),
         shows_stop=boolean(body, "include_stop_str_in_output"),
-        priority=integer(body, "priority", -(1 << 31), 1 << 31) or 0,
-        timeout=number(body, "timeout", 0.0, 86_400.0, 0.0, above=True) if "timeout" in body else None,
+        priority=parse_priority(body), timeout=parse_timeout(body),
         salt=parse_salt(body), speculate=boolean(body, "speculate", True),
         prompting=parse_prompting(body), skip_special=boolean(body, "skip_special_tokens", True), echo=echo,
         prompt_logprobs=prompt_logprobs, format=_format(body, min_tokens),
@@ -289,6 +288,14 @@ def parse_model(body: dict[str, Any]) -> str | None:
     if model is not None and not isinstance(model, str):
         raise refuse("model", "must be a string")
     return model
+
+
+def parse_priority(body: dict[str, Any]) -> int:
+    return integer(body, "priority", -(1 << 31), 1 << 31) or 0
+
+
+def parse_timeout(body: dict[str, Any]) -> float | None:
+    return number(body, "timeout", 0.0, 86_400.0, 0.0, above=True) if "timeout" in body else None
 
 
 def parse_salt(body: dict[str, Any]) -> str:

@@ -243,10 +243,13 @@ class Scheduler:
         """Whether a row and pages for all its tokens are free, with one page for each running sequence left over: else
         the newcomer would be preempted before it has run."""
         held = self._hold_prefix(sequence)
-        needed = self._pages_of(sequence) - len(held)
-        fits = len(self.running) < self.limits.rows and needed + len(self.running) <= self.pool.free
+        fits = self._has_room(self._pages_of(sequence) - len(held))
         self.pool.give(held)
         return fits
+
+    def _has_room(self, pages: int) -> bool:
+        """For one sequence more that needs so many pages beyond those it holds."""
+        return len(self.running) < self.limits.rows and pages + len(self.running) <= self.pool.free
 
     def _awaits(self, sequence: Sequence) -> bool:
         """Whether the next page of its prompt is being computed by another."""
@@ -264,7 +267,7 @@ class Scheduler:
             self.pool.give(held)
             return True
         needed = self._pages_of(sequence) - len(held)
-        if len(self.running) >= self.limits.rows or needed + len(self.running) > self.pool.free:
+        if not self._has_room(needed):
             self.pool.give(held)
             return False
         self.waiting.remove(sequence)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from skerry.runtime.api_error import refuse
-from skerry.runtime.fields import boolean, integer, number, utf8
+from skerry.runtime.fields import boolean, integer, utf8
 from skerry.runtime.prompting import TEMPLATE_FIELDS, TEXT_FIELDS, Prompting, Source, parse_prompting
 from skerry.runtime.protocol import (
     Defaults,
@@ -14,8 +14,10 @@ from skerry.runtime.protocol import (
     check_fields,
     parse_messages,
     parse_model,
+    parse_priority,
     parse_prompts,
     parse_salt,
+    parse_timeout,
     text_size,
     token_ids,
 )
@@ -100,9 +102,7 @@ def parse_embedding(body: dict[str, Any], defaults: Defaults, hidden_size: int) 
         prompting=parse_prompting(body), base64=_one_of(body, "encoding_format", FORMATS) == "base64",
         dimensions=integer(body, "dimensions", 1, max(1, hidden_size)),
         mean=_one_of(body, "pooling", POOLINGS) == "mean", normalize=boolean(body, "normalize", True),
-        priority=integer(body, "priority", -(1 << 31), 1 << 31) or 0,
-        timeout=number(body, "timeout", 0.0, 86_400.0, 0.0, above=True) if "timeout" in body else None,
-        salt=parse_salt(body),
+        priority=parse_priority(body), timeout=parse_timeout(body), salt=parse_salt(body),
     )  # fmt: skip
 
 

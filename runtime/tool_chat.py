@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from skerry.core.errors import InputError
 from skerry.runtime.formats import Format, lark_string
-from skerry.runtime.grammar import JSON_STYLE
+from skerry.runtime.grammar import JSON_STYLE, json_parts
 from skerry.runtime.tool_parsers import HERMES, CallParser, family_of
 
 if TYPE_CHECKING:
@@ -98,7 +98,9 @@ class ToolChat:
             rules += [f"one: {opening} {pad} call {pad} {close}", f"calls: one {more}"]
         if answer is None:
             return Format("lark", "\n".join([*rules, "start: calls"]), "tools")
-        rules += ["start: calls | answer", f"answer: %json {json.dumps(_answer(answer), ensure_ascii=False)}"]
+        schema, style = json_parts(answer)
+        shape = json.dumps({**schema, "x-guidance": style}, ensure_ascii=False)
+        rules += ["start: calls | answer", f"answer: %json {shape}"]
         return Format("lark", "\n".join(rules), answer.field)
 
     def _marker(self, text: str) -> str:
@@ -240,16 +242,6 @@ def _arguments(function: Mapping[str, Any]) -> dict[str, Any]:
     if "properties" in schema and not COMPOSING & schema.keys():
         schema.setdefault("additionalProperties", False)
     return {**schema, "x-guidance": {**JSON_STYLE, "lenient": function.get("strict") is not True}}
-
-
-def _answer(format: Format) -> dict[str, Any]:
-    """The schema of a format of kind json, in its style."""
-    schema, style = json.loads(format.source), dict(JSON_STYLE)
-    if isinstance(schema, bool):
-        schema = {} if schema else {"enum": []}
-    if format.whitespace:
-        style |= {"whitespace_pattern": format.whitespace, "item_separator": ",", "key_separator": ":"}
-    return {**schema, "x-guidance": style}
 
 
 def _joined(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ class Tools:
         return [function for function in functions if self.named in ("", function["name"])]
 
 
-def parse_tools(body: Mapping[str, Any]) -> Tools | None:
+def parse_tools(body: dict[str, Any]) -> Tools | None:
     """None where the answer may hold no calls: there are no tools, or tool_choice is "none". The model is not shown
     tools that it must not call."""
     raw = body.get("tools", [])
@@ -49,7 +49,7 @@ def parse_tools(body: Mapping[str, Any]) -> Tools | None:
         given.append(tool)
     if sizes > MAX_TOOLS_SIZE:
         raise refuse("tools", f"{sizes} characters of JSON, more than {MAX_TOOLS_SIZE}")
-    parallel = boolean(dict(body), "parallel_tool_calls", True)
+    parallel = boolean(body, "parallel_tool_calls", True)
     mode, named = _choice(body.get("tool_choice", "auto"), names)
     if not given or mode == "none":
         return None
