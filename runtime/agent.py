@@ -59,14 +59,15 @@ STALLED_SECONDS = 15.0
 
 
 class Agent:
-    """Opens everything a node owns; `run` serves until `stop`. Raises SkerryError when it cannot start."""
+    """Opens everything a node owns; `run` serves until `stop`. `device` None: this machine. Raises SkerryError when it
+    cannot start."""
 
-    def __init__(self, directory: Path, settings: NodeSettings) -> None:
+    def __init__(self, directory: Path, settings: NodeSettings, device: Device | None = None) -> None:
         self.directory, self.settings, self.policy = directory, settings, settings.policy()
         self.node = identity.load_node(directory)
         self._lock = identity.Lock(directory)
         self.started = time.monotonic()
-        self.device: Device = this_device(runtime_version=identity.runtime_version(), labels=self.node.labels)
+        self.device = device or this_device(identity.runtime_version(), self.node.labels)
         log.info("GPUs: %s", gpu_line(self.device))
         self.gpus = GpuWatch().start() if self.device.gpus else None
         self.slots, self.quarantine = Slots(directory), Quarantine(directory)

@@ -29,7 +29,7 @@ class Lanes:
         self, responder: Responder, orphans: Orphans, places: Callable[[Installed], Sequence[Place]], make: Make
     ) -> None:
         self._responder, self._orphans, self._places, self._make = responder, orphans, places, make
-        self._lanes: dict[Place, Supervisor] = {}
+        self.lanes: dict[Place, Supervisor] = {}
         self._silent: set[Place] = set()
         self.totals: dict[str, Totals] = {}
         self.notices: list[Notice] = []
@@ -48,8 +48,8 @@ class Lanes:
     def reconcile(self) -> None:
         """Lanes that are to answer come first; who leaves waits until one of them does."""
         wanted, tried = self._where(self.target), self._where(self.trial)
-        for place in sorted(self._lanes, key=lambda place: (place not in wanted, place.name)):
-            lane = self._lanes[place]
+        for place in sorted(self.lanes, key=lambda place: (place not in wanted, place.name)):
+            lane = self.lanes[place]
             trial = self.trial if place in tried else None
             target = self.target if place in wanted else None
             if target is None and self.target is not None and not self._answering():
@@ -59,7 +59,7 @@ class Lanes:
 
     def candidate(self, engine: Installed) -> Candidate | None:
         """None: no lane has anything of it."""
-        found = {place: lane.candidate(engine) for place, lane in self._lanes.items()}
+        found = {place: lane.candidate(engine) for place, lane in self.lanes.items()}
         there = [candidate for candidate in found.values() if candidate is not None]
         for place, candidate in found.items():
             if candidate is not None and candidate.state == "failed":
@@ -76,27 +76,27 @@ class Lanes:
         return Candidate(state, max(since), requests, failed)
 
     def settled(self) -> bool:
-        return all(self._lanes[place].settled() for place in self._where(self.target) if place in self._lanes)
+        return all(self.lanes[place].settled() for place in self._where(self.target) if place in self.lanes)
 
     def failed(self, engine: Installed) -> bool:
-        return any(lane.failed(engine) for lane in self._lanes.values())
+        return any(lane.failed(engine) for lane in self.lanes.values())
 
     def forget_crashes(self, engine: Installed) -> None:
-        for lane in self._lanes.values():
+        for lane in self.lanes.values():
             lane.forget_crashes(engine)
 
     def looping(self) -> float:
         """When the target died last, if it does so again and again wherever it runs; else 0."""
-        died = [self._lanes[place].looping() for place in self._where(self.target) if place in self._lanes]
+        died = [self.lanes[place].looping() for place in self._where(self.target) if place in self.lanes]
         return max(died) if died and all(died) else 0.0
 
     # What is there -------------------------------------------------------------------------------------------------
 
     def workers(self) -> list[WorkerProcess]:
-        return [worker for lane in self._lanes.values() for worker in lane.workers()]
+        return [worker for lane in self.lanes.values() for worker in lane.workers()]
 
     def accepting(self) -> list[WorkerProcess]:
-        active = [lane.active for lane in list(self._lanes.values())]
+        active = [lane.active for lane in list(self.lanes.values())]
         return [worker for worker in active if worker is not None and worker.state == "accepting"]
 
     def observed(self) -> WorkerProcess | None:
@@ -116,9 +116,9 @@ class Lanes:
 
     def shut_down(self) -> None:
         """All lanes drain at the same time."""
-        for lane in self._lanes.values():
+        for lane in self.lanes.values():
             lane.leave()
-        for lane in self._lanes.values():
+        for lane in self.lanes.values():
             lane.wait_gone()
         self._responder.off()
 
@@ -129,17 +129,17 @@ class Lanes:
         return any(worker.installed == self.target for worker in self.accepting())
 
     def _lane(self, place: Place) -> Supervisor:
-        if place not in self._lanes:
+        if place not in self.lanes:
             lane = self._make(place, _Voice(self, place), _Memory(self))
             lane.totals, lane.notices = self.totals, self.notices
             self._silent.add(place)
-            self._lanes[place] = lane
-        return self._lanes[place]
+            self.lanes[place] = lane
+        return self.lanes[place]
 
     def speak(self, place: Place, reason: str) -> None:
         """A lane has nobody in service: the responder answers once that holds for all of them."""
         self._silent.add(place)
-        if self._silent >= self._lanes.keys():
+        if self._silent >= self.lanes.keys():
             self._responder.on(reason)
 
     def hush(self, place: Place) -> None:
@@ -154,20 +154,20 @@ class _Voice(Responder):
     """A lane's say about the one responder."""
 
     def __init__(self, lanes: Lanes, place: Place) -> None:
-        self._lanes, self._place = lanes, place
+        self._shared, self._place = lanes, place
 
     def on(self, reason: str) -> None:
-        self._lanes.speak(self._place, reason)
+        self._shared.speak(self._place, reason)
 
     def off(self) -> None:
-        self._lanes.hush(self._place)
+        self._shared.hush(self._place)
 
 
 class _Memory(Orphans):
     """The file names the workers of all lanes."""
 
     def __init__(self, lanes: Lanes) -> None:
-        self._lanes = lanes
+        self._shared = lanes
 
     def remember(self, workers: Sequence[WorkerProcess]) -> None:
-        self._lanes.remember()
+        self._shared.remember()
