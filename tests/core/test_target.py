@@ -37,7 +37,9 @@ def test_devices_travel_and_older_ones_stay_readable():
 
 def test_an_engine_for_gpus_is_held_to_what_its_backend_offers(cpu):
     assert incompatibility(for_gpu(cpu, "ort-cuda"), NODE) is None
-    assert "laid out as f32.k16t, the node reads f16.t16" in str(incompatibility(for_gpu(cpu, "ort-cuda", "f32.k16t"), NODE))
+    assert "laid out as f32.k16t, the node reads f16.t16" in str(
+        incompatibility(for_gpu(cpu, "ort-cuda", "f32.k16t"), NODE)
+    )
     assert "laid out as f16.t16" in str(incompatibility(for_gpu(cpu, "ort-cpu"), NODE))
     assert "(no library)" in str(incompatibility(for_gpu(cpu, "tensorrt-rtx-sm89"), NODE))
 

@@ -56,7 +56,10 @@ def test_what_is_missing_is_named(built, path, said):
 
 def test_an_old_driver_and_a_gpu_without_kernels_are_named(built):
     old = Found(L4.gpus, "550.54.14", "12.4")
-    assert "the driver runs CUDA 12.4, the kernels are built with 13.0" in devices.this_device(found=old).missing["ort-cuda"]
+    assert (
+        "the driver runs CUDA 12.4, the kernels are built with 13.0"
+        in devices.this_device(found=old).missing["ort-cuda"]
+    )
     new = Found((Gpu("B300", 103, 1 << 38, "GPU-9"),), "580.65.06", "13.0")
     assert "compute capability 75, 80, 89, the GPU is 103" in devices.this_device(found=new).missing["ort-cuda"]
 

@@ -36,7 +36,10 @@ def test_a_gpu_in_mig_instances_is_left_alone_and_a_lost_one_hides_no_other(nvml
     nvml(CUT, "gpu GPU-55 0 1 1 0 0 0 0 0 0 gone", L4)
     found = gpus.discover()
     assert [gpu.uuid for gpu in found.gpus] == ["GPU-11"]
-    assert "H100 is left alone: it is cut into MIG" in found.reason and "GPU 1 does not answer (GPU is lost)" in found.reason
+    assert (
+        "H100 is left alone: it is cut into MIG" in found.reason
+        and "GPU 1 does not answer (GPU is lost)" in found.reason
+    )
     with gpus.opened() as driver:
         assert [reading.uuid for reading in gpus.read_all(driver)] == ["GPU-11"]
 

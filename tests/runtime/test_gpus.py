@@ -76,7 +76,7 @@ def test_metrics_of_a_node(nvml, watch):
         f"skerry_gpu_energy_joules_total{{{hot}}} 9.0", f"skerry_gpu_temperature_celsius{{{hot}}} 93.0",
         'skerry_gpu_throttled{name="NVIDIA GeForce RTX 3090",reason="thermal",uuid="GPU-44"} 1.0',
         'skerry_gpu_throttled{name="NVIDIA GeForce RTX 3090",reason="power_brake",uuid="GPU-44"} 0.0',
-        f'skerry_gpu_memory_used_bytes{{name="Orin (nvgpu)",uuid="GPU-22"}} 9.437184e+09',
+        'skerry_gpu_memory_used_bytes{name="Orin (nvgpu)",uuid="GPU-22"} 9.437184e+09',
     ):  # fmt: skip
         assert line in text
     assert 'skerry_gpu_power_watts{name="Orin' not in text  # no figure is no zero
