@@ -97,6 +97,9 @@ def read_measured(blobs: Blobs, manifest: Manifest, name: str) -> Any:
 def check_parity(manifest: Manifest, parity: Any) -> None:
     """Raises GateFailed unless the bundle carries a passing quality gate (`parity.json`, written by the exporter)."""
     what = f"{manifest.name} {manifest.version} for {manifest.target}"
+    if not manifest.qualified and manifest.unqualified:
+        cause = f"it never ran where it was built: {manifest.unqualified}"
+        raise GateFailed("publish release", what, cause, "export it where its target runs")
     gate = parity.get("gate", parity) if isinstance(parity, dict) else None
     if not isinstance(gate, dict) or not isinstance(gate.get("passed"), bool):
         raise GateFailed("publish release", what, "its parity.json holds no gate result", "export the bundle again")
