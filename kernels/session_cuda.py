@@ -1,0 +1,126 @@
+"""A decoder graph on ONNX Runtime's CUDA provider: pages stay on the device, a step uploads one small array.
+
+Pure decode runs in buckets (buckets.py), each of which is captured as a CUDA graph by ONNX Runtime on its first runs and
+replayed after; everything else runs as it comes. The staging array is written again only after the logits of the step
+before have arrived here, and so never while it is still copied.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from skerry.core.errors import IncompatibleError
+from skerry.core.memory import mib
+from skerry.kernels.batch import Batch
+from skerry.kernels.buckets import Place, Sizes, fill, places_of, sizes_of
+from skerry.kernels.device_arrays import Array, DeviceArrays
+from skerry.kernels.library import library_path
+
+UNCAPTURED = "-1"  # the graph number that ONNX Runtime takes for: run it as it is
+SHORT_OF_MEMORY = ("out of memory", "failed to allocate memory", "alloc_failed")
+HINT = "fewer KV pages (--memory-mib, memory_bytes of a node), a smaller model, or a GPU with more memory"
+
+
+@dataclass
+class _Bucket:
+    """What is bound for one set of sizes. `number` is its CUDA graph's."""
+
+    binding: Any
+    places: dict[str, Place]
+    length: int
+    logits: Array
+    number: str
+
+
+class CudaSession:
+    """One thread at a time. `bind_pages` comes before the first run."""
+
+    def __init__(self, graph: Path, name: str, threads: int, arrays: DeviceArrays) -> None:
+        """Raises IncompatibleError where ONNX Runtime refuses the graph, or its weights do not fit."""
+        self.arrays, self._name = arrays, name
+        self.session = _open(graph, name, threads, arrays)
+        outputs = {item.name: item.shape for item in self.session.get_outputs()}
+        self.vocab_size = int(outputs["logits"][1])
+        self.hidden_size = int(outputs["hidden"][1]) if "hidden" in outputs else 0
+        self._has_plan = "plan" in {item.name for item in self.session.get_inputs()}
+        self._kv: dict[int, Array] = {}
+        self._buckets: dict[Sizes, _Bucket] = {}
+        self._staging = arrays.staging(0)
+        self._inputs: Array = None
+        self._nothing = arrays.zeros((1,), np.int32)
+
+    def bind_pages(self, kv: dict[int, Array]) -> None:
+        self._kv = kv
+        self._buckets.clear()
+
+    def bind_adapters(self, values: npt.NDArray[np.float16]) -> None:
+        raise IncompatibleError("open engine", self._name, "engines for GPUs take no adapters", "merge them")
+
+    def run(
+        self, batch: Batch, logits: npt.NDArray[np.float32], hidden: npt.NDArray[np.float32] | None = None
+    ) -> float:
+        """Fills logits [S, V], and hidden [S, D] where it is given. Seconds of the run with its copies. Raises what ONNX
+        Runtime raises, and ValueError on a `hidden` of another shape."""
+        rows, began = len(batch.sample_rows), perf_counter()
+        if hidden is not None and hidden.shape != (rows, self.hidden_size):
+            raise ValueError(f"hidden of shape {hidden.shape} for {rows} rows of {self.hidden_size}")
+        sizes = sizes_of(batch, hidden is not None)
+        bucket = self._buckets.get(sizes) or self._bind(sizes)
+        fill(self._staging, bucket.places, batch)
+        self.arrays.upload(self._inputs[: bucket.length], self._staging[: bucket.length])
+        wide = self._bind_hidden(bucket, sizes) if hidden is not None else None
+        self.session.run_with_iobinding(bucket.binding, _run_options(bucket.number, self.arrays.device))
+        logits[...] = self.arrays.download(bucket.logits)[:rows]
+        if hidden is not None:
+            hidden[...] = self.arrays.download(wide)[:rows]
+        return perf_counter() - began
+
+    def close(self) -> None:
+        self._buckets.clear()
+        self._kv = {}
+
+    def _bind(self, sizes: Sizes) -> _Bucket:
+        """Captured buckets are kept: their addresses must not change. Of others none is."""
+        places, length = places_of(sizes)
+        if length > len(self._staging):
+            self._grow(length)
+        logits = self.arrays.zeros((sizes.rows, self.vocab_size), np.float32)
+        number = str(len(self._buckets) + 1) if sizes.captured else UNCAPTURED
+        bucket = _Bucket(self.session.io_binding(), places, length, logits, number)
+        base = self.arrays.address(self._inputs)
+        for name, place in places.items():
+            self._bind_input(bucket, name, np.int32, place.shape, base + 4 * place.start)
+        if self._has_plan:
+            self._bind_input(bucket, "plan", np.int32, (0,), self.arrays.address(self._nothing))
+        for layer, pages in self._kv.items():
+            self._bind_input(bucket, f"kv.{layer}", np.uint8, pages.shape, self.arrays.address(pages))
+            self._bind_output(bucket, f"kv_out.{layer}", np.uint8, pages)
+        self._bind_output(bucket, "logits", np.float32, logits)
+        if sizes.captured:
+            self._buckets[sizes] = bucket
+        return bucket
+
+    def _grow(self, length: int) -> None:
+        """A longer array lies elsewhere, so what was captured with the old one is captured anew. It is made for the
+        longest step there is room for at once, which is why that is rare."""
+        self._buckets.clear()
+        self._staging = self.arrays.staging(2 * length)
+        self._inputs = self.arrays.zeros((2 * length,), np.int32)
+
+    def _bind_hidden(self, bucket: _Bucket, sizes: Sizes) -> Array:
+        wide = self.arrays.zeros((sizes.rows, self.hidden_size), np.float32)
+        self._bind_output(bucket, "hidden", np.float32, wide)
+        return wide
+
+    def _bind_input(self, bucket: _Bucket, name: str, kind: type, shape: tuple[int, ...], address: int) -> None:
+        bucket.binding.bind_input(name, self.arrays.device, 0, kind, shape, address)
+
+    def _bind_output(self, bucket: _Bucket, name: str, kind: type, there: Array) -> None:
+        bucket.binding.bind_output(name, self.arrays.device, 0, kind, there.shape, self.arrays.address(there))
