@@ -7,9 +7,10 @@ which are packed anew, took 636; 512 tokens in a step took 18 MiB besides pages 
 from __future__ import annotations
 
 from skerry.core.bundle import Manifest
-from skerry.core.memory import require_memory, total_memory
+from skerry.core.errors import IncompatibleError
+from skerry.core.memory import mib, require_memory, total_memory
 from skerry.core.model import ModelSpec
-from skerry.core.target import device_bytes, on_gpu
+from skerry.core.target import CONTEXT_BYTES, device_bytes, on_gpu
 from skerry.kernels.pages import check_pages, page_bytes
 
 DEFAULT_SEQUENCES = 4  # at full context, when neither pages nor bytes are given
@@ -67,3 +68,14 @@ def check_memory(manifest: Manifest, name: str, pages: int, adapters: int = 0) -
     parts = {**fixed_parts(manifest), "KV pages": pages * bytes_of_pages(manifest)}
     parts |= {"adapters": adapters} if adapters else {}
     require_memory("open engine", name, parts, HINT)
+
+
+def check_device_memory(manifest: Manifest, name: str, pages: int, free: int) -> int:
+    """The bytes that engine and pages take on a GPU with `free` ones. Raises IncompatibleError where those are fewer."""
+    parts = {"weights": manifest.engine_bytes, "CUDA": CONTEXT_BYTES, "KV pages": pages * bytes_of_pages(manifest)}
+    needed = sum(parts.values())
+    if needed > free:
+        told = ", ".join(f"{part} {mib(size)}" for part, size in parts.items())
+        cause = f"needs {mib(needed)} MiB of GPU memory ({told}), {mib(free)} are free"
+        raise IncompatibleError("open engine", name, cause, HINT)
+    return needed

@@ -32,14 +32,14 @@ def node(nvml: Any, make_agent: Any, until: Any) -> Any:
 
 def ask(agent: Any) -> dict[str, Any]:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{agent.port}/", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{agent.port}/", timeout=2) as answer:
             return json.loads(answer.read())
     except OSError:
         return {}
 
 
 def answering(agent: Any) -> set[tuple[Any, Any]]:
-    return {(answer.get("version"), answer.get("gpu")) for answer in (ask(agent) for _ in range(24))}
+    return {(answer.get("version"), answer.get("gpu")) for answer in (ask(agent) for _ in range(12))}
 
 
 def test_each_gpu_has_a_worker_and_they_share_the_socket(node: Any, control: Any, make_bundle: Any, until: Any) -> None:
