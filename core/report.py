@@ -143,10 +143,10 @@ class GpuReading:
     def from_json(cls, raw: Any) -> GpuReading:
         """Raises KeyError, TypeError or ValueError."""
         figures = ("utilization", "temperature_celsius", "power_watts", "energy_joules")
+        told = {name: _finite(raw[name]) for name in figures if raw.get(name) is not None}
         return cls(
             _text(raw["uuid"], 96), _text(raw["name"], 128), _count(raw["memory_used_bytes"], "memory_used_bytes"),
-            _count(raw["memory_total_bytes"], "memory_total_bytes"),
-            *(None if raw.get(name) is None else _finite(raw[name]) for name in figures),
+            _count(raw["memory_total_bytes"], "memory_total_bytes"), **told,
             throttled=tuple(_text(reason, 32) for reason in raw.get("throttled", [])[:16]),
         )  # fmt: skip
 

@@ -189,16 +189,15 @@ def _halves(graph: ir.Graph, lowering: Lowering) -> int:
     """Every float32 value that is not behind a Cast to float32, and is no rotary table, becomes one of halves."""
     half = half_type(lowering.spec, lowering.precision)
     wide = _behind_casts(graph)
-    kept = {value for node in wide for value in node.outputs}
     for node in graph:
         if node in wide:
             continue
-        for value in node.outputs:
-            if value.dtype == FLOAT and value not in kept:
-                value.dtype = half
-        for index, value in enumerate(node.inputs):
-            if value is not None and value.is_initializer() and value.dtype == FLOAT and not _is_table(value):
-                node.replace_input_with(index, _narrow(graph, value, half))
+        for made in node.outputs:
+            if made.dtype == FLOAT:
+                made.dtype = half
+        for index, read in enumerate(node.inputs):
+            if read is not None and read.is_initializer() and read.dtype == FLOAT and not _is_table(read):
+                node.replace_input_with(index, _narrow(graph, read, half))
     return sum(node.op_type == "PagedAttention" for node in graph)
 
 

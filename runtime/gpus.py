@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
 from skerry.core.errors import Unavailable
 from skerry.core.report import GpuReading
 from skerry.kernels import nvml
@@ -22,15 +25,17 @@ FRESH_SECONDS = 15.0  # an older reading is none: the driver hangs, or the GPUs 
 
 
 class GpuWatch:
-    """Reads all GPUs every `period` seconds. `opened` gives what `nvml.read_all` takes."""
+    """Reads GPUs every `period` seconds, those of `only` (UUIDs) where it is given. `opened` gives what `nvml.read_all`
+    takes."""
 
     def __init__(
         self,
+        only: frozenset[str] | None = None,
         opened: Callable[[], AbstractContextManager[Any]] = nvml.opened,
         period: float = PERIOD_SECONDS,
         fresh: float = FRESH_SECONDS,
     ) -> None:
-        self._opened, self._period, self._fresh = opened, period, fresh
+        self._only, self._opened, self._period, self._fresh = only, opened, period, fresh
         self._stop = threading.Event()
         self._last: tuple[float, tuple[GpuReading, ...]] = (float("-inf"), ())
         self._problem = ""
@@ -62,7 +67,9 @@ class GpuWatch:
             try:
                 with self._opened() as driver:
                     while not self._stop.is_set():
-                        self._last = (time.monotonic(), nvml.read_all(driver))
+                        found = nvml.read_all(driver)
+                        kept = tuple(one for one in found if self._only is None or one.uuid in self._only)
+                        self._last = (time.monotonic(), kept)
                         self._say("")
                         self._stop.wait(self._period)
             except Unavailable as error:
@@ -88,8 +95,6 @@ _LABELS = ["uuid", "name"]
 
 def families(readings: Iterable[GpuReading]) -> Iterator[Any]:
     """Metric families of prometheus_client; without readings none, so that an absent GPU is no zero."""
-    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-
     found = tuple(readings)
     if not found:
         return
@@ -111,3 +116,13 @@ def families(readings: Iterable[GpuReading]) -> Iterator[Any]:
             slowed.add_metric([reading.uuid, reading.name, reason], float(reason in reading.throttled))
     yield energy
     yield slowed
+
+
+class GpuMetrics(Collector):
+    """For the registry of a worker whose engine runs on a GPU."""
+
+    def __init__(self, watch: GpuWatch) -> None:
+        self._watch = watch
+
+    def collect(self) -> Iterator[Any]:
+        yield from families(self._watch.readings())

@@ -13,7 +13,7 @@ from skerry.core.bundle import Bundle, open_bundle
 from skerry.core.chat import ChatTemplate
 from skerry.core.errors import BundleError, IncompatibleError, SkerryError
 from skerry.core.files import read_json
-from skerry.core.target import incompatibility, local_device, on_gpu, usable_cores
+from skerry.core.target import Gpu, incompatibility, local_device, on_gpu, usable_cores
 from skerry.core.tokenizer import Tokenizer
 from skerry.runtime.golden import GOLDEN, GoldenResult, check_golden
 from skerry.runtime.protocol import Defaults
@@ -37,6 +37,7 @@ class Loaded:
     generation: dict[str, Any]
     golden: GoldenResult | None
     seconds: float
+    gpus: tuple[Gpu, ...] = ()  # that it may run on
 
     def model(self) -> Model:
         from skerry.runtime.service import Model
@@ -95,7 +96,8 @@ def load(
         golden = check_golden(bundle, runner)
     engine = OrtEngine(runner)
     warm_up(engine)
-    return Loaded(bundle, engine, tokenizer, template, generation, golden, time.monotonic() - began)
+    gpus = device.gpus if on_gpu(bundle.manifest.target) else ()
+    return Loaded(bundle, engine, tokenizer, template, generation, golden, time.monotonic() - began, gpus)
 
 
 def warm_up(engine: Engine) -> None:

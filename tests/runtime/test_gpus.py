@@ -90,3 +90,17 @@ def test_heartbeats_carry_readings_and_older_ones_have_none():
     assert Heartbeat.from_json(raw) == beat
     del raw["gpus"]
     assert Heartbeat.from_json(raw).gpus == ()
+
+
+def test_a_worker_tells_of_its_own_gpu_alone(nvml, watch):
+    from prometheus_client import CollectorRegistry, generate_latest
+
+    from skerry.runtime.gpus import GpuMetrics
+
+    nvml(HOT, ORIN)
+    registry = CollectorRegistry()
+    found = watch(only=frozenset({"GPU-22"}))
+    registry.register(GpuMetrics(found))
+    wait_for(found.readings)
+    text = generate_latest(registry).decode()
+    assert 'uuid="GPU-22"' in text and "GPU-44" not in text
