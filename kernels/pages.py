@@ -28,7 +28,9 @@ FLOATS: dict[str, type[np.floating[Any]]] = {"f32.k16t": np.float32, "f16.k16t":
 CODES = "i8.k16t"
 CUDA_LAYOUTS = {"f16.t16": "float16", "bf16.t16": "bfloat16"}
 LAYOUTS = (*FLOATS, CODES, *CUDA_LAYOUTS)  # in the order of the op's attribute `kv_layout`
-DTYPES = {layout: np.dtype(kind).name for layout, kind in FLOATS.items()} | {CODES: "int8"} | CUDA_LAYOUTS  # as a manifest says it
+DTYPES = (
+    {layout: np.dtype(kind).name for layout, kind in FLOATS.items()} | {CODES: "int8"} | CUDA_LAYOUTS
+)  # as a manifest says it
 
 Logical = npt.NDArray[np.floating[Any]]
 Float32 = npt.NDArray[np.float32]

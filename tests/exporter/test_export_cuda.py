@@ -52,7 +52,9 @@ def test_the_command_says_so(make_model: Make, tmp_path: Path) -> None:
     assert result.exit_code == 0 and "unqualified, as it could not be run here (no NVIDIA driver" in result.stdout
     again = CliRunner().invoke(command, [*words[:-1], str(tmp_path / "json"), "--json"])
     document = json.loads(again.stdout)
-    assert document["qualified"] is False and "no NVIDIA driver" in document["unqualified"] and document["parity"] is None
+    assert (
+        document["qualified"] is False and "no NVIDIA driver" in document["unqualified"] and document["parity"] is None
+    )
 
 
 def test_what_a_gpu_does_not_have_is_refused(make_model: Make, tmp_path: Path) -> None:

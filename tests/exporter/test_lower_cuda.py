@@ -35,8 +35,13 @@ def lowered(path: Path, precision: str, out: Path) -> tuple[ir.Model, Lowering]:
         return lower(emit(subject.spec, subject.decoder, layout), Target("ort-cuda"), lowering), lowering
 
 
-@pytest.mark.parametrize(("precision", "products"), [("fp16", {}), ("bf16", {}), ("int8", {"nbits-dense": 22}), ("int4", {"nbits-dense": 22})])
-def test_every_rule_matches_as_often_as_the_model_says(make_model: Make, tmp_path: Path, precision: str, products: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("precision", "products"),
+    [("fp16", {}), ("bf16", {}), ("int8", {"nbits-dense": 22}), ("int4", {"nbits-dense": 22})],
+)
+def test_every_rule_matches_as_often_as_the_model_says(
+    make_model: Make, tmp_path: Path, precision: str, products: dict[str, int]
+) -> None:
     model, lowering = lowered(make_model(tie_word_embeddings=True), precision, tmp_path)
     assert lowering.counts == {
         "fuse-silu": 3, "fast-gelu": 0, "fuse-skip-norm": 5, "simplify-norm": 2, "float32-outputs": 2, "halves": 3, **products,
@@ -71,7 +76,9 @@ def test_gemma_is_bfloat16_whatever_its_weights(make_model: Make, tmp_path: Path
         lowered(path, "fp16", tmp_path)
     model, lowering = lowered(path, "int8", tmp_path)
     types = {value.dtype for node in model.graph for value in node.outputs if node.op_type == "MatMulNBits"}
-    assert types == {ir.DataType.BFLOAT16} and lowering.counts["fast-gelu"] == 3 and lowering.counts["simplify-norm"] == 8
+    assert (
+        types == {ir.DataType.BFLOAT16} and lowering.counts["fast-gelu"] == 3 and lowering.counts["simplify-norm"] == 8
+    )
     attention = next(node for node in model.graph if node.op_type == "PagedAttention")
     assert attention.inputs[0].dtype == ir.DataType.BFLOAT16 and attention.inputs[4].dtype == WIDE
 

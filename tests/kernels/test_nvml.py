@@ -55,8 +55,8 @@ def test_a_driver_that_hangs_hangs_nobody(nvml):
 
 @pytest.mark.parametrize(
     ("setting", "left"),
-    [(None, "abc"), ("", ""), ("-1", ""), ("1", "b"), ("2,0", "ca"), ("1,7,0", "b"), ("GPU-c", "c"), ("gpu-a1,GPU-b", "ab"),
-     ("GPU", ""), ("0,0", "a"), ("MIG-1", "")],
+    [(None, "abc"), ("", ""), ("-1", ""), ("1", "b"), ("2,0", "ca"), ("1,7,0", "b"), ("GPU-c", "c"),
+     ("gpu-a1,GPU-b", "ab"), ("GPU", ""), ("0,0", "a"), ("MIG-1", "")],
 )  # fmt: skip
 def test_visible_devices_are_read_as_cuda_reads_them(setting, left):
     cards = tuple(Gpu(name, 89, 1, f"GPU-{name}1") for name in "abc")

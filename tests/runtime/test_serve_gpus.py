@@ -1,4 +1,4 @@
-"""`skerry serve --gpus`: the choice of GPUs, the command line of the workers, and workers that live and die together."""
+"""`skerry serve --gpus`: the choice of GPUs, the workers' command line, and workers that live and die together."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
     {"load": seconds, "golden": bool, "fatal": bool or the GPU it is fatal on, "lie": bool, "mute": bool}
 
-and its HTTP paths what it does: GET / answers {"version", "pid", "gpu"}; /fail answers 500 and counts as failed; /crash dies
-if {"crash": true}; /slow takes a second; /window reports one window. Standard library only: it starts in 50 ms.
+and its HTTP paths what it does: GET / answers {"version", "pid", "gpu"}; /fail answers 500 and counts as failed; /crash
+dies if {"crash": true}; /slow takes a second; /window reports one window. Standard library only: it starts in 50 ms.
 """
 
 import argparse
