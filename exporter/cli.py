@@ -143,7 +143,8 @@ def export(
     document = {
         "bundle": str(out), "digest": bundle.digest, "engine_digest": manifest.engine_digest, "name": manifest.name,
         "version": manifest.version, "target": str(manifest.target), "precision": manifest.precision, "bytes": size,
-        "parity": parity, "qualified": manifest.qualified, "unqualified": manifest.unqualified, "seconds": round(time.monotonic() - started, 2),
+        "parity": parity, "qualified": manifest.qualified, "unqualified": manifest.unqualified,
+        "seconds": round(time.monotonic() - started, 2),
     }  # fmt: skip
     quality = (
         f"perplexity ratio {parity['ppl_ratio']:.4f}, KL {parity['kl']:.5f}, top-1 {parity['top1']:.2%}"

@@ -1,7 +1,7 @@
 """Lowering for ort-cuda: the decoder in halves, dense products for ONNX Runtime's CUDA provider, logits in float32.
 
     fp16, bf16             matrices in that type, products are Gemm
-    int8, int4, mixed      com.microsoft.MatMulNBits over blocks of 32, activations in halves; the embedding stays in halves
+    int8, int4, mixed      com.microsoft.MatMulNBits over blocks of 32; activations and the embedding in halves
     stored                 a GGUF whose blocks are Q8_0 and Q4_0, as they are
 
 Q8_0 and Q4_0 are what MatMulNBits reads without zero points: an offset of 128 or 8, and a scale. Only ops are used that

@@ -1,6 +1,6 @@
 """Memory that steps of an engine read and write: a GPU's, through CuPy, or this machine's, where NumPy stands for it.
 
-The second is how the ort-cuda engine is tested without a GPU: the same session, the same graph, kernels on the emulator.
+The second is how the ort-cuda engine is tested without a GPU: the same session and graph, kernels on the emulator.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """This machine with its GPUs, and which backends really run here: what a node tells its fleet and decides by.
 
-A backend is offered when everything that it needs is there, and its reason is kept when it is not: "no NVIDIA driver" is
+A backend is offered when everything that it needs is there; when it is not, the reason is kept: "no NVIDIA driver" is
 what an operator wants to read where an engine for GPUs was passed over.
 """
 
@@ -19,7 +19,7 @@ CUDA_PROVIDER = "libonnxruntime_providers_cuda.so"
 
 
 def this_device(runtime_version: str = "", labels: dict[str, str] | None = None, found: Found | None = None) -> Device:
-    """Asks the NVIDIA driver, for seconds at most, unless it is told what was `found`. Never raises for want of GPUs."""
+    """Asks the NVIDIA driver, for seconds at most, unless told what was `found`. Never raises for want of GPUs."""
     found = discover() if found is None else found
     asked = {"ort-cuda": _ort_cuda(found)}
     offers = {backend: offer for backend, offer in asked.items() if isinstance(offer, Offer)}

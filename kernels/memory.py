@@ -71,7 +71,7 @@ def check_memory(manifest: Manifest, name: str, pages: int, adapters: int = 0) -
 
 
 def check_device_memory(manifest: Manifest, name: str, pages: int, free: int) -> int:
-    """The bytes that engine and pages take on a GPU with `free` ones. Raises IncompatibleError where those are fewer."""
+    """The bytes that engine and pages take on a GPU with `free` ones. Raises IncompatibleError where they are more."""
     parts = {"weights": manifest.engine_bytes, "CUDA": CONTEXT_BYTES, "KV pages": pages * bytes_of_pages(manifest)}
     needed = sum(parts.values())
     if needed > free:

@@ -23,7 +23,12 @@ from skerry.kernels.batch import Batch, Row, pack_rows
 from skerry.kernels.device_arrays import DeviceArrays, GpuArrays
 from skerry.kernels.graph import open_graph
 from skerry.kernels.memory import (
-    bytes_of_pages, check_device_memory, check_memory, default_device_kv_bytes, default_kv_bytes, fixed_parts,
+    bytes_of_pages,
+    check_device_memory,
+    check_memory,
+    default_device_kv_bytes,
+    default_kv_bytes,
+    fixed_parts,
 )  # fmt: skip
 from skerry.kernels.pages import check_pages, page_bytes
 from skerry.kernels.sampling import Sampled, SampleParams, SampleRows

@@ -1,7 +1,7 @@
 """A decoder graph on ONNX Runtime's CUDA provider: pages stay on the device, a step uploads one small array.
 
-Pure decode runs in buckets (buckets.py), each of which is captured as a CUDA graph by ONNX Runtime on its first runs and
-replayed after; everything else runs as it comes. The staging array is written again only after the logits of the step
+Pure decode runs in buckets (buckets.py), each of which ONNX Runtime captures as a CUDA graph on its first runs and
+replays after; everything else runs as it comes. The staging array is written again only after the logits of the step
 before have arrived here, and so never while it is still copied.
 """
 
@@ -77,8 +77,8 @@ class CudaSession:
     def run(
         self, batch: Batch, logits: npt.NDArray[np.float32], hidden: npt.NDArray[np.float32] | None = None
     ) -> float:
-        """Fills logits [S, V], and hidden [S, D] where it is given. Seconds of the run with its copies. Raises what ONNX
-        Runtime raises, and ValueError on a `hidden` of another shape."""
+        """Fills logits [S, V], and hidden [S, D] where it is given. Seconds of the run with its copies. Raises what
+        ONNX Runtime raises, and ValueError on a `hidden` of another shape."""
         rows, began = len(batch.sample_rows), perf_counter()
         if hidden is not None and hidden.shape != (rows, self.hidden_size):
             raise ValueError(f"hidden of shape {hidden.shape} for {rows} rows of {self.hidden_size}")

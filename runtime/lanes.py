@@ -1,9 +1,9 @@
 """Several workers of one engine: a Supervisor for each place (runtime.places), seen by the agent as one.
 
-All of them accept on the one public socket, so requests spread by themselves: whoever is free takes the next connection.
-Each lane starts, swaps, restarts and drains its own worker. Of an update all lanes together are the candidate: it is
-ready when the last one is, and has failed when one has. A lane that crashes again and again is that GPU's matter as long
-as another one answers.
+All of them accept on the one public socket, so requests spread by themselves: whoever is free takes the next one. Each
+lane starts, swaps, restarts and drains its own worker. Of an update all lanes together are the candidate: it is ready
+when the last one is, and has failed when one has. A lane that crashes again and again is that GPU's matter as long as
+another one answers.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ OFFER = Offer(OPS, ("f16.t16",), (80, 89))
 L4, A2 = Gpu("L4", 89, 24 << 30, "GPU-1"), Gpu("A2", 86, 16 << 30, "GPU-2")
 NODE = Device(
     "x86_64", "Linux", 8, 64 << 30, gpus=(L4, A2), backends=("tensorrt", "ort-cuda", "ort-cpu"), driver="580.65.06",
-    cuda="13.0", offers={"ort-cuda": OFFER, "tensorrt": Offer(OPS, ("f16.t16",))}, missing={"tensorrt-rtx": "no library"},
+    cuda="13.0", offers={"ort-cuda": OFFER, "tensorrt": Offer(OPS, ("f16.t16",))},
+    missing={"tensorrt-rtx": "no library"},
 )  # fmt: skip
 
 

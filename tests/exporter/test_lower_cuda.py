@@ -44,7 +44,8 @@ def test_every_rule_matches_as_often_as_the_model_says(
 ) -> None:
     model, lowering = lowered(make_model(tie_word_embeddings=True), precision, tmp_path)
     assert lowering.counts == {
-        "fuse-silu": 3, "fast-gelu": 0, "fuse-skip-norm": 5, "simplify-norm": 2, "float32-outputs": 2, "halves": 3, **products,
+        "fuse-silu": 3, "fast-gelu": 0, "fuse-skip-norm": 5, "simplify-norm": 2, "float32-outputs": 2, "halves": 3,
+        **products,
     }  # fmt: skip
     kinds = Counter(node.op_type for node in model.graph)
     assert kinds["Gemm"] == (0 if products else 22) and kinds["MatMulNBits"] == (22 if products else 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -41,7 +43,7 @@ def test_inputs_lie_apart_aligned_and_at_the_same_places_for_the_same_sizes():
     assert (places, length) == places_of(Sizes(4, 4, 4, 2, 2, captured=True))
     spans = sorted((place.start, place.start + int(np.prod(place.shape))) for place in places.values())
     assert all(start % ALIGNED == 0 for start, _ in spans) and spans[-1][1] <= length
-    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:]))
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans))
     assert set(places) == {"input_ids", "positions", "query_start", "context_len", "sample_rows", "slot.0", "slot.1",
                            "block_table.0", "block_table.1"}  # fmt: skip
 
