@@ -1,4 +1,5 @@
-# setup: environment and native build; test: fast and slow tests; lint: every static check; demo: the whole loop.
+# setup: environment and native build; test: fast and slow tests; lint: every static check; demo: the whole loop;
+# gpu-check: tests and measures the GPU kernels with what the machine has (ARGS=--dry-run: where there is no GPU).
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +8,7 @@ BUNDLE ?= $(wildcard demo/bundles/v2)
 STAMP := $(VENV)/.ready
 NATIVE := $(shell find kernels -name '*.cpp' -o -name '*.h' -o -name 'CMakeLists.txt' 2>/dev/null)
 
-.PHONY: setup build test test-fast lint format bench demo clean
+.PHONY: setup build test test-fast lint format bench demo gpu-check clean
 
 setup: $(STAMP)
 
@@ -41,6 +42,9 @@ format: setup
 bench: setup
 	@[ -n "$(BUNDLE)" ] || { echo "Error: no bundle to measure. Try: make bench BUNDLE=<directory>" >&2; exit 2; }
 	$(BIN)/skerry bench engine $(BUNDLE)
+
+gpu-check:
+	@PYTHON=$(PYTHON) scripts/gpu_check.sh $(ARGS)
 
 demo: setup
 	$(BIN)/skerry demo
