@@ -1,6 +1,7 @@
 // Sample on a GPU, one launch for all rows of a step. A team of blocks takes a row; each block keeps its part of it in
-// shared memory from the first pass to the draw, so device memory is read once. The blocks of a team meet when a maximum, a
-// histogram or a list of candidates is complete: three to seven times a row. The definition is kernels/reference.py.
+// shared memory from the first pass to the draw, so device memory is read once. The blocks of a team meet when a
+// maximum, a histogram or a list of candidates is complete: three to seven times a row. The definition is
+// kernels/reference.py.
 #include "sample_draw.h"
 #include "sample_row.h"
 
@@ -27,7 +28,6 @@ DEVICE void share_facts(const Row& r) {
     if (r.s.facts.broken) atomicOr(&r.facts.broken, 1u);
   }
   r.team.meet();
-  __syncthreads();
   if (threadIdx.x == 0) r.s.facts = r.facts;
   __syncthreads();
 }
@@ -40,8 +40,8 @@ DEVICE bool without_distribution(uint32_t largest, uint32_t broken) {
 DEVICE void list_top(const Row& r) {
   const Count wanted = min(static_cast<Count>(r.a.top_n), static_cast<Count>(r.a.vocabulary));
   const float top = float_of(r.s.facts.raw_max);
-  const Place last = find_cut(
-      r.team, r.part, top, kEverything, [&](Count) { return wanted; }, [](Place) { return Count{1}; }, r.s);
+  const Place last =
+      find_cut(r.team, r.part, top, kEverything, [&](Count) { return wanted; }, [](Place) { return Count{1}; }, r.s);
   each_place(r.part, last, [&](Place place) { r.top[atomicAdd(&r.facts.top, 1u)] = place; });
 }
 
@@ -60,8 +60,8 @@ DEVICE Place last_kept(const Row& r, float top) {
       const double wanted = ceil(static_cast<double>(fmaxf(p, 0.0f)) * static_cast<double>(total));
       return min(max(static_cast<Count>(wanted), Count{1}), total);
     };
-    last = find_cut(
-        r.team, r.part, top, last, need, [&](Place place) { return mass_of(float_of(place.key), top); }, r.s);
+    last =
+        find_cut(r.team, r.part, top, last, need, [&](Place place) { return mass_of(float_of(place.key), top); }, r.s);
   }
   return last;
 }
@@ -89,8 +89,12 @@ DEVICE void write_broken(const SampleArgs& a, int row) {
   }
 }
 
+DEVICE float log_probability(float logit, float top, double log_sum) {
+  return static_cast<float>((static_cast<double>(logit) - static_cast<double>(top)) - log_sum);
+}
+
 // The list of the most likely in order: the place of each is how many come before it.
-DEVICE void write_top(const Row& r, double log_total) {
+DEVICE void write_top(const Row& r, float top, double log_sum) {
   const int count = static_cast<int>(min(static_cast<int64_t>(r.a.top_n), r.a.vocabulary));
   int32_t* ids = r.a.top_ids + static_cast<int64_t>(r.row) * r.a.top_n;
   float* logprobs = r.a.top_logprobs + static_cast<int64_t>(r.row) * r.a.top_n;
@@ -107,7 +111,7 @@ DEVICE void write_top(const Row& r, double log_total) {
     int before = 0;
     for (int j = 0; j < count; ++j) before += j != i && within(list[j], list[i]);
     ids[before] = list[i].id;
-    logprobs[before] = static_cast<float>(float_of(list[i].key) - log_total);
+    logprobs[before] = log_probability(float_of(list[i].key), top, log_sum);
   }
   __syncthreads();
 }
@@ -122,14 +126,13 @@ DEVICE void write_row(const Row& r, const Logit* logits, const Winner* winners, 
   if (threadIdx.x == 0) {
     Winner best = winners[0];
     for (int rank = 1; rank < r.team.size; ++rank) best = beats(winners[rank], best) ? winners[rank] : best;
-    const double log_total = static_cast<double>(top) + found.log_sum;
-    r.s.log_total = log_total;
+    r.s.log_sum = found.log_sum;
     a.token[r.row] = best.id;
-    a.logprob[r.row] = best.id < 0 ? NAN : static_cast<float>(to_float(logits[best.id]) - log_total);
+    a.logprob[r.row] = best.id < 0 ? NAN : log_probability(to_float(logits[best.id]), top, found.log_sum);
     a.entropy[r.row] = static_cast<float>(found.entropy);
   }
   __syncthreads();
-  if (a.top_n > 0) write_top(r, r.s.log_total);
+  if (a.top_n > 0) write_top(r, top, r.s.log_sum);
 }
 
 template <class Logit>
@@ -138,6 +141,7 @@ DEVICE void sample_row(const SampleTask& task, int row, int turn, Team& team, co
   TeamScratch& scratch = *team.scratch;
   const Row r = {a, row, team, part, s, scratch.facts[turn % 3], scratch.top[turn % 2]};
   const Logit* logits = reinterpret_cast<const Logit*>(a.logits) + row * a.vocabulary;
+  __syncthreads();  // some threads may still look at the facts of the row before
   if (threadIdx.x == 0) {
     s.facts = {};
     if (team.rank == 0) scratch.facts[(turn + 1) % 3] = {};
@@ -170,11 +174,13 @@ DEVICE void clear(TeamScratch& scratch) {
 }
 
 template <class Logit>
-DEVICE void sample_rows(const SampleTask& task, SampleShared& s, unsigned char* rest) {
+DEVICE void sample_rows(const SampleTask& task, unsigned char* shared) {
+  SampleShared& s = *reinterpret_cast<SampleShared*>(shared);
+  unsigned char* rest =
+      task.parts == nullptr ? shared + sizeof(SampleShared) : task.parts + blockIdx.x * part_bytes(task.part);
   const int vocabulary = static_cast<int>(task.args.vocabulary);
   const int number = static_cast<int>(blockIdx.x) / task.team_size;
   Team team = {task.scratch + number, task.team_size, static_cast<int>(blockIdx.x) % task.team_size};
-  if (task.parts != nullptr) rest = task.parts + blockIdx.x * part_bytes(task.part);
   const int first = team.rank * task.part;
   float* z = reinterpret_cast<float*>(rest);
   const Part part = {z, reinterpret_cast<uint32_t*>(z + task.part), first, max(0, min(task.part, vocabulary - first))};
@@ -186,14 +192,9 @@ DEVICE void sample_rows(const SampleTask& task, SampleShared& s, unsigned char* 
 
 }  // namespace
 
-// One block of at most 1,024 threads; shared memory: SampleShared and, unless task.parts is set, a part.
-#define SKERRY_SAMPLE(name, Logit)                                              \
-  extern "C" __global__ void __launch_bounds__(1024) name(const SampleTask task) { \
-    extern __shared__ __align__(16) unsigned char bytes[];                                     \
-    sample_rows<Logit>(task, *reinterpret_cast<SampleShared*>(bytes), bytes + sizeof(SampleShared)); \
-  }
-SKERRY_SAMPLE(sample_f32, float)
-SKERRY_SAMPLE(sample_f16, __half)
-SKERRY_SAMPLE(sample_bf16, __nv_bfloat16)
+// Blocks of at most 1,024 threads; shared memory: SampleShared and, unless task.parts is set, a part.
+SKERRY_KERNEL(sample_f32, SampleTask, 1024, 1, sample_rows<float>)
+SKERRY_KERNEL(sample_f16, SampleTask, 1024, 1, sample_rows<__half>)
+SKERRY_KERNEL(sample_bf16, SampleTask, 1024, 1, sample_rows<__nv_bfloat16>)
 
 }  // namespace skerry::cuda

@@ -1,6 +1,6 @@
 // The last place that is kept when places are taken in the definition's order until their counts or masses sum to what
-// is needed. Histograms narrow the candidates to a bin, until so few are left that each can be ranked; nothing is sorted.
-// Counts and masses are whole numbers: sums in any order, by any number of blocks, are the same.
+// is needed. Histograms narrow the candidates to a bin, until so few are left that each can be ranked; nothing is
+// sorted. Counts and masses are whole numbers: sums in any order, by any number of blocks, are the same.
 #pragma once
 
 #include "sample_math.h"
@@ -19,7 +19,8 @@ struct Part {
 inline constexpr Place kEverything = {0, 0x7FFFFFFF};
 
 // In which bin a place lies at each level, ascending in the order of the definition. The first level is by depth below
-// the maximum: unlike the leading bits of a float it tells apart, and spreads over the bins, what lies near the maximum.
+// the maximum: unlike the leading bits of a float it tells apart, and spreads over the bins, what lies near the
+// maximum.
 DEVICE uint32_t bin_of(int level, Place place, float top) {
   if (level == 0) {
     const float depth = (top - float_of(place.key)) * 64.0f;
@@ -52,8 +53,8 @@ DEVICE void each_place(const Part& part, Place last, const Visit& visit) {
   }
 }
 
-// Sums of the block's candidates by bin, in shared memory. The last bin of the first level has no end, and may have nearly
-// everything in it: threads sum it up by themselves.
+// Sums of the block's candidates by bin, in shared memory. The last bin of the first level has no end, and may have
+// nearly everything in it: threads sum it up by themselves.
 template <class Weigh>
 DEVICE void histogram_of(const Part& part, const Range& range, float top, Place last, const Weigh& weigh,
                          SampleShared& s) {
@@ -84,7 +85,8 @@ DEVICE void histogram_of(const Part& part, const Range& range, float top, Place 
   __syncthreads();
 }
 
-// The team's sums instead of the block's. What the narrowing before this one used is cleared for the one after the next.
+// The team's sums instead of the block's. What the narrowing before this one used is cleared for the one after the
+// next.
 DEVICE void share_histogram(Team& team, SampleShared& s) {
   if (team.size == 1) return;
   Narrowing& mine = team.scratch->narrowing[team.narrowings % 3];
@@ -159,8 +161,8 @@ DEVICE void rank(uint32_t count, Count need, const Weigh& weigh, SampleShared& s
   __syncthreads();
 }
 
-// Among the places up to `last`: the one with which the sum of weigh(place) reaches need(total); `last` itself where the
-// total is less. `top`: the largest of the row, finite.
+// Among the places up to `last`: the one with which the sum of weigh(place) reaches need(total); `last` itself where
+// the total is less. `top`: the largest of the row, finite.
 template <class Need, class Weigh>
 DEVICE Place find_cut(Team& team, const Part& part, float top, Place last, const Need& need_of, const Weigh& weigh,
                       SampleShared& s) {

@@ -1,5 +1,6 @@
-// The draw among what is kept: Gumbel-max in its exponential form. Scores are found roughly first, and exactly for the few
-// that are near the least: a logarithm and a division in double precision for each id would cost more than all the rest.
+// The draw among what is kept: Gumbel-max in its exponential form. Scores are found roughly first, and exactly for the
+// few that are near the least: a logarithm and a division in double precision for each id would cost more than all the
+// rest.
 #pragma once
 
 #include "sample_cut.h"
@@ -70,7 +71,9 @@ DEVICE Winner draw(const Part& part, const Entrants& entrants, uint64_t seed, ui
   each_entrant(part, entrants, seed, token_index, [&](Place place, uint32_t word) {
     best = fminf(best, rough_score(word, float_of(place.key), entrants.top));
   });
-  atomicMin(&s.best, __float_as_uint(best));  // scores are positive: their bits are ordered as they are
+  best = -warp_max(-best);
+  if (threadIdx.x % kWarp == 0)
+    atomicMin(&s.best, __float_as_uint(best));  // positive: their bits are ordered as they are
   __syncthreads();
   const float enough = __uint_as_float(s.best) * kRoughness;
   Winner mine = {0, -1};

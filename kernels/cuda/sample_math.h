@@ -1,5 +1,5 @@
-// Numbers of Sample that decide what is kept and drawn. Compiled without contraction into fused multiply-adds: every
-// operation rounds once, as reference.py states.
+// Numbers of Sample that decide what is kept and drawn. reference.py states their roundings; nothing here is contracted
+// into fused multiply-adds (kernels.cmake).
 #pragma once
 
 #include "../include/philox.h"
@@ -26,7 +26,7 @@ DEVICE bool within(Place place, Place last) {
   return place.key > last.key || (place.key == last.key && place.id <= last.id);
 }
 
-// e^(z - top), in double, for z at most 700 below.
+// e^(z - top) in double, for z at most 700 below. Every operation rounds once; reference.py repeats them in this order.
 DEVICE double weight_of(float z, float top) {
   const double shift = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer in the low bits
   const double d = static_cast<double>(z) - static_cast<double>(top);
@@ -59,7 +59,8 @@ DEVICE double uniform(uint32_t word) { return (static_cast<double>(word) + 0.5) 
 // -log(u) / weight, the least of which wins. The logarithm's last bit is the library's.
 DEVICE double exact_score(uint32_t word, float z, float top) { return -log(uniform(word)) / weight_of(z, top); }
 
-// The same within 1e-5 in single precision: for finding the few that may win. Near 1 the logarithm of u comes from 1 - u.
+// The same within 1e-5 in single precision: for finding the few that may win. Near 1 the logarithm of u comes from 1 -
+// u.
 DEVICE float rough_score(uint32_t word, float z, float top) {
   const bool near_one = word >> 31;
   const float rest = (static_cast<float>(near_one ? ~word : word) + 0.5f) * 0x1p-32f;

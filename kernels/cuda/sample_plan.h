@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "../include/launch.h"
 #include "sample_task.h"
 
 namespace skerry::cuda {
@@ -23,10 +24,13 @@ inline constexpr int kTurnChunks = 32;
 inline constexpr int kFewestChunks = 16;  // a block
 
 // Never more blocks than multiprocessors, so all of them run at once and may wait for each other. The fewest chunks a
-// block one after the other, counting a turn's fixed cost. `shared_limit`: bytes that a block may have.
-inline SamplePlan plan_sample(int64_t rows, int64_t vocabulary, int multiprocessors, size_t shared_limit) {
+// block one after the other, counting a turn's fixed cost.
+inline SamplePlan plan_sample(int64_t rows, int64_t vocabulary, const CudaDevice& device) {
+  const int multiprocessors = device.multiprocessors;
+  const size_t shared_limit = device.shared_bytes;
   const int chunks = static_cast<int>((vocabulary + kChunk - 1) / kChunk);
-  const size_t room = shared_limit < sizeof(SampleShared) ? 0 : (shared_limit - sizeof(SampleShared)) / part_bytes(kChunk);
+  const size_t room =
+      shared_limit < sizeof(SampleShared) ? 0 : (shared_limit - sizeof(SampleShared)) / part_bytes(kChunk);
   const int most = std::min({kMostTeam, multiprocessors, std::max(1, chunks / kFewestChunks)});
   const int least = room == 0 ? kMostTeam + 1 : static_cast<int>((chunks + room - 1) / room);
   SamplePlan plan;

@@ -39,8 +39,8 @@ DEVICE void load_part(const Logit* row, const Part& part, ChunkStatistics* chunk
     if (lane == 0) chunks[(part.first + begin) / kChunk] = found;
     largest = max(largest, ordered_bits(found.max));
   }
-  atomicMax(&s.facts.raw_max, largest);
-  if (broken) s.facts.raw_broken = 1;
+  if (lane == 0) atomicMax(&s.facts.raw_max, largest);
+  if (broken) atomicOr(&s.facts.raw_broken, 1u);
   __syncthreads();
 }
 
@@ -56,7 +56,7 @@ DEVICE void each_entry(const Part& part, const int32_t* ids, int begin, int end,
   for (int entry = begin + threadIdx.x; entry < end; entry += blockDim.x) {
     if (!mine(entry)) continue;
     const uint32_t bit = 1u << (local(entry) % 32);
-    if (atomicOr(&part.marks[local(entry) / 32], bit) & bit) s.repeated = 1;
+    if (atomicOr(&part.marks[local(entry) / 32], bit) & bit) atomicOr(&s.repeated, 1u);
   }
   __syncthreads();
   const int first = s.repeated ? (threadIdx.x == 0 ? 0 : end) : threadIdx.x, step = s.repeated ? 1 : blockDim.x;
@@ -94,7 +94,7 @@ DEVICE void adjust_part(const SampleArgs& a, int row, const Part& part, SampleSh
   }
   largest = warp_max(largest);
   if (threadIdx.x % kWarp == 0) atomicMax(&s.facts.max, largest);
-  if (broken) s.facts.broken = 1;
+  if (broken) atomicOr(&s.facts.broken, 1u);
   __syncthreads();
 }
 

@@ -11,8 +11,8 @@ namespace skerry::cuda {
 
 using Count = unsigned long long;  // what 64-bit atomics take
 
-inline constexpr int kChunk = 256;                 // ids whose statistics are summed together, by one warp
-inline constexpr int kMostVocabulary = 1 << 18;    // 262,144
+inline constexpr int kChunk = 256;               // ids whose statistics are summed together, by one warp
+inline constexpr int kMostVocabulary = 1 << 18;  // 262,144
 inline constexpr int kChunks = kMostVocabulary / kChunk;
 inline constexpr int kBins = 2048;
 inline constexpr int kListed = 512;   // candidates from which on ranking beats another histogram
@@ -69,14 +69,14 @@ struct SampleShared {
   Place list[kListed];
   Winner winners[kMostWarps];
   Count total, before;
-  double log_total;
+  double log_sum;
   Place cut;
   uint32_t bin, listed, best, repeated;
   RowFacts facts;
 };
 
-// Pointers of `args` are the device's. `teams` teams of `team_size` blocks take rows in turn; a block holds `part` ids of
-// its row, a multiple of kChunk. `parts`: device memory of [blocks][part] floats and [blocks][part / 32] words where
+// Pointers of `args` are the device's. `teams` teams of `team_size` blocks take rows in turn; a block holds `part` ids
+// of its row, a multiple of kChunk. `parts`: device memory of [blocks][part] floats and [blocks][part / 32] words where
 // shared memory is too small; null: it is not.
 struct SampleTask {
   SampleArgs args;

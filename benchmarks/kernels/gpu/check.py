@@ -95,7 +95,7 @@ def check(found: Found, repeats: int, seed: int) -> dict[str, Any]:
         "gpu", subject={"device": found.device}, settings={"repeats": repeats, "seed": seed}, figures={}, rows=[],
         versions=found.versions, missing=found.missing, tests={}, sanitizers={}, targets=[], failures=[],
     )  # fmt: skip
-    document["tests"] = run_tests("device", [])
+    document["tests"] = run_tests("gpu", [])
     if "compute-sanitizer" in found.versions:
         document["sanitizers"] = {tool: sanitize(tool) for tool in SANITIZERS}
     setting = Setting(1, seed, (), None, lambda line: print(f"gpu-check: {line}", file=sys.stderr, flush=True))
@@ -106,7 +106,7 @@ def check(found: Found, repeats: int, seed: int) -> dict[str, Any]:
 
 
 def run_tests(device: str, wrapper: Sequence[str], marker: str = "", seconds: float = TEST_SECONDS) -> dict[str, Any]:
-    """pytest in a process of its own, on the `device` or `emulated`, without whatever plugins are lacking."""
+    """pytest in a process of its own, on the `gpu` or `emulated`, without whatever plugins are lacking."""
     files = sorted(str(path.relative_to(ROOT)) for pattern in TESTS for path in ROOT.glob(pattern))
     words = [*wrapper, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", device, *files]
     words += ["-m", marker] if marker else []
@@ -122,7 +122,7 @@ def run_tests(device: str, wrapper: Sequence[str], marker: str = "", seconds: fl
 
 def sanitize(tool: str) -> dict[str, Any]:
     wrapper = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "--target-processes", "all"]
-    return run_tests("device", wrapper, SANITIZED, SANITIZER_SECONDS)
+    return run_tests("gpu", wrapper, SANITIZED, SANITIZER_SECONDS)
 
 
 def conclude(document: dict[str, Any]) -> None:
