@@ -27,7 +27,7 @@ class SampleStep:
         self._launch = launch
 
     def launch(self) -> None:
-        """Raises StepError."""
+        """Raises LaunchError."""
         if self._launch.grid[0]:
             self._device.run([self._launch])
 

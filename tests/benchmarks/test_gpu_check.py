@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from skerry.benchmarks.kernels.gpu import check, found
 from skerry.benchmarks.kernels.gpu.clock import Clock
 from skerry.benchmarks.targets import read_targets, stand
 from skerry.core.errors import GateFailed, Inconclusive, SkerryError, Unavailable
+from skerry.kernels import _native
 
 ROOT = Path(check.__file__).resolve().parents[3]
 DEVICE = {"name": "NVIDIA H200", "l2_bytes": 60 << 20}
@@ -70,7 +70,8 @@ def test_a_driver_that_fails_is_no_device(monkeypatch):
     def fails():
         raise OSError("libcuda.so.1: cannot open")
 
-    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(runtime=SimpleNamespace(getDeviceCount=fails))))
+    fake = SimpleNamespace(cuda=SimpleNamespace(runtime=SimpleNamespace(getDeviceCount=fails)))
+    monkeypatch.setitem(sys.modules, "cupy", fake)
     with pytest.raises(Unavailable, match=r"libcuda\.so\.1"):
         found.device_facts()
 
@@ -85,8 +86,13 @@ def test_without_a_device_nothing_is_measured_and_nothing_written(bare, tmp_path
 
 def test_a_dry_run_runs_the_emulated_tests(bare, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(check, "run_tests", lambda *words: asked.append(words) or {"exit_code": 0, "summary": "9 passed"})
-    assert check.main(["--dry-run"]) == 0 and asked == [("emulated", [])]
+
+    def passes(device, only):
+        asked.append((device, only))
+        return {"exit_code": 0, "summary": "9 passed"}
+
+    monkeypatch.setattr(check, "run_tests", passes)
+    assert check.main(["--dry-run", "--only", "ties"]) == 0 and asked == [("emulated", "ties")]
     assert "nothing was measured; emulated tests: 9 passed" in capsys.readouterr().out
 
 
@@ -161,26 +167,45 @@ def test_a_contest_with_a_given_number_of_calls_calibrates_nothing():
     assert asked == [20, 20, 20] and case.seconds["skerry"] == [5e-5, 5e-5]
 
 
-def test_the_script_names_every_tool_that_is_missing(tmp_path):
-    """With a PATH that has a shell and little else."""
-    for tool in ("bash", "dirname", "sed", "env"):
-        (tmp_path / tool).symlink_to(shutil.which(tool))
-    done = subprocess.run([shutil.which("bash"), str(ROOT / "scripts" / "gpu_check.sh")], capture_output=True, text=True,
-                          env={"PATH": str(tmp_path), "BUILD": str(tmp_path / "build")}, timeout=60, check=False)  # fmt: skip
+@pytest.fixture
+def script(tmp_path):
+    """Runs scripts/gpu_check.sh with nothing in PATH but a shell, a few tools, and the programs that are given."""
+
+    def start(*words: str, tools=(), **programs: str):
+        folder = tmp_path / "bin"
+        folder.mkdir()
+        for tool in ("bash", "dirname", "sed", "mkdir", "tail", "rm", "ln", "cp", "git", *tools):
+            (folder / tool).symlink_to(shutil.which(tool) or sys.executable)
+        for name, text in programs.items():
+            (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+            (folder / name).chmod(0o755)
+        return subprocess.run(
+            [folder / "bash", ROOT / "scripts" / "gpu_check.sh", *words], capture_output=True, text=True, timeout=300,
+            env={"PATH": str(folder), "BUILD": str(tmp_path / "build"), "PYTHON": sys.executable}, check=False,
+        )  # fmt: skip
+
+    return start
+
+
+def test_the_script_names_every_tool_that_is_missing(script):
+    done = script()
     assert done.returncode == 1
-    assert "python3, c++, cmake, ninja" in done.stderr and "nothing was measured" in done.stderr
+    assert "Error: check GPU: c++, cmake, ninja" in done.stderr and "nothing was measured" in done.stderr
 
 
-def test_the_script_says_where_a_build_failed(tmp_path):
-    for tool in ("bash", "dirname", "sed", "mkdir", "tail", "c++", "ninja"):
-        (tmp_path / tool).symlink_to(shutil.which(tool) or sys.executable)
-    fake = tmp_path / "cmake"
-    fake.write_text("#!/bin/bash\necho no such generator\nexit 1\n")
-    fake.chmod(0o755)
-    python = Path(sys.executable).parent
-    done = subprocess.run(
-        [shutil.which("bash"), str(ROOT / "scripts" / "gpu_check.sh"), "--dry-run"], capture_output=True, text=True,
-        env={"PATH": f"{tmp_path}{os.pathsep}{python}", "BUILD": str(tmp_path / "build"), "PYTHON": sys.executable},
-        timeout=120, check=False,
-    )  # fmt: skip
+def test_the_script_says_where_a_build_failed(script):
+    done = script("--dry-run", tools=("c++", "ninja"), cmake="echo no such generator; exit 1")
     assert done.returncode == 1 and "no such generator" in done.stderr and "the build failed" in done.stderr
+
+
+def test_a_dry_run_of_the_script_needs_no_gpu(script):
+    """All of it but for the build, which lasts minutes: what was built for these tests is installed in its place."""
+    pytest.importorskip("skerry.kernels._emulated", reason="built without nvcc")
+    built = Path(_native.__file__).parent
+    done = script(
+        "--dry-run", "--only", "signed_zeros", tools=("c++", "ninja"),
+        cmake=f'[ "$1" = --install ] && cp {built}/*.so {built}/*.fatbin "$4/skerry/kernels/"; exit 0',
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "dry run: nothing was measured; emulated tests: 1 passed" in done.stdout
+    assert "4. rows of paged_attention, sample" in done.stderr

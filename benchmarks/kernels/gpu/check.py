@@ -3,8 +3,8 @@
 Started by scripts/gpu_check.sh, which has built the checkout. Needs no package beyond numpy, pytest and CuPy; what else
 is used where it is found (torch, compute-sanitizer, ONNX Runtime, TensorRT-RTX) is named where it is missing.
 
-Exit codes: 0 tests passed and every must was met; 1 a test or an operation failed, or there is no GPU; 2 usage; 3 a must
-was missed; 6 none was missed, and some could not be measured.
+Exit codes: 0 tests passed and every must was met; 1 a test or an operation failed, or there is no GPU; 2 usage; 3 a
+must was missed; 6 none was missed, and some could not be measured. (make itself says 2 for each of them.)
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ def main(words: Sequence[str] | None = None) -> int:
         found = look()
         print(plan(found, args.repeats), file=sys.stderr, flush=True)
         if args.dry_run:
-            tests = run_tests("emulated", [])
+            tests = run_tests("emulated", only=args.only)
             print(f"dry run: nothing was measured; emulated tests: {tests['summary']}")
             return 0 if tests["exit_code"] == 0 else 1
         if found.device is None:
             cause = f"{found.missing['a CUDA device']}; nothing was measured"
             raise Unavailable("check GPU", "", cause, "run it where there is a GPU, or make gpu-check ARGS=--dry-run")
-        document = check(found, args.repeats, args.seed)
+        document = check(found, args.repeats, args.seed, args.only)
         path = args.out / f"gpu-{datetime.now(UTC):%Y-%m-%d}-{found.slug()}.json"
         write_json(path, close_document(document))
         print(f"{table(document)}\n\nwritten to {path}")
@@ -61,6 +61,7 @@ def main(words: Sequence[str] | None = None) -> int:
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("make gpu-check ARGS=...", description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--dry-run", action="store_true", help="build, say what would run, run the emulated tests")
+    parser.add_argument("--only", default="", metavar="WORDS", help="of the tests: those that pytest -k WORDS selects")
     parser.add_argument("--repeats", type=int, default=7, help="of each measurement; 6 and up give intervals")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the result")
@@ -85,9 +86,9 @@ def plan(found: Found, repeats: int) -> str:
     return "\n".join(lines)
 
 
-def check(found: Found, repeats: int, seed: int) -> dict[str, Any]:
+def check(found: Found, repeats: int, seed: int, only: str) -> dict[str, Any]:
     """Everything, on the device. What fails is in the document; only what says nothing at all is raised."""
-    from skerry.benchmarks.kernels.gpu.bench import open_bench
+    from skerry.benchmarks.kernels.gpu.bench import PEERS, open_bench
     from skerry.benchmarks.kernels.gpu.level import measure
     from skerry.benchmarks.kernels.setting import Setting
 
@@ -95,20 +96,23 @@ def check(found: Found, repeats: int, seed: int) -> dict[str, Any]:
         "gpu", subject={"device": found.device}, settings={"repeats": repeats, "seed": seed}, figures={}, rows=[],
         versions=found.versions, missing=found.missing, tests={}, sanitizers={}, targets=[], failures=[],
     )  # fmt: skip
-    document["tests"] = run_tests("gpu", [])
+    document["tests"] = run_tests("gpu", only=only)
     if "compute-sanitizer" in found.versions:
         document["sanitizers"] = {tool: sanitize(tool) for tool in SANITIZERS}
-    setting = Setting(1, seed, (), None, lambda line: print(f"gpu-check: {line}", file=sys.stderr, flush=True))
+    setting = Setting(1, seed, PEERS, None, lambda line: print(f"gpu-check: {line}", file=sys.stderr, flush=True))
     document["failures"] = [str(error) for error in measure(document, open_bench(found, setting), OPS, repeats)]
     targets = [target for target in read_targets() if target.run == RUN]
     document["targets"] = [stand(target, {RUN: document}).to_json() for target in targets]
     return document
 
 
-def run_tests(device: str, wrapper: Sequence[str], marker: str = "", seconds: float = TEST_SECONDS) -> dict[str, Any]:
+def run_tests(
+    device: str, wrapper: Sequence[str] = (), marker: str = "", only: str = "", seconds: float = TEST_SECONDS
+) -> dict[str, Any]:
     """pytest in a process of its own, on the `gpu` or `emulated`, without whatever plugins are lacking."""
     files = sorted(str(path.relative_to(ROOT)) for pattern in TESTS for path in ROOT.glob(pattern))
-    words = [*wrapper, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", device, *files]
+    words = [*wrapper, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    words += ["-k", f"{device} and ({only})" if only else device]
     words += ["-m", marker] if marker else []
     print(f"gpu-check: {' '.join(words)}", file=sys.stderr, flush=True)
     try:
@@ -122,11 +126,11 @@ def run_tests(device: str, wrapper: Sequence[str], marker: str = "", seconds: fl
 
 def sanitize(tool: str) -> dict[str, Any]:
     wrapper = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "--target-processes", "all"]
-    return run_tests("gpu", wrapper, SANITIZED, SANITIZER_SECONDS)
+    return run_tests("gpu", wrapper, SANITIZED, seconds=SANITIZER_SECONDS)
 
 
 def conclude(document: dict[str, Any]) -> None:
-    """Raises where the check did not pass: what failed outright before what was slow, and that before what is unknown."""
+    """Raises where the check did not pass: what failed before what was slow, and that before what is unknown."""
     runs = {"tests": document["tests"], **document["sanitizers"]}
     failed = [f"{name}: {run['summary']}" for name, run in runs.items() if run["exit_code"] != 0]
     failed += document["failures"]
@@ -145,7 +149,8 @@ def table(document: dict[str, Any]) -> str:
         value = "-" if one["found"] is None else f"{one['found']:.4g}"
         spread = "" if one["low"] is None else f" ({one['low']:.4g} to {one['high']:.4g})"
         why = f", {one['why']}" if one["why"] else ""
-        lines.append(f"{one['measure']}: {value} {one['unit']}{spread}, must {sign} {one['must']:g}: {one['state']}{why}")
+        must = f"must {sign} {one['must']:g}: {one['state']}{why}"
+        lines.append(f"{one['measure']}: {value} {one['unit']}{spread}, {must}")
     return "\n".join(lines)
 
 

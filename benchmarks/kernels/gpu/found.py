@@ -67,7 +67,7 @@ def device_facts() -> dict[str, Any]:
         count = int(runtime.getDeviceCount())
         facts = runtime.getDeviceProperties(0) if count else {}
         driver = int(runtime.driverGetVersion())
-    except Exception as error:  # noqa: BLE001  # CuPy raises types of its own, and OSError for libraries
+    except Exception as error:  # CuPy raises types of its own, and OSError for libraries
         raise Unavailable("open GPU", "", f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
     if not count:
         raise Unavailable("open GPU", "", "CuPy finds no device")

@@ -21,11 +21,12 @@ def measure(document: dict[str, Any], bench: GpuBench, ops: Sequence[str], repea
     failed: list[SkerryError] = []
     steps: dict[str, Callable[[], None]] = {"ceilings": lambda: ceilings.measure(document, bench, repeats)}
     for op in ops:
-        steps[op] = lambda op=op: _contest(document, bench, list(OPS[op](bench)), repeats)  # type: ignore[misc]
+        steps[op] = lambda op=op: _contest(document, bench, op, repeats)  # type: ignore[misc]
     for name, step in steps.items():
         bench.setting.report(f"GPU: {name}")
         try:
-            step()
+            with bench.clock.stream:
+                step()
         except SkerryError as error:
             failed.append(error)
             document["notes"].append(f"GPU, {name}: {error}")
@@ -36,7 +37,8 @@ def measure(document: dict[str, Any], bench: GpuBench, ops: Sequence[str], repea
     return failed
 
 
-def _contest(document: dict[str, Any], bench: GpuBench, cases: Sequence[Case], repeats: int) -> None:
+def _contest(document: dict[str, Any], bench: GpuBench, op: str, repeats: int) -> None:
+    cases = list(OPS[op](bench))
     bench.setting.notes += compete(cases, repeats, bench.setting.seed, bench.setting.report, calls=CALLS)
     for case in cases:
         figures = {case.name: case.figure(), **case.peer_figures()}

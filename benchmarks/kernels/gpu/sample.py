@@ -40,12 +40,17 @@ def _case(bench: GpuBench, vocabulary: int, batch: int) -> Case:
         [SampleParams(temperature=TEMPERATURE, top_k=TOP_K, top_p=TOP_P, seed=row) for row in range(batch)]
     )
     sampler = CudaSampler(bench.device)
-    there = bench.device.upload(logits)
-    step = sampler.prepare(there.address, logits.shape, rows)
+    there = bench.device.put(logits)
+    step = sampler.prepare(bench.device.address(there), vocabulary, rows)
     step.launch()
     _check(step.outcome().token, logits, rows, name)
+
+    def call(_: int) -> Any:
+        step.launch()
+        return there  # is kept as long as the case is
+
     label = f"GPU sampling, V={vocabulary}, b{batch}"
-    case = Case(name, label, bench.clock.shot(lambda _: step.launch()), work=logits.nbytes)
+    case = Case(name, label, bench.clock.shot(call), work=logits.nbytes)
     if bench.torch is not None:
         case.peers = tuple(bench.setting.peer("torch", name, lambda: _torch(bench, logits, rows)))
     return case
@@ -61,9 +66,9 @@ def _check(token: npt.NDArray[np.int32], logits: Float32, rows: SampleRows, name
 
 def _torch(bench: GpuBench, logits: Float32, rows: SampleRows) -> Peer:
     assert bench.torch is not None
-    there = bench.torch.torch.from_numpy(logits).cuda()
+    there = bench.torch.put(logits)
     call = bench.torch.sample(there, TEMPERATURE, TOP_K, TOP_P)
-    tokens, counts = (value.cpu().tolist() for value in call(0))
+    tokens, counts = (value.tolist() for value in bench.torch.once(call))
     for row in range(len(rows)):
         kept: npt.NDArray[Any] = reference.kept(logits[row], rows, row)[0]
         most_likely = np.argsort(-logits[row], kind="stable")[: len(kept) + KEPT_SLACK]

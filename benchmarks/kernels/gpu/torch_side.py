@@ -31,7 +31,18 @@ class TorchSide:
         self.torch.set_grad_enabled(False)
 
     def normal(self, *shape: int, dtype: str = "bfloat16") -> Any:
-        return self.torch.randn(shape, generator=self._random, device="cuda", dtype=getattr(self.torch, dtype))
+        with self.torch.cuda.stream(self.stream):
+            return self.torch.randn(shape, generator=self._random, device="cuda", dtype=getattr(self.torch, dtype))
+
+    def put(self, array: Any) -> Any:
+        with self.torch.cuda.stream(self.stream):
+            return self.torch.from_numpy(array).to("cuda")
+
+    def once(self, call: Call) -> Any:
+        """What the call returns, complete."""
+        found = call(0)
+        self.torch.cuda.synchronize()
+        return found
 
     def on_stream(self, call: Call) -> Call:
         def run(index: int) -> Any:
@@ -75,8 +86,7 @@ class TorchSide:
 
     def _tried(self, what: str, call: Call) -> Call:
         try:
-            call(0)
-            self.torch.cuda.synchronize()
+            self.once(call)
         except RuntimeError as error:
             raise SkerryError("run torch", what, str(error).splitlines()[0]) from error
         return call
