@@ -6,9 +6,9 @@
 namespace skerry {
 
 #if defined(__CUDACC__)
-#define SKERRY_ANYWHERE __host__ __device__
+#  define SKERRY_ANYWHERE __host__ __device__
 #else
-#define SKERRY_ANYWHERE
+#  define SKERRY_ANYWHERE
 #endif
 
 // One block: counter and key in, four words out (in place of the counter).

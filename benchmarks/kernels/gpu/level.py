@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from skerry.benchmarks.kernels.contest import Case, compete
-from skerry.benchmarks.kernels.gpu import attention, ceilings, sample
-from skerry.benchmarks.kernels.gpu.bench import GpuBench
+from skerry.benchmarks.kernels.gpu import ceilings, sample
+from skerry.benchmarks.kernels.gpu.bench import GpuBench, open_bench
 from skerry.benchmarks.kernels.gpu.clock import CALLS
-from skerry.core.errors import SkerryError
+from skerry.benchmarks.kernels.gpu.found import look
+from skerry.benchmarks.kernels.setting import Setting
+from skerry.core.errors import SkerryError, Unavailable
 
-OPS: dict[str, Callable[[GpuBench], Iterator[Case]]] = {"paged_attention": attention.cases, "sample": sample.cases}
+OPS: dict[str, Callable[[GpuBench], Iterator[Case]]] = {"sample": sample.cases}
 
 
 def measure(document: dict[str, Any], bench: GpuBench, ops: Sequence[str], repeats: int) -> list[SkerryError]:
@@ -35,6 +37,19 @@ def measure(document: dict[str, Any], bench: GpuBench, ops: Sequence[str], repea
             document["notes"] += bench.setting.notes
             bench.setting.notes = []
     return failed
+
+
+def measure_here(document: dict[str, Any], setting: Setting, ops: Sequence[str], repeats: int) -> None:
+    """For `skerry bench kernels`. Raises Unavailable without a GPU, and the first error of an operation once the others
+    are done."""
+    found = look()
+    if found.device is None:
+        raise Unavailable("measure GPU kernels", "", found.missing["a CUDA device"], "run it where there is a GPU")
+    bench = open_bench(found, setting)
+    document["subject"]["device"], document["versions"] = found.device, found.versions
+    failed = measure(document, bench, [op for op in ops if op in OPS], repeats)
+    if failed:
+        raise failed[0]
 
 
 def _contest(document: dict[str, Any], bench: GpuBench, op: str, repeats: int) -> None:

@@ -31,8 +31,13 @@ def cases(bench: GpuBench) -> Iterator[Case]:
             yield _case(bench, vocabulary, batch)
 
 
+def case_name(vocabulary: int, batch: int) -> tuple[str, str]:
+    """Of its figure, and of its rows."""
+    return f"gpu_sample_{vocabulary}_b{batch}", f"GPU sampling, V={vocabulary}, b{batch}"
+
+
 def _case(bench: GpuBench, vocabulary: int, batch: int) -> Case:
-    name = f"gpu_sample_{vocabulary}_b{batch}"
+    name, label = case_name(vocabulary, batch)
     bench.setting.report(f"{name}: checking")
     rng = np.random.default_rng(bench.setting.seed)
     logits = rng.standard_normal((batch, vocabulary), np.float32) * np.float32(SPREAD)
@@ -49,7 +54,6 @@ def _case(bench: GpuBench, vocabulary: int, batch: int) -> Case:
         step.launch()
         return there  # is kept as long as the case is
 
-    label = f"GPU sampling, V={vocabulary}, b{batch}"
     case = Case(name, label, bench.clock.shot(call), work=logits.nbytes)
     if bench.torch is not None:
         case.peers = tuple(bench.setting.peer("torch", name, lambda: _torch(bench, logits, rows)))
