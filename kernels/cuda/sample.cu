@@ -167,8 +167,9 @@ DEVICE void sample_row(const SampleTask& task, int row, int turn, Team& team, co
 DEVICE void clear(TeamScratch& scratch) {
   for (Narrowing& narrowing : scratch.narrowing) {
     for (int bin = threadIdx.x; bin < kBins; bin += blockDim.x) narrowing.histogram[bin] = 0;
-    narrowing.total = narrowing.listed = 0;
+    if (threadIdx.x == 0) narrowing.total = narrowing.listed = 0;
   }
+  if (threadIdx.x > 0) return;
   for (RowFacts& facts : scratch.facts) facts = {};
   scratch.arrived = 0;
 }

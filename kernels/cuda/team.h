@@ -7,6 +7,9 @@
 
 namespace skerry::cuda {
 
+// Rather than hang for ever, where the host started more blocks than run at once: a minute or so.
+inline constexpr uint32_t kMostLooks = 1u << 26;
+
 struct Team {
   TeamScratch* scratch;
   int size;
@@ -22,7 +25,10 @@ struct Team {
     if (threadIdx.x == 0) {
       __threadfence();
       atomicAdd(&scratch->arrived, 1u);
-      while (static_cast<int32_t>(load_acquire(&scratch->arrived) - expected) < 0) pause();
+      for (uint32_t looks = 0; static_cast<int32_t>(load_acquire(&scratch->arrived) - expected) < 0; ++looks) {
+        if (looks == kMostLooks) __trap();
+        pause();
+      }
       __threadfence();
     }
     __syncthreads();
