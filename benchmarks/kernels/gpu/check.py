@@ -25,7 +25,8 @@ from skerry.core.files import write_json
 
 ROOT = Path(__file__).resolve().parents[3]
 SECTION, RUN = "Kernels on an H200", "kernels"  # in targets.toml
-TESTS = ("tests/kernels/test_cuda_*.py",)
+# Of those, the tests whose id has "gpu", or "emulated"; what needs a package that is not there skips itself.
+TESTS = tuple(f"tests/kernels/test_{what}*.py" for what in ("cuda_", "ort_cuda", "tensorrt"))
 SANITIZED = "sanitized"  # marks the small tests that are run again under compute-sanitizer
 SANITIZERS = ("memcheck", "racecheck")
 TEST_SECONDS, SANITIZER_SECONDS = 1800.0, 900.0
