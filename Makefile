@@ -1,4 +1,5 @@
-# setup: environment and native build; test: fast and slow tests; lint: every static check; demo: the whole loop.
+# setup: environment and native build; test: fast and slow tests; lint: every static check; demo: the whole loop;
+# gpu-check: tests and measures the GPU kernels with what the machine has (ARGS=--dry-run: where there is no GPU).
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +8,7 @@ BUNDLE ?= $(wildcard demo/bundles/v2)
 STAMP := $(VENV)/.ready
 NATIVE := $(shell find kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cmake' -o -name 'CMakeLists.txt' 2>/dev/null)
 
-.PHONY: setup build test test-fast lint format bench cuda-all demo clean
+.PHONY: setup build test test-fast lint format bench cuda-all gpu-check demo clean
 
 setup: $(STAMP)
 
@@ -47,6 +48,9 @@ cuda-all: setup
 	$(BIN)/cmake -G Ninja -S . -B build/cuda-all -DSKERRY_CUDA_ARCHS=all -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
 		-DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja > /dev/null
 	$(BIN)/cmake --build build/cuda-all --target skerry_cuda
+
+gpu-check:
+	@PYTHON=$(PYTHON) scripts/gpu_check.sh $(ARGS)
 
 demo: setup
 	$(BIN)/skerry demo
