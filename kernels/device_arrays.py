@@ -5,6 +5,7 @@ The second is how the ort-cuda engine is tested without a GPU: the same session 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy.typing as npt
 
 from skerry.core.errors import NotFound
 from skerry.core.memory import available_memory
+from skerry.kernels.cuda_device import CudaDevice, Emulated, Gpu
 
 Array = Any  # of numpy or cupy
 
@@ -47,6 +49,14 @@ class DeviceArrays(Protocol):
 
     def free_bytes(self) -> int: ...
 
+    def launcher(self) -> CudaDevice:
+        """What runs kernels of our own on this memory."""
+        ...
+
+    def in_order(self) -> AbstractContextManager[Any]:
+        """Around launches: they come after the session's work before them."""
+        ...
+
 
 class HostArrays:
     """For tests: kernels run on the emulator, products on ONNX Runtime's CPU provider."""
@@ -73,6 +83,12 @@ class HostArrays:
 
     def free_bytes(self) -> int:
         return available_memory()
+
+    def launcher(self) -> CudaDevice:
+        return Emulated()
+
+    def in_order(self) -> AbstractContextManager[Any]:
+        return nullcontext()
 
 
 class GpuArrays:
@@ -119,3 +135,10 @@ class GpuArrays:
 
     def free_bytes(self) -> int:
         return int(self._cupy.cuda.runtime.memGetInfo()[0])
+
+    def launcher(self) -> CudaDevice:
+        return Gpu()
+
+    def in_order(self) -> AbstractContextManager[Any]:
+        stream: AbstractContextManager[Any] = self._stream
+        return stream

@@ -6,10 +6,10 @@ at a time may use a Runner. Pages are numbered 0..pages-1 in every KV group; all
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -33,12 +33,13 @@ from skerry.kernels.memory import (
 from skerry.kernels.pages import check_pages, page_bytes
 from skerry.kernels.sampling import Sampled, SampleParams, SampleRows
 from skerry.kernels.score import Scored, logits_of, score_sequences
-from skerry.kernels.session_cuda import refusal
+from skerry.kernels.session_cuda import CudaSession, DeviceLogits, refusal
 
 __all__ = [
-    "Batch", "Delta", "Row", "Runner", "SampleParams", "SampleRows", "Sampled", "Scored", "StepError", "pack_rows",
+    "Batch", "Delta", "DeviceLogits", "Row", "Runner", "SampleParams", "SampleRows", "Sampled", "Scored", "StepError", "pack_rows",
 ]  # fmt: skip
 
+T = TypeVar("T")
 Float32 = npt.NDArray[np.float32]
 LEAST_PAGES = 16  # with fewer an engine answers nothing worth having: better say that it does not fit
 
@@ -147,16 +148,27 @@ class Runner:
         """Logits [S, V] of the wanted rows; the pages behind `batch.slots` are written in place. `hidden` [S, D] gets
         what the head is given of the same rows, the last norm applied. Raises StepError."""
         logits = np.empty((len(batch.sample_rows), self.vocab_size), np.float32)
+        self.graph_seconds = self._guarded(batch, lambda: self._graph.run(batch, logits, hidden))
+        return logits
+
+    def _guarded(self, batch: Batch, run: Callable[[], T]) -> T:
         try:
             if len(batch.block_tables) != self.groups:
                 raise InputError("bind step", "", f"pages of {len(batch.block_tables)} KV groups, not of {self.groups}")
             self._check_adapters(batch)
-            self.graph_seconds = self._graph.run(batch, logits, hidden)
+            return run()
         except Exception as error:  # ONNX Runtime raises its own classes, none of them public
             cause = " ".join(str(error).split())[:600]
             tokens = f"{len(batch.input_ids)} tokens of {len(batch.context_len)} sequences"
             raise StepError("run step", f"{self.bundle.short} ({tokens})", cause) from error
-        return logits
+
+    def step_there(self, batch: Batch) -> Float32 | DeviceLogits:
+        """The same for who only samples from the logits: those of an engine on a GPU stay there. Good until the next
+        step."""
+        graph = self._graph
+        if not isinstance(graph, CudaSession):
+            return self.step(batch)
+        return self._guarded(batch, lambda: graph.run_there(batch))
 
     @property
     def page_bytes(self) -> int:
@@ -195,14 +207,17 @@ class Runner:
         """Raises NotFound where nothing is loaded, InputError, IncompatibleError."""
         self._slots().drop(slot)
 
-    def sample(self, logits: Float32, rows: SampleRows) -> Sampled:
+    def sample(self, logits: Float32 | DeviceLogits, rows: SampleRows) -> Sampled:
         """Raises StepError where a parameter is out of range. Calls the op directly: its twenty inputs cost less than
         through a session (DESIGN.md)."""
         from skerry.kernels import _native
 
         try:
+            if isinstance(logits, DeviceLogits):
+                assert isinstance(self._graph, CudaSession)
+                return self._graph.sample(logits, rows)
             return Sampled(*_native.sample(logits, rows, self.threads))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, SkerryError) as error:
             raise StepError("sample", f"{len(rows)} rows", str(error)) from error
 
     def score(self, sequences: Sequence[tuple[Sequence[int], int]], batch_tokens: int = 512) -> list[Scored]:

@@ -1,8 +1,8 @@
 """A decoder graph on ONNX Runtime's CUDA provider: pages stay on the device, a step uploads one small array.
 
 Pure decode runs in buckets (buckets.py), each of which ONNX Runtime captures as a CUDA graph on its first runs and
-replays after; everything else runs as it comes. The staging array is written again only after the logits of the step
-before have arrived here, and so never while it is still copied.
+replays after; everything else runs as it comes. The staging array is written again only after what the step before gave
+(logits, or what was sampled from them) has arrived here, and so never while it is still copied.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from skerry.kernels.batch import Batch
 from skerry.kernels.buckets import MOST_SEQUENCES, Place, Sizes, fill, places_of, power_of_two, sizes_of
 from skerry.kernels.device_arrays import Array, DeviceArrays
 from skerry.kernels.library import library_path
+from skerry.kernels.sample_cuda import CudaSampler
+from skerry.kernels.sampling import Sampled, SampleRows
 
 log = logging.getLogger("skerry.session")
 UNCAPTURED = "-1"  # the graph number that ONNX Runtime takes for: run it as it is
@@ -48,6 +50,14 @@ class _Bucket:
     number: str
 
 
+@dataclass(frozen=True)
+class DeviceLogits:
+    """Logits of `rows` rows where they were computed; good until the session's next run."""
+
+    there: Array  # float32 [at least rows, V]
+    rows: int
+
+
 class CudaSession:
     """One thread at a time. `bind_pages` comes before the first run."""
 
@@ -66,6 +76,7 @@ class CudaSession:
         self._captured = _Inputs(arrays, places_of(most)[1])  # never moves: its addresses are in captured graphs
         self._others = _Inputs(arrays, self._captured.length)
         self._nothing = arrays.zeros((1,), np.int32)
+        self._sampler: CudaSampler | None = None
 
     def bind_pages(self, kv: dict[int, Array]) -> None:
         self._kv = kv
@@ -79,7 +90,14 @@ class CudaSession:
     ) -> float:
         """Fills logits [S, V], and hidden [S, D] where it is given. Seconds of the run with its copies. Raises what
         ONNX Runtime raises, and ValueError on a `hidden` of another shape."""
-        rows, began = len(batch.sample_rows), perf_counter()
+        began = perf_counter()
+        found = self.run_there(batch, hidden)
+        logits[...] = self.arrays.download(found.there)[: found.rows]
+        return perf_counter() - began
+
+    def run_there(self, batch: Batch, hidden: npt.NDArray[np.float32] | None = None) -> DeviceLogits:
+        """The same, and the logits stay on the device."""
+        rows = len(batch.sample_rows)
         if hidden is not None and hidden.shape != (rows, self.hidden_size):
             raise ValueError(f"hidden of shape {hidden.shape} for {rows} rows of {self.hidden_size}")
         sizes = sizes_of(batch, hidden is not None)
@@ -89,10 +107,18 @@ class CudaSession:
         self.arrays.upload(bucket.inputs.there[: bucket.length], here)
         wide = self._bind_hidden(bucket, sizes) if hidden is not None else None
         self.session.run_with_iobinding(bucket.binding, _run_options(bucket.number, self.arrays.device))
-        logits[...] = self.arrays.download(bucket.logits)[:rows]
         if hidden is not None:
             hidden[...] = self.arrays.download(wide)[:rows]
-        return perf_counter() - began
+        return DeviceLogits(bucket.logits, rows)
+
+    def sample(self, logits: DeviceLogits, rows: SampleRows) -> Sampled:
+        """Raises InputError where a parameter is out of range, LaunchError."""
+        if self._sampler is None:
+            self._sampler = CudaSampler(self.arrays.launcher())
+        with self.arrays.in_order():
+            step = self._sampler.prepare(self.arrays.address(logits.there), self.vocab_size, rows)
+            step.launch()
+            return step.outcome()
 
     def close(self) -> None:
         self._buckets.clear()
