@@ -28,7 +28,7 @@ KV_LAYOUTS = ("f32.k16t", "f16.k16t", "i8.k16t")
 OLD_KV_LAYOUTS = KV_LAYOUTS[:2]  # of nodes that do not tell
 # What there is of both on a GPU.
 OPS_ON_CUDA = ("skerry.PagedAttention:1", "skerry.Sample:1")
-CUDA_KV_LAYOUTS = ("f16.t16", "bf16.t16")
+CUDA_KV_LAYOUTS = ("f16.t16", "bf16.t16", "i8.t16", "e4m3.t16")
 # What a worker needs besides weights and KV pages: interpreter, ONNX Runtime, HTTP server.
 WORKER_BYTES = 256 << 20
 # On a GPU: the driver's context and the libraries' own workspaces. An estimate until it is measured on one.

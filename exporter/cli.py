@@ -90,10 +90,10 @@ def _progress() -> Iterator[Progress]:
 @click.option("--hash-seed", type=int, default=0, show_default=True, help="Seed of the token sketches.")
 @click.option(
     "--kv-cache",
-    type=click.Choice(["auto", "float32", "float16", "int8"]),
+    type=click.Choice(["auto", "float32", "float16", "int8", "fp8"]),
     default="auto",
     show_default=True,
-    help="auto: 8-bit pages where the loss they add is small.",
+    help="auto: 8-bit pages where the loss they add is small; on GPUs the type of the activations. fp8 is of GPUs.",
 )
 @click.option(
     "--adapters",

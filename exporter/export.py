@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from skerry.core.bundle import AdapterLayout, Bundle, KvGroup, open_bundle, seal
 from skerry.core.chat import ChatTemplate
-from skerry.core.errors import UsageError
 from skerry.core.files import write_json
 from skerry.core.memory import require_memory
 from skerry.core.target import Target
@@ -98,6 +97,7 @@ def export(checkpoint: Path, target: Target, precision: str, out: Path, options:
     subject = open_subject(checkpoint, options.max_context)
     precision = subject.precision(precision, blocks=target.backend == "ort-cpu")
     rules_for(target, precision)
+    kv_layouts(subject, target, options, precision)
     if options.adapters:
         check_precision(precision, target.backend)
     check_room(subject, precision)
@@ -128,10 +128,7 @@ def kv_layouts(subject: Subject, target: Target, options: Options, precision: st
     """What to measure, the one to fall back to first. Raises UsageError for pages that the target does not have."""
     if target.backend == "ort-cpu":
         return layouts(options.kv_cache, precision)
-    if options.kv_cache != "auto":
-        cause = f"pages of {target.backend} are in the type of its activations"
-        raise UsageError("export", "--kv-cache", cause, "leave it out")
-    return [kv_layout(subject.spec, precision)]
+    return [kv_layout(subject.spec, precision, options.kv_cache)]
 
 
 def check_room(subject: Subject, precision: str) -> None:

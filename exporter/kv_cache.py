@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from skerry.core.bundle import KvGroup
+from skerry.core.errors import UsageError
 from skerry.exporter.parity import Parity
 from skerry.kernels.pages import CODES, DTYPES, LAYOUTS, page_bytes
 
@@ -43,7 +44,10 @@ class KvLoss:
 
 
 def layouts(asked: str, precision: str) -> list[str]:
-    """What to measure, the one to fall back to first. An fp32 engine is held to float32."""
+    """What to measure, the one to fall back to first. An fp32 engine is held to float32. Raises UsageError for pages
+    that only GPUs have."""
+    if asked not in ("auto", *KV_CACHES):
+        raise UsageError("export", "--kv-cache", f"ort-cpu has no pages of {asked}", ", ".join(KV_CACHES))
     if asked != "auto":
         return [KV_CACHES[asked]]
     return [KV_CACHES["float32"]] if precision == "fp32" else [KV_CACHES["float16"], CODES]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from skerry.core.errors import IncompatibleError
+from skerry.core.errors import IncompatibleError, UsageError
 from skerry.core.model import ModelSpec
 from skerry.exporter.graph import COS, SIN, Emitted
 from skerry.exporter.lower import (
@@ -33,6 +33,8 @@ from skerry.kernels.blocks import BLOCK, BlockFormat, Blocks
 PRECISIONS = ("fp16", "bf16", *QUANTIZED)
 READ = (BlockFormat.Q8_0, BlockFormat.Q4_0)
 LAYOUTS = {ir.DataType.FLOAT16: "f16.t16", ir.DataType.BFLOAT16: "bf16.t16"}
+CODES = {"int8": "i8.t16", "fp8": "e4m3.t16"}  # as `--kv-cache` names them
+HEAD_SIZES = (64, 128, 256)
 FLOAT = ir.DataType.FLOAT
 # Their residual stream outgrows 65,504: Hugging Face warns of float16 for them as well.
 LARGE_ACTIVATIONS = ("gemma2", "gemma3")
@@ -47,8 +49,17 @@ def half_type(spec: ModelSpec, precision: str) -> ir.DataType:
     return ir.DataType.BFLOAT16 if precision == "bf16" or large else ir.DataType.FLOAT16
 
 
-def kv_layout(spec: ModelSpec, precision: str) -> str:
-    return LAYOUTS[half_type(spec, precision)]
+def kv_layout(spec: ModelSpec, precision: str, asked: str = "auto") -> str:
+    """Of the pages: the type of the activations, or 8 bits where they are asked for. Raises IncompatibleError for heads
+    that the kernels do not have, UsageError for pages that are none of a GPU's."""
+    if spec.head_size not in HEAD_SIZES:
+        cause = f"heads of {spec.head_size}, the attention on GPUs has {', '.join(map(str, HEAD_SIZES))}"
+        raise IncompatibleError("export for", "ort-cuda", cause, "--target ort-cpu")
+    layouts = {"auto": LAYOUTS[half_type(spec, precision)], **CODES}
+    if asked not in layouts:
+        cause = f"pages of {asked} are none of a GPU's"
+        raise UsageError("export", "--kv-cache", cause, ", ".join(layouts))
+    return layouts[asked]
 
 
 def rules(precision: str) -> list[Rule]:

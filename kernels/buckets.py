@@ -25,10 +25,12 @@ ALIGNED = 64  # elements: every input begins at a multiple of 256 bytes
 
 @dataclass(frozen=True)
 class Sizes:
-    """`tokens`, `sequences`, `rows` of logits and `width` of the block tables; `groups` of KV pages."""
+    """`tokens`, `sequences`, `query` tokens of one sequence at most, `rows` of logits and `width` of the block tables;
+    `groups` of KV pages."""
 
     tokens: int
     sequences: int
+    query: int
     rows: int
     width: int
     groups: int
@@ -41,9 +43,10 @@ def sizes_of(batch: Batch, hidden: bool = False) -> Sizes:
     width, groups = batch.block_tables[0].shape[1], len(batch.block_tables)
     decodes = tokens == sequences == rows and sequences <= MOST_SEQUENCES and not hidden
     if not decodes:
-        return Sizes(tokens, sequences, max(1, rows), width, groups)  # products take no empty matrix
+        query = int(np.diff(batch.query_start).max())
+        return Sizes(tokens, sequences, query, max(1, rows), width, groups)  # products take no empty matrix
     filled = power_of_two(sequences)
-    return Sizes(filled, filled, filled, power_of_two(width), groups, captured=True)
+    return Sizes(filled, filled, 1, filled, power_of_two(width), groups, captured=True)
 
 
 def power_of_two(n: int) -> int:

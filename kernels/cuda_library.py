@@ -1,7 +1,7 @@
-"""The CUDA kernels as they were built: one fatbin beside the `_native` module, and a note of what is in it.
+"""The GPU kernels as they were built: fat binaries beside the `_native` module, and a note of what is in them.
 
-`skerry_cuda.json`, written by CMake with the fatbin: {"sms": [75, 80, ...], "ptx": 90, "cuda": "13.0"}, the compute
-capabilities with machine code, the one whose PTX is there for newer GPUs, and the toolkit. Nothing here needs a GPU.
+`cuda_kernels.json`, written by CMake: {"sms": [75, 80, ...], "ptx": 90, "cuda": "13.0"}, the compute capabilities with
+machine code, the one whose PTX is there for newer GPUs, and the toolkit. Nothing here needs a GPU.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from skerry.core.errors import NotFound, SkerryError
 from skerry.core.files import read_json
 
-FATBIN, NOTE = "skerry_cuda.fatbin", "skerry_cuda.json"
+FATBIN, NOTE = "paged_attention.fatbin", "cuda_kernels.json"
 
 
 @dataclass(frozen=True)

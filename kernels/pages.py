@@ -22,15 +22,15 @@ import numpy.typing as npt
 
 from skerry.core.bundle import KvGroup
 from skerry.core.errors import IncompatibleError
+from skerry.kernels import cuda_pages
 
 PAGE_TOKENS, CODE_BLOCK = 16, 32
 FLOATS: dict[str, type[np.floating[Any]]] = {"f32.k16t": np.float32, "f16.k16t": np.float16}
 CODES = "i8.k16t"
-CUDA_LAYOUTS = {"f16.t16": "float16", "bf16.t16": "bfloat16"}
-LAYOUTS = (*FLOATS, CODES, *CUDA_LAYOUTS)  # in the order of the op's attribute `kv_layout`
-DTYPES = (
-    {layout: np.dtype(kind).name for layout, kind in FLOATS.items()} | {CODES: "int8"} | CUDA_LAYOUTS
-)  # as a manifest says it
+CUDA_DTYPES = {"f16.t16": "float16", "bf16.t16": "bfloat16", "i8.t16": "int8", "e4m3.t16": "float8e4m3"}
+LAYOUTS = (*FLOATS, CODES, *cuda_pages.LAYOUTS)  # in the order of the op's attribute `kv_layout`
+# As a manifest says it.
+DTYPES = {layout: np.dtype(kind).name for layout, kind in FLOATS.items()} | {CODES: "int8"} | CUDA_DTYPES
 
 Logical = npt.NDArray[np.floating[Any]]
 Float32 = npt.NDArray[np.float32]
@@ -40,8 +40,8 @@ def page_bytes(layout: str, kv_heads: int, head_size: int) -> int:
     if layout == CODES:
         key = _up(head_size, CODE_BLOCK) + 4 * (_up(head_size, CODE_BLOCK) // CODE_BLOCK)
         return kv_heads * PAGE_TOKENS * (key + _up(head_size, 16) + 4)
-    if layout in CUDA_LAYOUTS:
-        return 4 * kv_heads * PAGE_TOKENS * head_size
+    if layout in cuda_pages.LAYOUTS:
+        return cuda_pages.strides(layout, kv_heads, head_size).page
     return 2 * kv_heads * PAGE_TOKENS * head_size * np.dtype(FLOATS[layout]).itemsize
 
 

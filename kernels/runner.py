@@ -33,10 +33,11 @@ from skerry.kernels.memory import (
 from skerry.kernels.pages import check_pages, page_bytes
 from skerry.kernels.sampling import Sampled, SampleParams, SampleRows
 from skerry.kernels.score import Scored, logits_of, score_sequences
-from skerry.kernels.session_cuda import CudaSession, DeviceLogits, refusal
+from skerry.kernels.session_cuda import CudaSession, DeviceLogits, refusal, short_of_memory
 
 __all__ = [
-    "Batch", "Delta", "DeviceLogits", "Row", "Runner", "SampleParams", "SampleRows", "Sampled", "Scored", "StepError", "pack_rows",
+    "Batch", "Delta", "DeviceLogits", "Row", "Runner", "SampleParams", "SampleRows", "Sampled", "Scored", "StepError",
+    "pack_rows",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -115,8 +116,10 @@ class Runner:
         try:
             runner = cls(bundle, threads, pages, arrays=arrays)
             runner._try_last_position()
-        except MemoryError as error:
-            raise refusal(bundle.short, arrays, error, needed) from error
+        except (MemoryError, IncompatibleError) as error:
+            if short_of_memory(error):
+                raise refusal(bundle.short, arrays, error, needed) from error
+            raise
         return runner
 
     @property

@@ -72,10 +72,9 @@ class CudaSession:
         self._has_plan = "plan" in {item.name for item in self.session.get_inputs()}
         self._kv: dict[int, Array] = {}
         self._buckets: dict[Sizes, _Bucket] = {}
-        most = Sizes(MOST_SEQUENCES, MOST_SEQUENCES, MOST_SEQUENCES, power_of_two(width), groups)
+        most = Sizes(MOST_SEQUENCES, MOST_SEQUENCES, 1, MOST_SEQUENCES, power_of_two(width), groups)
         self._captured = _Inputs(arrays, places_of(most)[1])  # never moves: its addresses are in captured graphs
         self._others = _Inputs(arrays, self._captured.length)
-        self._nothing = arrays.zeros((1,), np.int32)
         self._sampler: CudaSampler | None = None
 
     def bind_pages(self, kv: dict[int, Array]) -> None:
@@ -136,8 +135,8 @@ class CudaSession:
         base = self.arrays.address(inputs.there)
         for name, place in places.items():
             self._bind_input(bucket, name, np.int32, place.shape, base + 4 * place.start)
-        if self._has_plan:
-            self._bind_input(bucket, "plan", np.int32, (0,), self.arrays.address(self._nothing))
+        if self._has_plan:  # its length is all that is read of it
+            self._bind_input(bucket, "plan", np.int32, (sizes.query,), base)
         for layer, pages in self._kv.items():
             self._bind_input(bucket, f"kv.{layer}", np.uint8, pages.shape, self.arrays.address(pages))
             self._bind_output(bucket, f"kv_out.{layer}", np.uint8, pages)
@@ -201,10 +200,15 @@ def _session(graph: Path, threads: int, arrays: DeviceArrays, capture: bool) -> 
     return session
 
 
+def short_of_memory(error: Exception) -> bool:
+    """The device's: CuPy has a class for it, ONNX Runtime and CUDA's libraries have words."""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in SHORT_OF_MEMORY)
+
+
 def refusal(name: str, arrays: DeviceArrays, error: Exception, needed: int = 0) -> IncompatibleError:
     """What was wrong with opening or trying an engine: memory, told in figures, or what ONNX Runtime says."""
     cause = " ".join(str(error).split())[:600]
-    if isinstance(error, MemoryError) or any(words in cause.lower() for words in SHORT_OF_MEMORY):
+    if short_of_memory(error):
         wanted = f"needs {mib(needed)} MiB of GPU memory" if needed else "its weights do not fit into the GPU's memory"
         return IncompatibleError("open engine", name, f"{wanted}, {mib(arrays.free_bytes())} are free: {cause}", HINT)
     hint = "skerry bundle verify the directory, or export it with this version"

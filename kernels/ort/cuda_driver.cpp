@@ -157,9 +157,8 @@ void run(const std::vector<Launch>& launches, void* stream) {
     void* arguments[] = {params.data()};
     const auto [gx, gy, gz] = one.grid;
     const auto [bx, by, bz] = one.block;
-    d.check(one.together
-                ? d.launch_together(function, gx, gy, gz, bx, by, bz, one.shared_bytes, stream, arguments)
-                : d.launch(function, gx, gy, gz, bx, by, bz, one.shared_bytes, stream, arguments, nullptr),
+    d.check(one.together ? d.launch_together(function, gx, gy, gz, bx, by, bz, one.shared_bytes, stream, arguments)
+                         : d.launch(function, gx, gy, gz, bx, by, bz, one.shared_bytes, stream, arguments, nullptr),
             "launch kernel " + one.kernel);
   }
 }

@@ -1,5 +1,5 @@
-// Launches on the CUDA device of the calling thread, through the driver's own library, which is opened when first needed:
-// the custom-op library is linked against nothing of CUDA and loads on machines without it.
+// Launches on the CUDA device of the calling thread, through the driver's own library, which is opened when first
+// needed: the custom-op library is linked against nothing of CUDA and loads on machines without it.
 #pragma once
 
 #include <vector>

@@ -1,9 +1,9 @@
-// PagedAttention of halves on the CUDA provider; compiled with SKERRY_CUDA_EMULATED, the same op on the CPU provider with
-// its kernels on the emulator, for tests of graphs where there is no GPU. T is Ort::Float16_t or Ort::BFloat16_t.
+// PagedAttention of halves on the CUDA provider; compiled with SKERRY_CUDA_EMULATED, the same op on the CPU provider
+// with its kernels on the emulator, for tests of graphs where there is no GPU. T is Ort::Float16_t or Ort::BFloat16_t.
 #pragma once
 
+#include "../include/paged_attention_cuda.h"
 #include "common.h"
-#include "paged_attention.h"
 
 namespace skerry::ort {
 
@@ -15,7 +15,8 @@ class PagedAttentionCudaKernel {
 
  private:
   void run(OrtKernelContext* context) const;
-  PagedAttentionShape shape_;
+  void launch(OrtKernelContext* context, const cuda::PagedAttentionTask& task, int64_t most_query) const;
+  cuda::PagedAttentionTask task_{};  // sizes and strides; pointers come with each run
 };
 
 // Input 3 (kv) and output 1 (kv_out) must be one buffer: pages are on the device and are not copied.

@@ -27,7 +27,7 @@ def no_gpu(nvml: object) -> None:
 
 
 def test_the_bundle_is_sound_and_unqualified_with_the_reason(make_model: Make, tmp_path: Path) -> None:
-    bundle = export(make_model(), Target("ort-cuda"), "auto", tmp_path / "out")
+    bundle = export(make_model(head_dim=64), Target("ort-cuda"), "auto", tmp_path / "out")
     manifest = open_bundle(tmp_path / "out").manifest
     assert find_problems(tmp_path / "out") == []
     assert (manifest.precision, manifest.qualified, str(manifest.target)) == ("int8", False, "ort-cuda")
@@ -41,13 +41,21 @@ def test_the_bundle_is_sound_and_unqualified_with_the_reason(make_model: Make, t
 
 
 def test_the_same_checkpoint_gives_the_same_bytes(make_model: Make, tmp_path: Path) -> None:
-    model = make_model()
+    model = make_model(head_dim=64)
     digests = {export(model, Target("ort-cuda"), "fp16", tmp_path / f"{i}").manifest.engine_digest for i in range(2)}
     assert len(digests) == 1
 
 
 def test_the_command_says_so(make_model: Make, tmp_path: Path) -> None:
-    words = [str(make_model()), "--target", "ort-cuda", "--precision", "bf16", "--out", str(tmp_path / "out")]
+    words = [
+        str(make_model(head_dim=64)),
+        "--target",
+        "ort-cuda",
+        "--precision",
+        "bf16",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     result = CliRunner().invoke(command, words)
     assert result.exit_code == 0 and "unqualified, as it could not be run here (no NVIDIA driver" in result.stdout
     again = CliRunner().invoke(command, [*words[:-1], str(tmp_path / "json"), "--json"])
@@ -58,11 +66,13 @@ def test_the_command_says_so(make_model: Make, tmp_path: Path) -> None:
 
 
 def test_what_a_gpu_does_not_have_is_refused(make_model: Make, tmp_path: Path) -> None:
-    model = make_model()
+    model = make_model(head_dim=64)
     with pytest.raises(UsageError, match="no place for adapters"):
         export(model, Target("ort-cuda"), "int8", tmp_path / "a", Options(adapters=True))
-    with pytest.raises(UsageError, match="type of its activations"):
-        export(model, Target("ort-cuda"), "int8", tmp_path / "b", Options(kv_cache="int8"))
+    with pytest.raises(UsageError, match="pages of float32 are none of a GPU's"):
+        export(model, Target("ort-cuda"), "int8", tmp_path / "b", Options(kv_cache="float32"))
+    with pytest.raises(IncompatibleError, match="heads of 16, the attention on GPUs has 64, 128, 256"):
+        export(make_model(name="narrow", head_dim=16), Target("ort-cuda"), "int8", tmp_path / "a")
     with pytest.raises(IncompatibleError, match="no rules for precision fp32"):
         export(model, Target("ort-cuda"), "fp32", tmp_path / "c")
     assert not list(tmp_path.glob("[abc]"))
@@ -77,7 +87,7 @@ def test_opened_without_a_gpu_it_says_what_is_missing(make_model: Make, tmp_path
     from skerry.core.errors import NotFound
     from skerry.runtime.load import load
 
-    bundle = export(make_model(), Target("ort-cuda"), "fp16", tmp_path / "out")
+    bundle = export(make_model(head_dim=64), Target("ort-cuda"), "fp16", tmp_path / "out")
     with pytest.raises(NotFound, match="open GPU cupy"):
         Runner.open(bundle)
     with pytest.raises(IncompatibleError, match=r"needs backend ort-cuda, the node has ort-cpu \(no NVIDIA driver"):

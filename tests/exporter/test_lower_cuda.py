@@ -42,7 +42,7 @@ def lowered(path: Path, precision: str, out: Path) -> tuple[ir.Model, Lowering]:
 def test_every_rule_matches_as_often_as_the_model_says(
     make_model: Make, tmp_path: Path, precision: str, products: dict[str, int]
 ) -> None:
-    model, lowering = lowered(make_model(tie_word_embeddings=True), precision, tmp_path)
+    model, lowering = lowered(make_model(head_dim=64, tie_word_embeddings=True), precision, tmp_path)
     assert lowering.counts == {
         "fuse-silu": 3, "fast-gelu": 0, "fuse-skip-norm": 5, "simplify-norm": 2, "float32-outputs": 2, "halves": 3,
         **products,
@@ -54,17 +54,19 @@ def test_every_rule_matches_as_often_as_the_model_says(
 
 
 def test_all_is_in_halves_but_tables_and_outputs(make_model: Make, tmp_path: Path) -> None:
-    model, _ = lowered(make_model(), "int8", tmp_path)
+    model, _ = lowered(make_model(head_dim=64), "int8", tmp_path)
     wide = {value.name for node in model.graph for value in node.outputs if value.dtype == WIDE}
     assert wide == {"logits", "hidden"}
     assert {v.name for v in model.graph.initializers.values() if v.dtype == WIDE} == {"rope.cos", "rope.sin"}
     assert [value.dtype for value in model.graph.outputs[:2]] == [WIDE, WIDE]
-    assert [str(v.shape[1]) for v in model.graph.inputs if v.name == "kv.0"] == ["2048"]  # 2 x 2 heads x 16 x 16 x 2
+    assert [str(v.shape[1]) for v in model.graph.inputs if v.name == "kv.0"] == ["8192"]  # 2 x 2 heads x 16 x 64 x 2
 
 
 def test_what_is_divided_behind_the_head_is_so_in_float32(make_model: Make, tmp_path: Path) -> None:
     """Granite's logits are divided, and its constants are needed in both types."""
-    model, _ = lowered(make_model("granite", logits_scaling=2.0, embedding_multiplier=2.0), "fp16", tmp_path)
+    model, _ = lowered(
+        make_model("granite", head_dim=64, logits_scaling=2.0, embedding_multiplier=2.0), "fp16", tmp_path
+    )
     divide = next(node for node in model.graph if node.op_type == "Div")
     assert [value.dtype for value in divide.inputs] == [WIDE, WIDE] and divide.outputs[0].name == "logits"
     scale = next(node for node in model.graph if node.op_type == "Mul" and node.name.startswith("embedding"))
@@ -72,7 +74,7 @@ def test_what_is_divided_behind_the_head_is_so_in_float32(make_model: Make, tmp_
 
 
 def test_gemma_is_bfloat16_whatever_its_weights(make_model: Make, tmp_path: Path) -> None:
-    path = make_model("gemma2")
+    path = make_model("gemma2", head_dim=64)
     with pytest.raises(IncompatibleError, match="beyond the range of float16"):
         lowered(path, "fp16", tmp_path)
     model, lowering = lowered(path, "int8", tmp_path)
@@ -85,7 +87,7 @@ def test_gemma_is_bfloat16_whatever_its_weights(make_model: Make, tmp_path: Path
 
 
 def test_biases_are_added_apart(make_model: Make, tmp_path: Path) -> None:
-    model, lowering = lowered(make_model("qwen2"), "int4", tmp_path)
+    model, lowering = lowered(make_model("qwen2", head_dim=64), "int4", tmp_path)
     kinds = Counter(node.op_type for node in model.graph)
     assert kinds["Add"] >= 9 and lowering.formats() == {"Q4_0": 21, "Q8_0": 1}
     bits = Counter(node.attributes["bits"].as_int() for node in model.graph if node.op_type == "MatMulNBits")
@@ -109,4 +111,4 @@ def test_formats_that_matmulnbits_does_not_read_are_refused_by_name(tmp_path: Pa
 
 def test_fp32_is_no_precision_of_a_gpu(make_model: Make, tmp_path: Path) -> None:
     with pytest.raises(IncompatibleError, match="no rules for precision fp32"):
-        lowered(make_model(), "fp32", tmp_path)
+        lowered(make_model(head_dim=64), "fp32", tmp_path)

@@ -24,23 +24,23 @@ def test_powers(n, power):
 
 @pytest.mark.parametrize(("count", "bucket"), [(1, 1), (2, 2), (3, 4), (5, 8), (33, 64), (64, 64)])
 def test_pure_decode_is_filled_up_and_captured(count, bucket):
-    assert sizes_of(decode(count, context=40)) == Sizes(bucket, bucket, bucket, 4, 1, captured=True)
+    assert sizes_of(decode(count, context=40)) == Sizes(bucket, bucket, 1, bucket, 4, 1, captured=True)
 
 
 def test_everything_else_keeps_its_own_sizes():
     many = decode(MOST_SEQUENCES + 1)
-    assert sizes_of(many) == Sizes(65, 65, 65, 2, 1)
+    assert sizes_of(many) == Sizes(65, 65, 1, 65, 2, 1)
     assert not sizes_of(decode(2), hidden=True).captured
     prefill = pack_rows([Row([1, 2, 3], 0, [[0]], "none")], 16)
-    assert sizes_of(prefill) == Sizes(3, 1, 1, 1, 1)  # one row of logits that nobody asked for
+    assert sizes_of(prefill) == Sizes(3, 1, 3, 1, 1, 1)  # one row of logits that nobody asked for
     mixed = pack_rows([Row([1, 2], 0, [[0]]), Row([5], 9, [[1]])], 16)
-    assert sizes_of(mixed) == Sizes(3, 2, 2, 1, 1)
+    assert sizes_of(mixed) == Sizes(3, 2, 2, 2, 1, 1)
 
 
 def test_inputs_lie_apart_aligned_and_at_the_same_places_for_the_same_sizes():
     sizes = sizes_of(decode(3, groups=2))
     places, length = places_of(sizes)
-    assert (places, length) == places_of(Sizes(4, 4, 4, 2, 2, captured=True))
+    assert (places, length) == places_of(Sizes(4, 4, 1, 4, 2, 2, captured=True))
     spans = sorted((place.start, place.start + int(np.prod(place.shape))) for place in places.values())
     assert all(start % ALIGNED == 0 for start, _ in spans) and spans[-1][1] <= length
     assert all(end <= start for (_, end), (start, _) in pairwise(spans))

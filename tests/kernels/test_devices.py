@@ -44,7 +44,7 @@ def test_a_machine_with_everything_offers_ort_cuda_first(built):
 
 @pytest.mark.parametrize(
     ("path", "said"),
-    [("native/skerry_cuda.fatbin", "not built (build where nvcc"), ("site/cupy.py", "CuPy is not installed"),
+    [("native/paged_attention.fatbin", "not built (build where nvcc"), ("site/cupy.py", "CuPy is not installed"),
      (f"site/onnxruntime/capi/{devices.CUDA_PROVIDER}", "no CUDA provider")],
 )  # fmt: skip
 def test_what_is_missing_is_named(built, path, said):
