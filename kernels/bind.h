@@ -68,4 +68,7 @@ void bind_program(nb::module_& m);
 // Adds sample_memory and plan_sample.
 void bind_sample_cuda(nb::module_& m);
 
+// Adds the plans of GPU kernels.
+void bind_cuda(nb::module_& m);
+
 }  // namespace skerry::bind
