@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from skerry.core.errors import IncompatibleError
+from skerry.core.errors import IncompatibleError, SkerryError
 from skerry.core.memory import mib
 from skerry.kernels.batch import Batch
 from skerry.kernels.buckets import MOST_SEQUENCES, Place, Sizes, fill, places_of, power_of_two, sizes_of
@@ -207,7 +207,8 @@ def short_of_memory(error: Exception) -> bool:
 
 def refusal(name: str, arrays: DeviceArrays, error: Exception, needed: int = 0) -> IncompatibleError:
     """What was wrong with opening or trying an engine: memory, told in figures, or what ONNX Runtime says."""
-    cause = " ".join(str(error).split())[:600]
+    said = error.cause if isinstance(error, SkerryError) else str(error)
+    cause = " ".join(said.split())[:600]
     if short_of_memory(error):
         wanted = f"needs {mib(needed)} MiB of GPU memory" if needed else "its weights do not fit into the GPU's memory"
         return IncompatibleError("open engine", name, f"{wanted}, {mib(arrays.free_bytes())} are free: {cause}", HINT)

@@ -204,8 +204,8 @@ class Worker:
         )  # fmt: skip
         adapters = Adapters(getattr(loaded.engine, "adapters", None), Base.of(manifest), options.adapter_dir)
         service = Service(
-            loaded.engine, loaded.model(), observer, limits=Limits(queue=options.max_queue), on_fatal=self._fatal,
-            adapters=adapters,
+            loaded.engine, loaded.model(), observer, on_fatal=self._fatal, adapters=adapters,
+            limits=Limits.for_gpu(options.max_queue) if loaded.gpus else Limits(queue=options.max_queue),
         )  # fmt: skip
         if loaded.gpus:
             from skerry.runtime.gpus import GpuMetrics, GpuWatch
