@@ -1,14 +1,15 @@
 """A decoder graph on ONNX Runtime's CUDA provider: pages stay on the device, a step uploads one small array.
 
 Pure decode runs in buckets (buckets.py), each of which ONNX Runtime captures as a CUDA graph on its first runs and
-replays after; everything else runs as it comes. The staging array is written again only after what the step before gave
-(logits, or what was sampled from them) has arrived here, and so never while it is still copied.
+replays after; everything else runs as it comes. ONNX Runtime returns from a run when the device is done with it, so the
+staging array is never written while it is still copied.
 """
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -75,6 +76,7 @@ class CudaSession:
         most = Sizes(MOST_SEQUENCES, MOST_SEQUENCES, 1, MOST_SEQUENCES, power_of_two(width), groups)
         self._captured = _Inputs(arrays, places_of(most)[1])  # never moves: its addresses are in captured graphs
         self._others = _Inputs(arrays, self._captured.length)
+        self._numbers = count(1)  # none twice: a graph that was captured with other addresses must not be replayed
         self._sampler: CudaSampler | None = None
 
     def bind_pages(self, kv: dict[int, Array]) -> None:
@@ -130,7 +132,7 @@ class CudaSession:
             self._others = _Inputs(self.arrays, 2 * length)
         inputs = self._captured if sizes.captured else self._others
         logits = self.arrays.zeros((sizes.rows, self.vocab_size), np.float32)
-        number = str(len(self._buckets) + 1) if sizes.captured else UNCAPTURED
+        number = str(next(self._numbers)) if sizes.captured else UNCAPTURED
         bucket = _Bucket(self.session.io_binding(), inputs, places, length, logits, number)
         base = self.arrays.address(inputs.there)
         for name, place in places.items():
