@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
 import re
 from collections.abc import Callable, Sequence
@@ -59,6 +60,32 @@ class Detokenizer:
                 self._window, self._shown, self._shown_text = self._window[cut:], 0, ""
                 return piece
         return ""
+
+
+class ByteDetokenizer:
+    """The same for tokenizers of the byte-level kind (GPT-2's, Llama 3's, Qwen's): a token stands for the same bytes
+    wherever it is, so a text's bytes are read on as UTF-8. A tenth of the time of decoding windows."""
+
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int], skip_special: bool) -> None:
+        self._tokenizer, self._skip = tokenizer, skip_special
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for token in context[-4:]:  # it may end within a character
+            self.push(token)
+
+    def push(self, token: int) -> str:
+        return self._decoder.decode(_shown_bytes(self._tokenizer, token, self._skip))
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+def detokenizer(
+    tokenizer: Tokenizer, context: Sequence[int] = (), skip_special: bool = True
+) -> Detokenizer | ByteDetokenizer:
+    """Whichever fits."""
+    if str(tokenizer.inner.decoder).startswith("ByteLevel("):
+        return ByteDetokenizer(tokenizer, context, skip_special)
+    return Detokenizer(functools.partial(tokenizer.decode, skip_special=skip_special), context)
 
 
 class StopStrings:
@@ -119,6 +146,11 @@ def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
 def is_special(tokenizer: Tokenizer, token: int) -> bool:
     """Whether texts are shown without it."""
     return not tokenizer.decode([token]) and bool(tokenizer.decode([token], skip_special=False))
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _shown_bytes(tokenizer: Tokenizer, token: int, skip_special: bool) -> bytes:
+    return b"" if skip_special and is_special(tokenizer, token) else token_bytes(tokenizer, token)
 
 
 def _byte_level_alphabet() -> dict[str, int]:
