@@ -130,6 +130,11 @@ def overlap(text: str, stop: str) -> int:
 
 @functools.lru_cache(maxsize=1 << 16)
 def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
+    """`spelled_bytes`, of the tokens that come up."""
+    return spelled_bytes(tokenizer, token)
+
+
+def spelled_bytes(tokenizer: Tokenizer, token: int) -> bytes:
     """The bytes a token stands for, which may be no whole character: logprobs report them."""
     piece = tokenizer.inner.id_to_token(token) or ""
     if re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
