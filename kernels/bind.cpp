@@ -271,5 +271,6 @@ NB_MODULE(_native, m) {
   m.def("sample", &sample, "logits"_a, "rows"_a, "threads"_a = 1);
   m.def("kept", &kept, "logits"_a, "rows"_a, "row"_a);
   bind_program(m);
+  bind_cuda(m);
   m.def("philox4x32", &philox, "c0"_a, "c1"_a, "c2"_a, "c3"_a, "key0"_a, "key1"_a);
 }

@@ -66,4 +66,7 @@ BlockSegment block_segment(const Segment& given, size_t width);
 // Adds the class Program to the module.
 void bind_program(nb::module_& m);
 
+// Adds the plans of GPU kernels.
+void bind_cuda(nb::module_& m);
+
 }  // namespace skerry::bind
