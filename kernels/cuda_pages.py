@@ -49,7 +49,7 @@ def to_pages(logical: Float32, layout: str) -> Bytes:
         )
         return np.ascontiguousarray(narrow).reshape(pages, -1)
     scales = (np.abs(regions).max(-1) / np.float32(LARGEST[layout])).astype(np.float32)
-    codes = _codes(regions / np.where(scales > 0, scales, 1)[..., None], layout)
+    codes = _codes((regions / np.where(scales > 0, scales, 1)[..., None]).astype(np.float32), layout)
     parts = [codes.reshape(pages, heads, -1), scales.view(np.uint8).reshape(pages, heads, -1)]
     return np.concatenate(parts, axis=-1).reshape(pages, -1)
 

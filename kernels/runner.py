@@ -61,7 +61,7 @@ class Runner:
         self.bundle = bundle
         self.threads = threads
         self.pages = pages
-        self._arrays = arrays
+        self._arrays, self.needed_bytes = arrays, 0  # of a GPU's memory
         self._graph = open_graph(bundle, threads, arrays)
         self.vocab_size = bundle.manifest.model.vocab_size
         self.graph_seconds = 0.0  # of the last step: what is beyond it is packing and binding
@@ -115,6 +115,7 @@ class Runner:
         needed = check_device_memory(manifest, bundle.short, pages, free)
         try:
             runner = cls(bundle, threads, pages, arrays=arrays)
+            runner.needed_bytes = needed
             runner._try_last_position()
         except (MemoryError, IncompatibleError) as error:
             if short_of_memory(error):
@@ -237,6 +238,12 @@ class Runner:
         if not 1 <= len(ids) <= self.max_context:
             raise InputError("run sequence", "", f"{len(ids)} tokens with a context of {self.max_context}")
         return logits_of(self, ids, batch_tokens)
+
+    def rejected(self, error: SkerryError) -> IncompatibleError | None:
+        """What an error says of an engine that is being tried: a GPU's memory does not hold it. None: something else."""
+        if self._arrays is None or not short_of_memory(error):
+            return None
+        return refusal(self.bundle.short, self._arrays, error, self.needed_bytes)
 
     def close(self) -> None:
         self._graph.close()

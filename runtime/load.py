@@ -16,6 +16,7 @@ from skerry.core.files import read_json
 from skerry.core.target import Gpu, incompatibility, local_device, on_gpu, usable_cores
 from skerry.core.tokenizer import Tokenizer
 from skerry.runtime.golden import GOLDEN, GoldenResult, check_golden
+from skerry.runtime.heap import give_back
 from skerry.runtime.protocol import Defaults
 from skerry.runtime.request import Request, SamplingParams
 
@@ -91,11 +92,13 @@ def load(
             adapter_slots=0 if adapters_optional and bundle.manifest.adapters is None else adapter_slots,
         )  # fmt: skip
         tokenizer, template = text.result(), ChatTemplate.open(bundle.path, *special)
-    golden = None
-    if any(entry.name == GOLDEN for entry in bundle.manifest.files):
-        golden = check_golden(bundle, runner)
     engine = OrtEngine(runner)
-    warm_up(engine)
+    try:
+        golden = check_golden(bundle, runner) if any(entry.name == GOLDEN for entry in bundle.manifest.files) else None
+        warm_up(engine)
+    except SkerryError as error:
+        raise runner.rejected(error) or error from error
+    give_back()
     gpus = device.gpus if on_gpu(bundle.manifest.target) else ()
     return Loaded(bundle, engine, tokenizer, template, generation, golden, time.monotonic() - began, gpus)
 

@@ -187,7 +187,9 @@ def test_out_of_memory_in_a_step_fails_that_step_alone(make_model: Make, tmp_pat
     arrays = Small()
     runner = Runner.open(tmp_path / "b", pages=24, arrays=arrays)
     arrays.left = 0
-    with pytest.raises(StepError, match="Out of memory"):
+    with pytest.raises(StepError, match="Out of memory") as caught:
         runner.step(pack_rows([Row(IDS[:9], 0, [[0]])], 16))
+    rejected = runner.rejected(caught.value)  # as it is while the engine is warmed up
+    assert isinstance(rejected, IncompatibleError) and "MiB of GPU memory, 1048576 are free" in rejected.cause
     arrays.left = 1000
     assert np.isfinite(runner.step(pack_rows([Row(IDS[:9], 0, [[0]])], 16))).all()
