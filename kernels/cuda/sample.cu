@@ -1,7 +1,7 @@
 // Sample on a GPU, one launch for all rows of a step. A team of blocks takes a row; each block keeps its part of it in
 // shared memory from the first pass to the draw, so device memory is read once. The blocks of a team meet when a
-// maximum, a histogram or a list of candidates is complete: three to seven times a row. The definition is
-// kernels/reference.py.
+// maximum, a histogram or a list of candidates is complete: two to six times a row that wants no top ids. The
+// definition is kernels/reference.py.
 #include "sample_draw.h"
 #include "sample_row.h"
 
@@ -152,7 +152,7 @@ DEVICE void sample_row(const SampleTask& task, int row, int turn, Team& team, co
     share_facts(r);
     if (!without_distribution(s.facts.raw_max, s.facts.raw_broken)) list_top(r);
   }
-  adjust_part(a, row, part, s);
+  if (a.target[row] < 0) adjust_part(a, row, part, s);
   share_facts(r);
   if (without_distribution(s.facts.raw_max, s.facts.raw_broken)) {
     if (team.rank == 0) write_broken(a, row);

@@ -51,12 +51,13 @@ struct RowFacts {
   uint32_t top;                 // places in the list of the most likely
 };
 
-// Scratch of a team of blocks. All zero before a launch and after it. What is named by a number in turn (row or
-// narrowing) is there in three copies: one in use, one that slower blocks may still read, one that is being cleared.
+// Scratch of a team of blocks. What begins at zero is zero before a launch and after it, and is there in three copies
+// that rows or narrowings take in turn: one in use, one that slower blocks may still read, one that is being cleared.
 struct TeamScratch {
   uint32_t arrived;
   RowFacts facts[3];
-  Narrowing narrowing[3];
+  Narrowing narrowing[3];  // but for the lists
+  // Written before they are read. Of two rows in turn: the first block may still be at the one before.
   Winner winners[2][kMostTeam];
   ChunkStatistics chunks[2][kChunks];
   Place top[2][kMaxTopN];
