@@ -15,7 +15,7 @@ inline constexpr int kChunk = 256;               // ids whose statistics are sum
 inline constexpr int kMostVocabulary = 1 << 18;  // 262,144
 inline constexpr int kChunks = kMostVocabulary / kChunk;
 inline constexpr int kBins = 2048;
-inline constexpr int kListed = 512;   // candidates from which on ranking beats another histogram
+inline constexpr int kListed = 512;   // places that are ranked rather than put into a histogram once more
 inline constexpr int kMostTeam = 32;  // blocks that share a row
 inline constexpr int kWarp = 32;
 inline constexpr int kMostWarps = 32;
@@ -40,7 +40,7 @@ struct Winner {
 struct Narrowing {
   Count histogram[kBins];
   Count total;
-  uint32_t listed;
+  uint32_t listed[2];  // of a first list that may turn out too long, and of a second
   Place list[kListed];
 };
 
@@ -72,7 +72,7 @@ struct SampleShared {
   Count total, before;
   double log_sum;
   Place cut;
-  uint32_t bin, listed, best, repeated;
+  uint32_t bin, listed[2], best, repeated;
   RowFacts facts;
 };
 
