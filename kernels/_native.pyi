@@ -137,3 +137,50 @@ class Program:
     def set_hidden(self, place: Place) -> None: ...
     @property
     def hidden_size(self) -> int: ...
+
+class PagedAttentionTask:
+    """Addresses of device memory as whole numbers, strides in bytes (include/paged_attention_cuda.h)."""
+
+    q: int
+    k: int
+    v: int
+    out: int
+    kv: int
+    cos: int
+    sin: int
+    positions: int
+    query_start: int
+    context_len: int
+    block_table: int
+    slot: int
+    page_stride: int
+    head_stride: int
+    token_stride: int
+    value_offset: int
+    scale_offset: int
+    pages: int
+    table_rows: int
+    tokens: int
+    sequences: int
+    table_width: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    rotary: int
+    interleaved: int
+    window: int
+    scale: float
+    softcap: float
+    stored: int
+
+Planned = tuple[str, tuple[int, int, int], tuple[int, int, int], int, bool, bytes]
+
+def plan_paged_attention(
+    task: PagedAttentionTask,
+    bfloat16: bool,
+    most_query: int,
+    sm: int,
+    multiprocessors: int,
+    shared_bytes: int,
+    scratch: int,
+) -> tuple[list[Planned], int]: ...

@@ -281,6 +281,7 @@ NB_MODULE(_native, m) {
       },
       "vocabulary"_a, "rows"_a);
   bind_program(m);
+  bind_cuda(m);
   bind_sample_cuda(m);
   m.def("philox4x32", &philox, "c0"_a, "c1"_a, "c2"_a, "c3"_a, "key0"_a, "key1"_a);
 }
