@@ -70,11 +70,8 @@ nb::tuple plan(const nb::dict& addresses, int64_t rows, int64_t vocabulary, int6
   CudaDevice device;
   device.multiprocessors = multiprocessors;
   device.shared_bytes = shared_bytes;
-  const Launch launch = sample_launch(args, logit_type(dtype), at<void>(addresses, "scratch"),
-                                      at<void>(addresses, "parts"), at<void>(addresses, "cuts"), device);
-  const auto three = [](const uint32_t (&size)[3]) { return nb::make_tuple(size[0], size[1], size[2]); };
-  return nb::make_tuple(launch.kernel, three(launch.grid), three(launch.block), launch.shared_bytes, launch.together,
-                        nb::bytes(launch.params.data(), launch.params.size()));
+  return as_tuple(sample_launch(args, logit_type(dtype), at<void>(addresses, "scratch"), at<void>(addresses, "parts"),
+                                at<void>(addresses, "cuts"), device));
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // Sample on a GPU, one launch for all rows of a step. A team of blocks takes a row; each block keeps its part of it in
 // shared memory from the first pass to the draw, so device memory is read once. The blocks of a team meet when a
-// maximum, a histogram or a list of candidates is complete: three to seven times a row. The definition is
-// kernels/reference.py.
+// maximum, a histogram or a list of candidates is complete: two to six times a row that wants no top ids. The
+// definition is kernels/reference.py.
 #include "sample_draw.h"
 #include "sample_row.h"
 
@@ -40,42 +40,49 @@ DEVICE bool without_distribution(uint32_t largest, uint32_t broken) {
 DEVICE void list_top(const Row& r) {
   const Count wanted = min(static_cast<Count>(r.a.top_n), static_cast<Count>(r.a.vocabulary));
   const float top = float_of(r.s.facts.raw_max);
-  const Place last =
-      find_cut(r.team, r.part, top, kEverything, [&](Count) { return wanted; }, [](Place) { return Count{1}; }, r.s);
-  each_place(r.part, last, [&](Place place) { r.top[atomicAdd(&r.facts.top, 1u)] = place; });
+  const auto need = [&](Count) { return wanted; };
+  const Kept kept = find_cut(r.team, r.part, top, kEverything, false, need, [](Place) { return Count{1}; }, r.s);
+  each_place(r.part, kept.last, [&](Place place) { r.top[atomicAdd(&r.facts.top, 1u)] = place; });
 }
 
-// The last place that top-k and top-p keep.
-DEVICE Place last_kept(const Row& r, float top) {
+// What top-k and top-p keep.
+DEVICE Kept cut(const Row& r, float top) {
   const int32_t k = r.a.top_k[r.row];
   const float p = r.a.top_p[r.row];
-  Place last = kEverything;
+  Kept kept = {kEverything, 0};
   if (k > 0 && k < r.a.vocabulary) {
-    last = find_cut(
-        r.team, r.part, top, last, [&](Count) { return static_cast<Count>(k); },
-        [](Place place) { return static_cast<Count>(place.key > ordered_bits(-INFINITY)); }, r.s);
+    const auto need = [&](Count) { return static_cast<Count>(k); };
+    const auto one = [](Place place) { return static_cast<Count>(place.key > ordered_bits(-INFINITY)); };
+    kept = find_cut(r.team, r.part, top, kept.last, k <= kListed, need, one, r.s);
   }
-  if (p < 1.0f) {
-    const auto need = [&](Count total) {
-      const double wanted = ceil(static_cast<double>(fmaxf(p, 0.0f)) * static_cast<double>(total));
-      return min(max(static_cast<Count>(wanted), Count{1}), total);
-    };
-    last =
-        find_cut(r.team, r.part, top, last, need, [&](Place place) { return mass_of(float_of(place.key), top); }, r.s);
-  }
-  return last;
+  if (p >= 1.0f) return kept;
+  const auto need = [&](Count total) {
+    const double wanted = ceil(static_cast<double>(fmaxf(p, 0.0f)) * static_cast<double>(total));
+    return min(max(static_cast<Count>(wanted), Count{1}), total);
+  };
+  const auto mass = [&](Place place) { return mass_of(float_of(place.key), top); };
+  return kept.listed > 0 ? cut_list(kept, need, mass, r.s)
+                         : find_cut(r.team, r.part, top, kept.last, true, need, mass, r.s);
 }
 
-// The block's winner, for thread 0.
-DEVICE Winner choose(const Row& r, Place* cuts) {
+// `winner` is thread 0's. Not `final`: it is the best of the block's part alone.
+struct Choice {
+  Winner winner;
+  bool final;
+};
+
+DEVICE Choice choose(const Row& r, Place* cuts) {
   const SampleArgs& a = r.a;
-  if (a.target[r.row] >= 0) return {0, a.target[r.row]};
-  if (without_distribution(r.s.facts.max, r.s.facts.broken)) return {0, -1};
+  if (a.target[r.row] >= 0) return {{0, a.target[r.row]}, true};
+  if (without_distribution(r.s.facts.max, r.s.facts.broken)) return {{0, -1}, true};
   const float top = float_of(r.s.facts.max);
-  if (a.temperature[r.row] < kGreedyTemperature) return first_of_largest(r.part, top, r.s);
-  const Entrants entrants = {last_kept(r, top), top, a.min_p[r.row]};
-  if (cuts != nullptr && r.team.rank == 0 && threadIdx.x == 0) cuts[r.row] = entrants.cut;
-  return draw(r.part, entrants, a.seed[r.row], static_cast<uint32_t>(a.token_index[r.row]), r.s);
+  if (a.temperature[r.row] < kGreedyTemperature) return {first_of_largest(r.part, top, r.s), false};
+  const Kept kept = cut(r, top);
+  if (cuts != nullptr && r.team.rank == 0 && threadIdx.x == 0) cuts[r.row] = kept.last;
+  if (kept.listed > 0 && r.team.rank > 0) return {{0, -1}, true};  // the first block has all of it
+  const Entrants entrants = {kept.last, top, a.min_p[r.row]};
+  const Noise noise = {a.seed[r.row], static_cast<uint32_t>(a.token_index[r.row])};
+  return {draw(r.part, kept.listed, entrants, noise, r.s), kept.listed > 0};
 }
 
 DEVICE void write_broken(const SampleArgs& a, int row) {
@@ -116,19 +123,17 @@ DEVICE void write_top(const Row& r, float top, double log_sum) {
   __syncthreads();
 }
 
-// By the team's first block, once all have their winners.
+// By the team's first block. `winner` is thread 0's.
 template <class Logit>
-DEVICE void write_row(const Row& r, const Logit* logits, const Winner* winners, const ChunkStatistics* chunks) {
+DEVICE void write_row(const Row& r, const Logit* logits, Winner winner, const ChunkStatistics* chunks) {
   const SampleArgs& a = r.a;
   const float top = float_of(r.s.facts.raw_max);
   const int count = static_cast<int>((a.vocabulary + kChunk - 1) / kChunk);
   const RowStatistics found = merge_chunks(chunks, count, top, r.s);
   if (threadIdx.x == 0) {
-    Winner best = winners[0];
-    for (int rank = 1; rank < r.team.size; ++rank) best = beats(winners[rank], best) ? winners[rank] : best;
     r.s.log_sum = found.log_sum;
-    a.token[r.row] = best.id;
-    a.logprob[r.row] = best.id < 0 ? NAN : log_probability(to_float(logits[best.id]), top, found.log_sum);
+    a.token[r.row] = winner.id;
+    a.logprob[r.row] = winner.id < 0 ? NAN : log_probability(to_float(logits[winner.id]), top, found.log_sum);
     a.entropy[r.row] = static_cast<float>(found.entropy);
   }
   __syncthreads();
@@ -152,22 +157,28 @@ DEVICE void sample_row(const SampleTask& task, int row, int turn, Team& team, co
     share_facts(r);
     if (!without_distribution(s.facts.raw_max, s.facts.raw_broken)) list_top(r);
   }
-  adjust_part(a, row, part, s);
+  if (a.target[row] < 0) adjust_part(a, row, part, s);
   share_facts(r);
   if (without_distribution(s.facts.raw_max, s.facts.raw_broken)) {
     if (team.rank == 0) write_broken(a, row);
     return;
   }
-  const Winner mine = choose(r, task.cuts);
-  if (threadIdx.x == 0) scratch.winners[turn % 2][team.rank] = mine;
-  team.meet();
-  if (team.rank == 0) write_row(r, logits, scratch.winners[turn % 2], scratch.chunks[turn % 2]);
+  Choice choice = choose(r, task.cuts);
+  if (!choice.final) {
+    Winner* winners = scratch.winners[turn % 2];
+    if (threadIdx.x == 0) winners[team.rank] = choice.winner;
+    team.meet();
+    for (int rank = 0; rank < team.size; ++rank) {
+      if (beats(winners[rank], choice.winner)) choice.winner = winners[rank];
+    }
+  }
+  if (team.rank == 0) write_row(r, logits, choice.winner, scratch.chunks[turn % 2]);
 }
 
 DEVICE void clear(TeamScratch& scratch) {
   for (Narrowing& narrowing : scratch.narrowing) {
     for (int bin = threadIdx.x; bin < kBins; bin += blockDim.x) narrowing.histogram[bin] = 0;
-    if (threadIdx.x == 0) narrowing.total = narrowing.listed = 0;
+    if (threadIdx.x == 0) narrowing.total = narrowing.listed[0] = narrowing.listed[1] = 0;
   }
   if (threadIdx.x > 0) return;
   for (RowFacts& facts : scratch.facts) facts = {};

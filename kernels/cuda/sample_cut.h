@@ -61,7 +61,7 @@ DEVICE void histogram_of(const Part& part, const Range& range, float top, Place 
   for (int bin = threadIdx.x; bin < kBins; bin += blockDim.x) s.histogram[bin] = 0;
   if (threadIdx.x == 0) {
     s.total = 0;
-    s.listed = 0;
+    s.listed[0] = s.listed[1] = 0;
   }
   __syncthreads();
   Count total = 0, deep = 0;
@@ -102,7 +102,7 @@ DEVICE void share_histogram(Team& team, SampleShared& s) {
   }
   if (threadIdx.x == 0) {
     s.total = mine.total;
-    if (team.rank == 0) old.total = old.listed = 0;
+    if (team.rank == 0) old.total = old.listed[0] = old.listed[1] = 0;
   }
   __syncthreads();
 }
@@ -129,15 +129,16 @@ DEVICE void find_bin(Count need, SampleShared& s) {
   __syncthreads();
 }
 
-// The candidates of all blocks into s.list, in any order. Returns how many there are; more than kListed: too many.
-template <class Weigh>
-DEVICE uint32_t list_candidates(Team& team, const Part& part, const Range& range, float top, Place last,
-                                const Weigh& weigh, SampleShared& s) {
+// Those of all blocks that `wanted` says, into s.list, in any order. Returns how many; more than kListed: too many.
+// `which` of a narrowing's two lists it is.
+template <class Wanted>
+DEVICE uint32_t list_places(Team& team, const Part& part, Place last, int which, const Wanted& wanted,
+                            SampleShared& s) {
   Narrowing& shared = team.scratch->narrowing[team.narrowings % 3];
   Place* list = team.size == 1 ? s.list : shared.list;
-  uint32_t* listed = team.size == 1 ? &s.listed : &shared.listed;
+  uint32_t* listed = team.size == 1 ? &s.listed[which] : &shared.listed[which];
   each_place(part, last, [&](Place place) {
-    if (!range.has(place, top) || weigh(place) == 0) return;
+    if (!wanted(place)) return;
     const uint32_t at = atomicAdd(listed, 1u);
     if (at < kListed) list[at] = place;
   });
@@ -148,10 +149,8 @@ DEVICE uint32_t list_candidates(Team& team, const Part& part, const Range& range
   return count;
 }
 
-// s.cut: the place of the list with which the sum, in order, reaches `need`.
-template <class Weigh>
-DEVICE void rank(uint32_t count, Count need, const Weigh& weigh, SampleShared& s) {
-  for (uint32_t i = threadIdx.x; i < count; i += blockDim.x) s.masses[i] = weigh(s.list[i]);
+// s.cut: the place of the list with which the sum of s.masses, in order, reaches `need`.
+DEVICE void rank(uint32_t count, Count need, SampleShared& s) {
   __syncthreads();
   for (uint32_t i = threadIdx.x; i < count; i += blockDim.x) {
     Count sum = 0;
@@ -161,33 +160,63 @@ DEVICE void rank(uint32_t count, Count need, const Weigh& weigh, SampleShared& s
   __syncthreads();
 }
 
-// Among the places up to `last`: the one with which the sum of weigh(place) reaches need(total); `last` itself where
-// the total is less. `top`: the largest of the row, finite.
+// What a cut leaves. `listed` > 0: all of it is in s.list, among so many places; every block of the team has it.
+struct Kept {
+  Place last;
+  uint32_t listed;
+};
+
+// Among the places up to `last`: the one with which the sum of weigh(place) reaches need_of(total); `last` itself where
+// the total is less. `top`: the largest of the row, finite. `few`: what is left may be so little that it can be listed.
 template <class Need, class Weigh>
-DEVICE Place find_cut(Team& team, const Part& part, float top, Place last, const Need& need_of, const Weigh& weigh,
-                      SampleShared& s) {
+DEVICE Kept find_cut(Team& team, const Part& part, float top, Place last, bool few, const Need& need_of,
+                     const Weigh& weigh, SampleShared& s) {
   Range range;
   Count need = 0;
-  for (;;) {
+  for (;; ++team.narrowings) {
     histogram_of(part, range, top, last, weigh, s);
     share_histogram(team, s);
     if (range.levels == 0) {
       need = need_of(s.total);
-      if (need > s.total) {
-        ++team.narrowings;
-        return last;
-      }
+      if (need > s.total) break;
     }
     find_bin(need, s);
+    const bool first = range.levels == 0;
+    const Count before = s.before;
     range.bins[range.levels++] = s.bin;
-    need -= s.before;
-    const uint32_t count = list_candidates(team, part, range, top, last, weigh, s);
-    ++team.narrowings;
-    if (count <= kListed) {
-      rank(count, need, weigh, s);
-      return s.cut;
+    uint32_t count = kListed + 1;
+    if (first && few) {
+      const auto up_to_bin = [&](Place place) { return bin_of(0, place, top) <= range.bins[0]; };
+      count = list_places(team, part, last, 0, up_to_bin, s);
     }
+    const bool all = count <= kListed;
+    if (!all) {
+      need -= before;
+      count = list_places(team, part, last, 1, [&](Place place) { return range.has(place, top); }, s);
+    }
+    if (count > kListed) continue;
+    for (uint32_t i = threadIdx.x; i < count; i += blockDim.x) s.masses[i] = weigh(s.list[i]);
+    rank(count, need, s);
+    last = s.cut;
+    ++team.narrowings;
+    return {last, all ? count : 0};
   }
+  ++team.narrowings;
+  return {last, 0};
+}
+
+// The same for what is listed, by each block for itself.
+template <class Need, class Weigh>
+DEVICE Kept cut_list(Kept kept, const Need& need_of, const Weigh& weigh, SampleShared& s) {
+  if (threadIdx.x == 0) s.total = 0;
+  __syncthreads();
+  for (uint32_t i = threadIdx.x; i < kept.listed; i += blockDim.x) {
+    s.masses[i] = within(s.list[i], kept.last) ? weigh(s.list[i]) : 0;
+    atomicAdd(&s.total, s.masses[i]);
+  }
+  __syncthreads();
+  rank(kept.listed, need_of(s.total), s);
+  return {s.cut, kept.listed};
 }
 
 }  // namespace skerry::cuda

@@ -22,10 +22,32 @@ struct Entrants {
   }
 };
 
-// visit(place, word of noise) for all entrants of the block. One block of noise serves four ids.
+// Which token of which request is drawn: the key of the noise.
+struct Noise {
+  uint64_t seed;
+  uint32_t token_index;
+
+  // Of the four ids from 4 * block on.
+  DEVICE void words(int block, uint32_t (&out)[4]) const {
+    out[0] = static_cast<uint32_t>(block);
+    out[1] = token_index;
+    out[2] = out[3] = 0;
+    philox4x32(out, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+  }
+};
+
+// visit(place, word of noise) for all entrants: those in s.list, if any are `listed`, else those of the block's part.
 template <class Visit>
-DEVICE void each_entrant(const Part& part, const Entrants& entrants, uint64_t seed, uint32_t token_index,
-                         const Visit& visit) {
+DEVICE void each_entrant(const Part& part, uint32_t listed, const Entrants& entrants, Noise noise,
+                         const SampleShared& s, const Visit& visit) {
+  uint32_t words[4];
+  for (uint32_t i = threadIdx.x; i < listed; i += blockDim.x) {
+    const Place place = s.list[i];
+    if (!entrants.has(place)) continue;
+    noise.words(place.id / 4, words);
+    visit(place, words[place.id % 4]);
+  }
+  if (listed > 0) return;
   for (int i = 4 * threadIdx.x; i < part.count; i += 4 * blockDim.x) {
     Place places[4];
     bool in[4], any = false;
@@ -36,8 +58,7 @@ DEVICE void each_entrant(const Part& part, const Entrants& entrants, uint64_t se
       any = any || in[j];
     }
     if (!any) continue;
-    uint32_t words[4] = {static_cast<uint32_t>(part.first + i) / 4, token_index, 0, 0};
-    philox4x32(words, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+    noise.words((part.first + i) / 4, words);
     for (int j = 0; j < 4; ++j) {
       if (in[j]) visit(places[j], words[j]);
     }
@@ -63,12 +84,12 @@ DEVICE Winner block_best(Winner mine, SampleShared& s) {
   return mine;
 }
 
-// The block's winner, for thread 0.
-DEVICE Winner draw(const Part& part, const Entrants& entrants, uint64_t seed, uint32_t token_index, SampleShared& s) {
+// The winner of those that each_entrant visits, for thread 0.
+DEVICE Winner draw(const Part& part, uint32_t listed, const Entrants& entrants, Noise noise, SampleShared& s) {
   if (threadIdx.x == 0) s.best = 0x7F800000u;  // bits of infinity
   __syncthreads();
   float best = INFINITY;
-  each_entrant(part, entrants, seed, token_index, [&](Place place, uint32_t word) {
+  each_entrant(part, listed, entrants, noise, s, [&](Place place, uint32_t word) {
     best = fminf(best, rough_score(word, float_of(place.key), entrants.top));
   });
   best = -warp_max(-best);
@@ -77,7 +98,7 @@ DEVICE Winner draw(const Part& part, const Entrants& entrants, uint64_t seed, ui
   __syncthreads();
   const float enough = __uint_as_float(s.best) * kRoughness;
   Winner mine = {0, -1};
-  each_entrant(part, entrants, seed, token_index, [&](Place place, uint32_t word) {
+  each_entrant(part, listed, entrants, noise, s, [&](Place place, uint32_t word) {
     const float z = float_of(place.key);
     if (rough_score(word, z, entrants.top) > enough) return;
     const Winner found = {static_cast<Count>(__double_as_longlong(exact_score(word, z, entrants.top))), place.id};

@@ -2,7 +2,6 @@
 // into fused multiply-adds (kernels.cmake).
 #pragma once
 
-#include "../include/philox.h"
 #include "device.h"
 #include "sample_task.h"
 
@@ -59,8 +58,8 @@ DEVICE double uniform(uint32_t word) { return (static_cast<double>(word) + 0.5) 
 // -log(u) / weight, the least of which wins. The logarithm's last bit is the library's.
 DEVICE double exact_score(uint32_t word, float z, float top) { return -log(uniform(word)) / weight_of(z, top); }
 
-// The same within 1e-5 in single precision: for finding the few that may win. Near 1 the logarithm of u comes from 1 -
-// u.
+// The same in single precision, within 1e-5, to find the few that may win. The logarithm of a u near 1 comes from its
+// distance to 1.
 DEVICE float rough_score(uint32_t word, float z, float top) {
   const bool near_one = word >> 31;
   const float rest = (static_cast<float>(near_one ? ~word : word) + 0.5f) * 0x1p-32f;

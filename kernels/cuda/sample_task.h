@@ -15,7 +15,7 @@ inline constexpr int kChunk = 256;               // ids whose statistics are sum
 inline constexpr int kMostVocabulary = 1 << 18;  // 262,144
 inline constexpr int kChunks = kMostVocabulary / kChunk;
 inline constexpr int kBins = 2048;
-inline constexpr int kListed = 512;   // candidates from which on ranking beats another histogram
+inline constexpr int kListed = 512;   // places that are ranked rather than put into a histogram once more
 inline constexpr int kMostTeam = 32;  // blocks that share a row
 inline constexpr int kWarp = 32;
 inline constexpr int kMostWarps = 32;
@@ -40,7 +40,7 @@ struct Winner {
 struct Narrowing {
   Count histogram[kBins];
   Count total;
-  uint32_t listed;
+  uint32_t listed[2];  // of a first list that may turn out too long, and of a second
   Place list[kListed];
 };
 
@@ -51,12 +51,13 @@ struct RowFacts {
   uint32_t top;                 // places in the list of the most likely
 };
 
-// Scratch of a team of blocks. All zero before a launch and after it. What is named by a number in turn (row or
-// narrowing) is there in three copies: one in use, one that slower blocks may still read, one that is being cleared.
+// Scratch of a team of blocks. What begins at zero is zero before a launch and after it, and is there in three copies
+// that rows or narrowings take in turn: one in use, one that slower blocks may still read, one that is being cleared.
 struct TeamScratch {
   uint32_t arrived;
   RowFacts facts[3];
-  Narrowing narrowing[3];
+  Narrowing narrowing[3];  // but for the lists
+  // Written before they are read. Of two rows in turn: the first block may still be at the one before.
   Winner winners[2][kMostTeam];
   ChunkStatistics chunks[2][kChunks];
   Place top[2][kMaxTopN];
@@ -71,7 +72,7 @@ struct SampleShared {
   Count total, before;
   double log_sum;
   Place cut;
-  uint32_t bin, listed, best, repeated;
+  uint32_t bin, listed[2], best, repeated;
   RowFacts facts;
 };
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from skerry.benchmarks.kernels.gpu.clock import Clock
 from skerry.benchmarks.kernels.gpu.found import Found
 from skerry.benchmarks.kernels.gpu.torch_side import TorchSide
 from skerry.benchmarks.kernels.setting import Setting
-from skerry.core.errors import Unavailable
+from skerry.core.errors import IncompatibleError, Unavailable
 from skerry.kernels.cuda_device import Gpu
 
 PEERS = ("torch", "skerry")  # skerry: another case of ours
@@ -20,6 +24,30 @@ class GpuBench:
     clock: Clock
     torch: TorchSide | None
     setting: Setting
+
+    def normal(self, count: int) -> Any:
+        """So many normal numbers on the device, as bits of bfloat16 (uint16)."""
+        import cupy
+
+        return (cupy.random.standard_normal(count, dtype=cupy.float32).view(cupy.uint32) >> 16).astype(cupy.uint16)
+
+    def codes(self, rows: int, width: int) -> Any:
+        """uint8 [rows, width], numbers as int8 and as 8-bit floats."""
+        import cupy
+
+        return cupy.random.randint(0, 0x7F, (rows, width), dtype=cupy.uint8)
+
+    def rows(self, array: Any, numbers: npt.NDArray[np.int32], pages: int) -> npt.NDArray[np.uint8]:
+        """Those of the `pages` equal parts of an array, here, as bytes."""
+        return np.asarray(self.device.get(array.reshape(pages, -1)[numbers]).view(np.uint8))
+
+    def require(self, nbytes: float, what: str) -> None:
+        """Raises IncompatibleError where less of the device's memory is free."""
+        import cupy
+
+        free = cupy.cuda.runtime.memGetInfo()[0] + cupy.get_default_memory_pool().free_bytes()
+        if nbytes > free:
+            raise IncompatibleError("measure", what, f"needs {nbytes / 2**20:.0f} MiB, {free / 2**20:.0f} are free")
 
 
 def open_bench(found: Found, setting: Setting) -> GpuBench:

@@ -38,6 +38,10 @@ class TorchSide:
         with self.torch.cuda.stream(self.stream):
             return self.torch.from_numpy(array).to("cuda")
 
+    def bfloat16(self, there: Any) -> Any:
+        """A tensor over what lies on the device, bits of bfloat16 (uint16)."""
+        return self.torch.from_dlpack(there.view("int16")).view(self.torch.bfloat16)
+
     def once(self, call: Call) -> Any:
         """What the call returns, complete."""
         found = call(0)
