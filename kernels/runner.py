@@ -240,7 +240,7 @@ class Runner:
         return logits_of(self, ids, batch_tokens)
 
     def rejected(self, error: SkerryError) -> IncompatibleError | None:
-        """What an error says of an engine that is being tried: a GPU's memory does not hold it. None: something else."""
+        """What an error says of an engine being tried: a GPU's memory does not hold it. None: something else."""
         if self._arrays is None or not short_of_memory(error):
             return None
         return refusal(self.bundle.short, self._arrays, error, self.needed_bytes)
