@@ -11,11 +11,12 @@ import numpy.typing as npt
 from skerry.core.bundle import AdapterLayout, Bundle, KvGroup, graph_problems
 from skerry.core.errors import IncompatibleError
 from skerry.core.target import OPS
+from skerry.kernels import cuda_pages
 from skerry.kernels.batch import Batch
 from skerry.kernels.device_arrays import DeviceArrays
 from skerry.kernels.library import instruction_set
 from skerry.kernels.onnx_file import OnnxGraph, Value, read_graph
-from skerry.kernels.pages import check_pages, page_bytes
+from skerry.kernels.pages import LAYOUTS, check_pages, page_bytes
 from skerry.kernels.program import NativeProgram
 from skerry.kernels.session import Session
 from skerry.kernels.session_cuda import CudaSession
@@ -56,7 +57,7 @@ def open_graph(bundle: Bundle, threads: int, arrays: DeviceArrays | None = None)
     name = bundle.short
     instruction_set()
     _check_ops(bundle)
-    check_pages(bundle.manifest.kv, name)
+    check_pages(bundle.manifest.kv, name, LAYOUTS if arrays is None else cuda_pages.LAYOUTS)
     try:
         graph = read_graph(bundle.file("graph.onnx"))
         problems = _contract_problems(graph, bundle)
