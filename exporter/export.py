@@ -41,14 +41,9 @@ SAMPLE_OP = "skerry.Sample:1"
 PROMPT_LIMIT = 1024
 # Blocks of 32 with their scales; ONNX Runtime packs float32 matrices anew. `stored` may be all Q8_0.
 BYTES_A_WEIGHT = {
-    "fp32": 4 * PACKED_ANEW,
-    "fp16": 2,
-    "bf16": 2,
-    "int8": 34 / 32,
-    "int4": 20 / 32,
-    "mixed": 34 / 32,
+    "fp32": 4 * PACKED_ANEW, "fp16": 2, "bf16": 2, "int8": 34 / 32, "int4": 20 / 32, "mixed": 34 / 32,
     "stored": 34 / 32,
-}
+}  # fmt: skip
 
 Progress = Callable[[str, int, int], None]
 
@@ -254,15 +249,9 @@ def describe(
 
 
 def seal_engine(
-    subject: Subject,
-    texts: Texts,
-    engine: Engine,
-    target: Target,
-    out: Path,
-    options: Options,
-    qualified: bool,
+    subject: Subject, texts: Texts, engine: Engine, target: Target, out: Path, options: Options, qualified: bool,
     unqualified: str = "",
-) -> Bundle:
+) -> Bundle:  # fmt: skip
     made = provenance.recipe(subject, engine.precision, str(target), engine.rules, engine.formats, engine.rounded)
     return seal(
         out, name=bundle_name(subject, options), version=bundle_version(subject, options), target=target,

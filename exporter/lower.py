@@ -379,7 +379,8 @@ def _blocks(graph: ir.Graph, packed: Packed, name: str) -> ir.Value:
 
 
 def place(emitted: Emitted, lowering: Lowering) -> None:
-    """Writes every parameter that is still read, in the type that the graph gives it, and drops those that are not."""
+    """Writes every parameter that is still read, in the type that the graph gives it, and drops those that are not.
+    Raises IncompatibleError for what float16 does not hold."""
     graph = emitted.model.graph
     for name, value in list(graph.initializers.items()):
         if not value.uses():
@@ -391,4 +392,7 @@ def place(emitted: Emitted, lowering: Lowering) -> None:
         if value.const_value is None:
             array = tables[name] if name in tables else lowering.source.tensor(name)
             assert value.dtype is not None
+            if value.dtype == ir.DataType.FLOAT16 and np.abs(array).max() > np.finfo(np.float16).max:
+                cause = "has values beyond the range of float16"
+                raise IncompatibleError("place weights", name, cause, "--precision bf16")
             value.const_value = lowering.file.add(name, array.astype(value.dtype.numpy(), copy=False))

@@ -29,7 +29,7 @@ from skerry.kernels.memory import (
     default_device_kv_bytes,
     default_kv_bytes,
     fixed_parts,
-)  # fmt: skip
+)
 from skerry.kernels.pages import check_pages, page_bytes
 from skerry.kernels.sampling import Sampled, SampleParams, SampleRows
 from skerry.kernels.score import Scored, logits_of, score_sequences
@@ -108,13 +108,14 @@ class Runner:
         """Whatever the device's memory refuses, when the engine is loaded or first run, is told in figures."""
         arrays = GpuArrays() if arrays is None else arrays
         manifest, free = bundle.manifest, arrays.free_bytes()
-        if pages is None:
-            pages = (memory_bytes or default_device_kv_bytes(manifest, free)) // bytes_of_pages(manifest)
-        if threads < 1 or pages < 1:
-            raise UsageError("open engine", bundle.short, f"{threads} threads, {pages} pages", "both at least 1")
-        needed = check_device_memory(manifest, bundle.short, pages, free)
+        if pages is None and memory_bytes is None:
+            memory_bytes = max(default_device_kv_bytes(manifest, free), LEAST_PAGES * bytes_of_pages(manifest))
+        count = _page_count(manifest, pages, memory_bytes)
+        if threads < 1 or count < 1:
+            raise UsageError("open engine", bundle.short, f"{threads} threads, {count} pages", "both at least 1")
+        needed = check_device_memory(manifest, bundle.short, count, free)
         try:
-            runner = cls(bundle, threads, pages, arrays=arrays)
+            runner = cls(bundle, threads, count, arrays=arrays)
             runner.needed_bytes = needed
             runner._try_last_position()
         except (MemoryError, IncompatibleError) as error:

@@ -69,7 +69,8 @@ class Agent:
         self.started = time.monotonic()
         self.device = device or this_device(identity.runtime_version(), self.node.labels)
         log.info("GPUs: %s", gpu_line(self.device))
-        self.gpus = GpuWatch().start() if self.device.gpus else None
+        watched = frozenset(gpu.uuid for gpu in self.device.gpus)
+        self.gpus = GpuWatch(watched).start() if watched else None
         self.slots, self.quarantine = Slots(directory), Quarantine(directory)
         self.journal = Journal(directory / "journal.jsonl", time.time)
         self.progress = Progress.of(self.journal.last)

@@ -113,3 +113,16 @@ def test_formats_that_matmulnbits_does_not_read_are_refused_by_name(tmp_path: Pa
 def test_fp32_is_no_precision_of_a_gpu(make_model: Make, tmp_path: Path) -> None:
     with pytest.raises(IncompatibleError, match="no rules for precision fp32"):
         lowered(make_model(head_dim=64), "fp32", tmp_path)
+
+
+def test_weights_that_halves_do_not_hold_are_refused(make_model: Make, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    path = make_model(head_dim=64)
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 3] = 1e5
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(IncompatibleError, match=r"mlp\.up_proj\.weight: has values beyond the range of float16"):
+        lowered(path, "fp16", tmp_path)
+    (tmp_path / "weights.bin").unlink()
+    lowered(path, "bf16", tmp_path)
