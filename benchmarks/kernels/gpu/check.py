@@ -30,7 +30,7 @@ TESTS = tuple(f"tests/kernels/test_{what}*.py" for what in ("cuda_", "ort_cuda",
 SANITIZED = "sanitized"  # marks the small tests that are run again under compute-sanitizer
 SANITIZERS = ("memcheck", "racecheck")
 TEST_SECONDS, SANITIZER_SECONDS = 1800.0, 900.0
-OPS = ("sample",)
+OPS = ("paged_attention", "sample")
 
 
 def main(words: Sequence[str] | None = None) -> int:
