@@ -6,8 +6,8 @@ Detokenizing and stop strings happen here, on the event loop, while the engine a
 from __future__ import annotations
 
 import asyncio
-import functools
-from collections.abc import AsyncIterator, Callable
+from collections import deque
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from skerry.runtime.observe import Timing, Trace
 from skerry.runtime.protocol import Call
 from skerry.runtime.request import SampledToken, Sequence, Update
 from skerry.runtime.responses import Piece, TokenInfo, ToolCall, Usage
-from skerry.runtime.tokenizer import Detokenizer, StopStrings, is_special, token_bytes
+from skerry.runtime.tokenizer import Detokenizer, StopStrings, detokenizer, is_special, token_bytes
 from skerry.runtime.tool_parsers import CallParser
 from skerry.runtime.trail import Account, Content, current, merged, note_error
 
@@ -71,10 +71,11 @@ class Choice:
         self._tokenizer, self._call = tokenizer, call
         self._echo = encoded.echo
         self._parser: CallParser | None = None
-        decode: Callable[[list[int]], str] = functools.partial(tokenizer.decode, skip_special=call.skip_special)
-        if call.tools is not None:
-            self._parser, decode = model.chat.parser(call.tools), model.chat.decode
-        self._detokenizer = Detokenizer(decode, sequence.request.prompt)
+        if call.tools is None:
+            self._detokenizer = detokenizer(tokenizer, sequence.request.prompt, call.skip_special)
+        else:
+            self._parser = model.chat.parser(call.tools)
+            self._detokenizer = Detokenizer(model.chat.decode, sequence.request.prompt)
         self._stops = StopStrings(call.stops, call.shows_stop)
         self._infos: list[TokenInfo] | None = [] if call.logprobs is not None else None
 
@@ -148,6 +149,26 @@ class Choice:
         return not (self._call.skip_special and is_special(self._tokenizer, token))
 
 
+class News:
+    """Updates for the one who reads them, None once the client has left. asyncio.Queue, which many may read and whose
+    length may be bounded, costs a token four times as much."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[Update | None] = deque()
+        self._reader: asyncio.Future[None] | None = None
+
+    def put(self, update: Update | None) -> None:
+        self.waiting.append(update)
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    async def get(self) -> Update | None:
+        while not self.waiting:
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        return self.waiting.popleft()
+
+
 class Answer:
     """A request on its way. Iterate `pieces()` to the end, or `cancel()`; either way its pages are free afterwards."""
 
@@ -166,7 +187,7 @@ class Answer:
             self._choices[sequence.request.number] = Choice(
                 index, sequence, call, service.model, encoded[prompt], self._traces[prompt]
             )
-        self._news: asyncio.Queue[Update | None] = asyncio.Queue()
+        self._news = News()
         self.numbers = list(self._choices)
         self._content = self._follow()
 
@@ -190,23 +211,24 @@ class Answer:
         return merged([_account(trace, group) for trace, group in zip(self._traces, self._groups())])
 
     def put(self, update: Update) -> None:
-        self._news.put_nowait(update)
+        self._news.put(update)
 
     def cancel(self) -> None:
         """The client left. Frees pages at once, queued or running; `pieces` raises ClientGone."""
         self._service.stop(self)
-        self._news.put_nowait(None)
+        self._news.put(None)
 
-    async def pieces(self) -> AsyncIterator[Piece]:
-        """Raises ApiError when the engine failed (500) or the server shuts down (503), ClientGone after cancel()."""
+    async def pieces(self) -> AsyncIterator[list[Piece]]:
+        """What can be shown since the last time, at most one piece of a choice: several where a step gave several
+        tokens, or where the client reads more slowly than they come. Raises ApiError when the engine failed (500) or
+        the server shuts down (503), after what came before; ClientGone after cancel()."""
         try:
             while any(not choice.finish for choice in self._choices.values()):
-                update = await self._news.get()
-                if update is None:
-                    raise ClientGone
-                piece = self._take(update)
-                if piece is not None:
-                    yield piece
+                pieces, error = self._read(await self._news.get())
+                if pieces:
+                    yield pieces
+                if error is not None:
+                    raise error
             for trace, group in zip(self._traces, self._groups()):
                 self._service.record(trace, group)
         except ClientGone:
@@ -222,12 +244,9 @@ class Answer:
     async def whole(self) -> list[Piece]:
         """Each choice in one piece."""
         merged = [Piece(choice.index, "") for choice in self._choices.values()]
-        async for piece in self.pieces():
-            part = merged[piece.index]
-            part.text += piece.text
-            part.tokens += piece.tokens
-            part.calls += piece.calls
-            part.finish = piece.finish or part.finish
+        async for pieces in self.pieces():
+            for piece in pieces:
+                merged[piece.index].add(piece)
         for part, choice in zip(merged, self._choices.values()):
             part.prompt = choice.prompt_scores()
         return merged
@@ -236,6 +255,22 @@ class Answer:
         """The choices of each prompt."""
         choices, n = self.choices, self.call.choices
         return [choices[at : at + n] for at in range(0, len(choices), n)]
+
+    def _read(self, update: Update | None) -> tuple[list[Piece], Exception | None]:
+        """This update and all that are there already, and what ends the answer before its end."""
+        pieces: dict[int, Piece] = {}
+        while True:
+            if update is None:
+                return list(pieces.values()), ClientGone()
+            try:
+                piece = self._take(update)
+            except ApiError as error:
+                return list(pieces.values()), error
+            if piece is not None:
+                pieces.setdefault(piece.index, Piece(piece.index, "")).add(piece)
+            if not self._news.waiting:
+                return list(pieces.values()), None
+            update = self._news.waiting.popleft()
 
     def _take(self, update: Update) -> Piece | None:
         choice = self._choices[update.sequence.request.number]

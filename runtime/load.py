@@ -16,6 +16,7 @@ from skerry.core.files import read_json
 from skerry.core.target import local_device, usable_cores
 from skerry.core.tokenizer import Tokenizer
 from skerry.runtime.golden import GOLDEN, GoldenResult, check_golden
+from skerry.runtime.heap import give_back
 from skerry.runtime.protocol import Defaults
 from skerry.runtime.request import Request, SamplingParams
 
@@ -94,6 +95,7 @@ def load(
         golden = check_golden(bundle, runner)
     engine = OrtEngine(runner)
     warm_up(engine)
+    give_back()
     return Loaded(bundle, engine, tokenizer, template, generation, golden, time.monotonic() - began)
 
 

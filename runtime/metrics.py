@@ -100,7 +100,6 @@ class Metrics:
 
     def token(self, gap: float | None) -> None:
         """`gap` is the time since the sequence's previous token; None for its first."""
-        self._output_total.inc()
         if gap is not None:
             self._inter.observe(gap)
 
@@ -129,6 +128,7 @@ class Metrics:
         self._step_seconds.observe(done.seconds)
         self._step_rows.observe(done.rows)
         self._step_tokens.observe(done.prompt_tokens + done.output_tokens)
+        self._output_total.inc(done.output_tokens)
 
     def embedded(self, prompt_tokens: int) -> None:
         """One input."""

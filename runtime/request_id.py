@@ -19,6 +19,9 @@ from skerry.runtime.trail import Content, Trail, enter, leave
 
 log = logging.getLogger("skerry.server")
 HEADER = b"x-request-id"
+# In a request's scope: the server's own `send`, for the parts of a stream. The layers in between wrap `send` for the
+# sake of the answer's head, and a stream would pass through all of them at each token.
+WRITE = "skerry.write"
 ID_LENGTH, PATH_LENGTH, PARENT_LENGTH = 128, 256, 512
 
 
@@ -41,6 +44,7 @@ class Trails:
                 message = {**message, "headers": [*message.get("headers", ()), (HEADER, trail.id.encode())]}
             await send(message)
 
+        scope[WRITE] = send
         token = enter(trail)
         try:
             await self._run(trail, scope, receive, send_named)

@@ -48,6 +48,12 @@ class Piece:
     prompt: list[Any] | None = None  # log-probabilities of the prompt's tokens, where asked for
     calls: list[ToolCall] = field(default_factory=list)
 
+    def add(self, later: Piece) -> None:
+        self.text += later.text
+        self.tokens += later.tokens
+        self.calls += later.calls
+        self.finish = later.finish or self.finish
+
 
 @dataclass(frozen=True)
 class Usage:
@@ -78,6 +84,7 @@ class Form:
         }  # fmt: skip
         self._whole = head
         self._chunk = {**head, "object": "chat.completion.chunk" if chat else kind}
+        self._around: dict[int, tuple[bytes, bytes]] = {}
         self._offsets: dict[int, _Offsets] = {}
 
     def whole(self, pieces: list[Piece], usage: Usage) -> dict[str, Any]:
@@ -91,6 +98,18 @@ class Form:
             for choice, one in zip(choices, scored):
                 choice["prompt_logprobs"] = one
         return whole
+
+    def events(self, piece: Piece) -> bytes:
+        """Its chunks as server-sent events. Text alone, which most pieces are, goes between two ends that are written
+        once for each choice."""
+        if piece.tokens or piece.calls or piece.finish:
+            return b"".join(map(sse, self.chunks(piece)))
+        if piece.index not in self._around:
+            (sample,) = self.chunks(Piece(piece.index, _MARK))
+            before, _, after = sse(sample).rpartition(_encode(_MARK).encode())
+            self._around[piece.index] = before, after
+        before, after = self._around[piece.index]
+        return before + _encode(piece.text).encode() + after
 
     def opening(self, choices: int) -> list[dict[str, Any]]:
         """Chat streams begin with each choice's role."""
@@ -199,4 +218,5 @@ def sse(document: dict[str, Any]) -> bytes:
 
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_MARK = "\ue000"  # a text that stands in for any other
 SSE_END = b"data: [DONE]\n\n"

@@ -22,7 +22,7 @@ from skerry.runtime.adapters import Adapter
 from skerry.runtime.answer import Answer, ClientGone
 from skerry.runtime.api_error import ApiError
 from skerry.runtime.protocol import Call, Defaults, parse_body, parse_chat, parse_completion
-from skerry.runtime.request_id import Trails
+from skerry.runtime.request_id import WRITE, Trails
 from skerry.runtime.responses import SSE_END, Form, Piece, sse
 from skerry.runtime.service import Service
 from skerry.runtime.text_routes import Cancellable, Door, add_text_routes
@@ -215,7 +215,7 @@ class EventStream(Response):
             watcher.cancel()
             await pieces.aclose()  # type: ignore[attr-defined]
 
-    async def _stream(self, pieces: AsyncIterator[Piece], scope: Scope, receive: Receive, send: Send) -> None:
+    async def _stream(self, pieces: AsyncIterator[list[Piece]], scope: Scope, receive: Receive, send: Send) -> None:
         try:
             first = await anext(pieces)
         except ApiError as error:
@@ -223,18 +223,19 @@ class EventStream(Response):
             return
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         opening = b"".join(map(sse, self._form.opening(self._answer.call.choices)))
+        send = scope.get(WRITE, send)
         await send(_part(opening + self._events(first)))
         try:
-            async for piece in pieces:
-                await send(_part(self._events(piece)))
+            async for later in pieces:
+                await send(_part(self._events(later)))
         except ApiError as error:
             await send(_part(sse(error.body()), last=True))  # and no [DONE]: the text is not whole
             return
         usage = sse(self._form.usage(self._answer.usage)) if self._answer.call.include_usage else b""
         await send(_part(usage + SSE_END, last=True))
 
-    def _events(self, piece: Piece) -> bytes:
-        return b"".join(map(sse, self._form.chunks(piece)))
+    def _events(self, pieces: list[Piece]) -> bytes:
+        return b"".join(map(self._form.events, pieces))
 
 
 def _part(body: bytes, last: bool = False) -> Message:

@@ -110,7 +110,7 @@ def test_real_answers_have_the_described_shape(url):
     ):
         more = {"max_tokens": 4, "stream": True, "stream_options": {"include_usage": True}}
         *events, done, rest = httpx.post(url + path, json={**body, **more}).text.split("\n\n")
-        assert (done, rest) == ("data: [DONE]", "") and len(events) >= 5
+        assert (done, rest) == ("data: [DONE]", "") and len(events) >= 2  # text, and usage
         for event in events:
             schema = {"$ref": f"#/components/schemas/{chunk}", "components": described["components"]}
             jsonschema.validate(schema, json.loads(event.removeprefix("data: ")))

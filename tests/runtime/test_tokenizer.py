@@ -3,9 +3,11 @@ from __future__ import annotations
 import random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from skerry.core.tokenizer import Tokenizer
-from skerry.runtime.tokenizer import Detokenizer, StopStrings, is_special, token_bytes
+from skerry.runtime.tokenizer import ByteDetokenizer, Detokenizer, StopStrings, detokenizer, is_special, token_bytes
 
 
 def pieces(tokenizer, data: bytes, context: tuple[int, ...] = ()) -> list[str]:
@@ -83,3 +85,19 @@ def test_bytes_of_tokens_where_spaces_are_spelled_out():
     spelled = Tokenizer(inner, "d")
     assert [token_bytes(spelled, token) for token in range(5)] == [b" a", b"b", b"\xc3", b"\xa9", b"<end>"]
     assert [is_special(spelled, token) for token in range(5)] == [False] * 4 + [True]
+
+
+@given(
+    st.lists(st.one_of(st.integers(0, 257), st.sampled_from([0xE4, 0xB8, 0x96, 0xF0, 0x9F, 0x8C, 0x8D])), max_size=40),
+    st.booleans(),
+)
+def test_reading_on_bytes_gives_what_decoding_the_whole_gives(tokenizer, ids, skip):
+    reader = detokenizer(tokenizer, (), skip)
+    assert isinstance(reader, ByteDetokenizer)
+    assert "".join([*map(reader.push, ids), reader.finish()]) == tokenizer.decode(ids, skip)
+
+
+def test_a_character_that_began_in_the_prompt_is_shown_whole(tokenizer):
+    world = "世".encode()
+    reader = detokenizer(tokenizer, (*b"hello ", *world[:2]))
+    assert [reader.push(world[2]), reader.push(ord("!"))] == ["世", "!"]
