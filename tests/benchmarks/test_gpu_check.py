@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -105,6 +106,19 @@ def document(**figures):
     return made
 
 
+def test_what_was_found_is_kept_whatever_ends_it(monkeypatch, tmp_path, capsys):
+    def interrupted(document, found, only):
+        document["tests"] = {"exit_code": 0, "summary": "9 passed"}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(check, "look", lambda: found.Found(DEVICE))
+    monkeypatch.setattr(check, "check", interrupted)
+    assert check.main(["--out", str(tmp_path)]) == 130
+    (written,) = tmp_path.glob("gpu-*-h200.json")
+    assert json.loads(written.read_text())["tests"]["summary"] == "9 passed"
+    assert f"written to {written}" in capsys.readouterr().out
+
+
 def test_all_musts_met():
     met = document(gpu_sample_131072_b1=20.0)
     check.conclude(met)
@@ -113,7 +127,8 @@ def test_all_musts_met():
 
 @pytest.mark.parametrize(("changes", "error", "cause"), [
     ({}, GateFailed, "missed: sampling, V=131072, b1"),
-    ({"tests": {"exit_code": 1, "summary": "1 failed"}}, SkerryError, "tests: 1 failed"),
+    ({"tests": {"exit_code": 1, "summary": "1 failed, 8 passed"}}, SkerryError, "tests: 1 failed"),
+    ({"tests": {"exit_code": 0, "summary": "9 skipped"}}, SkerryError, "tests: 9 skipped"),
     ({"sanitizers": {"racecheck": {"exit_code": 1, "summary": "1 failed"}}}, SkerryError, "racecheck: 1 failed"),
     ({"failures": ["check kernel gpu_sample: wrong"]}, SkerryError, "gpu_sample: wrong"),
 ])  # fmt: skip
@@ -194,7 +209,7 @@ def test_the_script_names_every_tool_that_is_missing(script):
 
 
 def test_the_script_says_where_a_build_failed(script):
-    done = script("--dry-run", tools=("c++", "ninja"), cmake="echo no such generator; exit 1")
+    done = script("--dry-run", tools=("c++", "ninja", "nvcc"), cmake="echo no such generator; exit 1")
     assert done.returncode == 1 and "no such generator" in done.stderr and "the build failed" in done.stderr
 
 
@@ -203,7 +218,7 @@ def test_a_dry_run_of_the_script_needs_no_gpu(script):
     pytest.importorskip("skerry.kernels._emulated", reason="built without nvcc")
     built = Path(_native.__file__).parent
     done = script(
-        "--dry-run", "--only", "signed_zeros", tools=("c++", "ninja"),
+        "--dry-run", "--only", "signed_zeros", tools=("c++", "ninja", "nvcc"),
         cmake=f'[ "$1" = --install ] && cp {built}/*.so {built}/*.fatbin "$4/skerry/kernels/"; exit 0',
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -120,6 +120,17 @@ def test_a_wrong_kernel_has_no_figures_and_is_named(bench, monkeypatch):
     assert made["notes"] == [f"GPU, sample: {error}"]
 
 
+def test_what_the_device_itself_says_ends_one_operation(bench, monkeypatch):
+    def fails(sampler, *more):
+        raise MemoryError("out of memory allocating 7 bytes\nand a long story")
+
+    monkeypatch.setattr(sample.CudaSampler, "prepare", fails)
+    made = document()
+    (error,) = level.measure(made, bench, ["sample", "paged_attention"], 1)
+    assert str(error) == "measure sample: MemoryError: out of memory allocating 7 bytes"
+    assert "gpu_prefill_48" in made["figures"]
+
+
 def test_a_peer_that_keeps_something_else_has_no_row(bench, monkeypatch):
     right = OnCpu.sample
     monkeypatch.setattr(OnCpu, "sample", lambda side, logits, t, k, p: right(side, logits, t, k - 20, p))

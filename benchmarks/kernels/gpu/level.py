@@ -29,7 +29,9 @@ def measure(document: dict[str, Any], bench: GpuBench, ops: Sequence[str], repea
         try:
             with bench.clock.stream:
                 step()
-        except SkerryError as error:
+        except (SkerryError, RuntimeError, MemoryError) as caught:  # CuPy's and torch's own are of the latter two
+            cause = f"{type(caught).__name__}: {str(caught).splitlines()[0]}"
+            error = caught if isinstance(caught, SkerryError) else SkerryError("measure", name, cause)
             failed.append(error)
             document["notes"].append(f"GPU, {name}: {error}")
         finally:
