@@ -10,8 +10,6 @@ TREE=$BUILD/tree
 die() { printf 'Error: check GPU: %s\nTry: %s\n' "$1" "$2" >&2; exit 1; }
 
 [ -d /usr/local/cuda/bin ] && PATH="$PATH:/usr/local/cuda/bin"
-dry=no
-for word in "$@"; do [ "$word" = --dry-run ] && dry=yes; done
 
 missing=()
 for tool in "$PYTHON" c++ cmake ninja; do command -v "$tool" > /dev/null || missing+=("$tool"); done
@@ -20,7 +18,7 @@ if command -v "$PYTHON" > /dev/null; then
         "$PYTHON" -c "import $module" 2> /dev/null || missing+=("$module (a module of $PYTHON)")
     done
 fi
-command -v nvcc > /dev/null || [ $dry = yes ] || missing+=("nvcc (of CUDA, in PATH or /usr/local/cuda/bin)")
+command -v nvcc > /dev/null || missing+=("nvcc (of CUDA, in PATH or /usr/local/cuda/bin)")
 [ ${#missing[@]} -eq 0 ] || die "$(printf '%s, ' "${missing[@]}" | sed 's/, $//') not found; nothing was measured" \
     "install what is missing, or set PYTHON to the interpreter that has the modules"
 

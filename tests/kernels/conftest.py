@@ -223,26 +223,13 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return tiny_bundle(tmp_path_factory.mktemp("tiny"))
 
 
-def gpu() -> Any:
-    """The GPU at hand; skips the test where there is none."""
-    from skerry.core.errors import NotFound
-    from skerry.kernels.cuda_device import Gpu
-
-    try:
-        return Gpu()
-    except NotFound as error:
-        pytest.skip(str(error))
-
-
 @pytest.fixture(params=["emulated", "gpu"])
 def device(request: pytest.FixtureRequest) -> Any:
-    """Where GPU kernels run: the emulator, and the GPU at hand."""
+    """Where GPU kernels run: on the emulator, and on the GPU at hand. Skips what is not there."""
     from skerry.core.errors import NotFound
-    from skerry.kernels.cuda_device import Emulated
+    from skerry.kernels.cuda_device import Emulated, Gpu
 
-    if request.param == "gpu":
-        return gpu()
     try:
-        return Emulated()
+        return Emulated() if request.param == "emulated" else Gpu()
     except NotFound as error:
         pytest.skip(str(error))

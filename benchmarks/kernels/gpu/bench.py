@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from skerry.benchmarks.kernels.gpu.clock import Clock
 from skerry.benchmarks.kernels.gpu.found import Found
 from skerry.benchmarks.kernels.gpu.torch_side import TorchSide
@@ -25,21 +22,17 @@ class GpuBench:
     torch: TorchSide | None
     setting: Setting
 
-    def normal(self, count: int) -> Any:
-        """So many normal numbers on the device, as bits of bfloat16 (uint16)."""
+    def normal(self, *shape: int) -> Any:
+        """Normal numbers on the device, as bits of bfloat16 (uint16)."""
         import cupy
 
-        return (cupy.random.standard_normal(count, dtype=cupy.float32).view(cupy.uint32) >> 16).astype(cupy.uint16)
+        return (cupy.random.standard_normal(shape, dtype=cupy.float32).view(cupy.uint32) >> 16).astype(cupy.uint16)
 
     def codes(self, rows: int, width: int) -> Any:
         """uint8 [rows, width], numbers as int8 and as 8-bit floats."""
         import cupy
 
         return cupy.random.randint(0, 0x7F, (rows, width), dtype=cupy.uint8)
-
-    def rows(self, array: Any, numbers: npt.NDArray[np.int32], pages: int) -> npt.NDArray[np.uint8]:
-        """Those of the `pages` equal parts of an array, here, as bytes."""
-        return np.asarray(self.device.get(array.reshape(pages, -1)[numbers]).view(np.uint8))
 
     def require(self, nbytes: float, what: str) -> None:
         """Raises IncompatibleError where less of the device's memory is free."""

@@ -39,7 +39,7 @@ class Found:
 
 def look() -> Found:
     found = Found(None)
-    installed = {name.lower(): version for name, version in _installed()}
+    installed = {name.lower().replace("_", "-"): version for name, version in _installed()}
     for name, use in DISTRIBUTIONS.items():
         versions = [v for n, v in installed.items() if re.fullmatch(rf"{name}(-cu(da)?\d+x?)?(-bindings)?", n)]
         if versions:

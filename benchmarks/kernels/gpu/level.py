@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from skerry.benchmarks.kernels.contest import Case, compete
-from skerry.benchmarks.kernels.gpu import ceilings, sample
+from skerry.benchmarks.kernels.gpu import attention, ceilings, sample
 from skerry.benchmarks.kernels.gpu.bench import GpuBench, open_bench
 from skerry.benchmarks.kernels.gpu.clock import CALLS
 from skerry.benchmarks.kernels.gpu.found import look
 from skerry.benchmarks.kernels.setting import Setting
 from skerry.core.errors import SkerryError, Unavailable
 
-OPS: dict[str, Callable[[GpuBench], Iterator[Case]]] = {"sample": sample.cases}
+OPS: dict[str, Callable[[GpuBench], Iterator[Case]]] = {"paged_attention": attention.cases, "sample": sample.cases}
 
 
 def measure(document: dict[str, Any], bench: GpuBench, ops: Sequence[str], repeats: int) -> list[SkerryError]:
@@ -29,7 +29,9 @@ def measure(document: dict[str, Any], bench: GpuBench, ops: Sequence[str], repea
         try:
             with bench.clock.stream:
                 step()
-        except SkerryError as error:
+        except (SkerryError, RuntimeError, MemoryError) as caught:  # CuPy's and torch's own are of the latter two
+            cause = f"{type(caught).__name__}: {str(caught).splitlines()[0]}"
+            error = caught if isinstance(caught, SkerryError) else SkerryError("measure", name, cause)
             failed.append(error)
             document["notes"].append(f"GPU, {name}: {error}")
         finally:
