@@ -49,7 +49,8 @@ def test_what_is_missing_is_named_with_what_it_is_for(bare):
 
 @pytest.mark.parametrize(("name", "key"), [
     ("cupy-cuda13x", "cupy"), ("cupy", "cupy"), ("torch", "torch"), ("onnxruntime-gpu", "onnxruntime-gpu"),
-    ("tensorrt_rtx_cu13_bindings", "tensorrt-rtx"), ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx"), ("torchvision", None),
+    ("tensorrt_rtx_cu13_bindings", "tensorrt-rtx"), ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx"),
+    ("torchvision", None),
 ])  # fmt: skip
 def test_a_distribution_counts_whatever_cuda_it_is_for(bare, monkeypatch, name, key):
     monkeypatch.setattr(found, "_installed", lambda: [(name, "1.2")])
