@@ -5,6 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 BUILD=${BUILD:-build/gpu}
+case $BUILD in /*) ;; *) BUILD=$PWD/$BUILD ;; esac
 TREE=$BUILD/tree
 
 die() { printf 'Error: check GPU: %s\nTry: %s\n' "$1" "$2" >&2; exit 1; }
@@ -37,4 +38,4 @@ for folder in core exporter runtime fleet trainer benchmarks; do ln -s "$PWD/$fo
 for source in kernels/*; do ln -s "$PWD/$source" "$TREE/skerry/kernels/"; done
 cmake --install "$BUILD" --prefix "$TREE" >> "$BUILD.log" 2>&1
 
-PYTHONPATH="$PWD/$TREE" exec "$PYTHON" -m skerry.benchmarks.kernels.gpu.check "$@"
+PYTHONPATH="$TREE" exec "$PYTHON" -m skerry.benchmarks.kernels.gpu.check "$@"

@@ -16,7 +16,7 @@ from skerry.benchmarks.kernels.contest import Case, compete
 from skerry.benchmarks.kernels.gpu import check, found
 from skerry.benchmarks.kernels.gpu.clock import Clock
 from skerry.benchmarks.targets import read_targets, stand
-from skerry.core.errors import GateFailed, Inconclusive, SkerryError, Unavailable
+from skerry.core.errors import GateFailed, Inconclusive, NotFound, SkerryError, Unavailable
 from skerry.kernels import _native
 
 ROOT = Path(check.__file__).resolve().parents[3]
@@ -49,11 +49,21 @@ def test_what_is_missing_is_named_with_what_it_is_for(bare):
 
 @pytest.mark.parametrize(("name", "key"), [
     ("cupy-cuda13x", "cupy"), ("cupy", "cupy"), ("torch", "torch"), ("onnxruntime-gpu", "onnxruntime-gpu"),
-    ("tensorrt_rtx_cu13_bindings", "tensorrt-rtx"), ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx"), ("torchvision", None),
+    ("tensorrt_rtx_cu13_bindings", "tensorrt-rtx"), ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx"),
+    ("torchvision", None),
 ])  # fmt: skip
 def test_a_distribution_counts_whatever_cuda_it_is_for(bare, monkeypatch, name, key):
     monkeypatch.setattr(found, "_installed", lambda: [(name, "1.2")])
     assert {k: v for k, v in found.look().versions.items()} == ({key: "1.2"} if key else {})
+
+
+def test_a_build_without_the_library_of_ops_says_what_it_lacked(bare, monkeypatch):
+    def none():
+        raise NotFound("load kernels", "libskerry_ort.so", "not built")
+
+    assert "ONNX Runtime's C headers" not in found.look().missing
+    monkeypatch.setattr(found, "library_path", none)
+    assert found.look().missing["ONNX Runtime's C headers"] == "our library of ops, and so engines for ort-cuda"
 
 
 def test_a_device_is_described(monkeypatch):

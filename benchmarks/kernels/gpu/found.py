@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
-from skerry.core.errors import Unavailable
+from skerry.core.errors import NotFound, Unavailable
+from skerry.kernels.library import library_path
 
 PROBE_SECONDS = 60.0
 # What each is for; a distribution counts whatever its suffix for the CUDA version is.
@@ -53,6 +54,10 @@ def look() -> Found:
             found.missing[tool] = use
         elif tool != "nvidia-smi":
             found.versions[tool] = _version_line(path)
+    try:
+        library_path()
+    except NotFound:
+        found.missing["ONNX Runtime's C headers"] = "our library of ops, and so engines for ort-cuda"
     try:
         found.device = device_facts()
     except Unavailable as error:
