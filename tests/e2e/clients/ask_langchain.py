@@ -1,4 +1,4 @@
-"""LangChain's OpenAI classes as they come, against the server at argv[1] with the model argv[2]. Prints one line.
+"""LangChain's OpenAI classes as they come, against the server at argv[1] with model argv[2]. Prints one JSON line."""
 
 import json
 import sys
