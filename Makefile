@@ -1,13 +1,15 @@
-# setup: environment and native build; test: fast and slow tests; lint: every static check; demo: the whole loop.
+# setup: environment and native build; test: fast and slow tests; faults: those that inject faults, and their report;
+# lint: every static check; demo: the whole loop.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BUNDLE ?= $(wildcard demo/bundles/v2)
+REPORT ?= build/faults
 STAMP := $(VENV)/.ready
 NATIVE := $(shell find kernels -name '*.cpp' -o -name '*.h' -o -name 'CMakeLists.txt' 2>/dev/null)
 
-.PHONY: setup build test test-fast lint format bench demo clean
+.PHONY: setup build test test-fast faults lint format bench demo clean
 
 setup: $(STAMP)
 
@@ -25,6 +27,9 @@ test: setup
 
 test-fast: setup
 	$(BIN)/python -m pytest -q -m "not slow"
+
+faults: setup
+	$(BIN)/python -m pytest -q -m faults -p tests.fault_report --fault-report $(REPORT)
 
 lint: setup
 	$(BIN)/ruff check .

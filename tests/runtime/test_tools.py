@@ -366,6 +366,7 @@ JSON = st.recursive(
 )  # fmt: skip
 
 
+@pytest.mark.faults("any JSON in place of tools and calls (hypothesis)")
 @settings(max_examples=300, deadline=None)
 @given(JSON, JSON, JSON, JSON, st.booleans())
 def test_whatever_stands_there_is_taken_or_refused(tools: Any, choice: Any, calls: Any, id: Any, wrapped: bool):
