@@ -86,6 +86,7 @@ class Supervisor:
         self.totals: dict[str, Totals] = {}
         self.crashes: dict[Installed, tuple[float, ...]] = {}
         self.notices: list[Notice] = []
+        self.adapters: dict[str, dict[str, Any]] = {}  # loaded over HTTP, by name, as the worker told it
         self._not_before = 0.0
         self._last_rss = 0
         self._room = False
@@ -207,6 +208,8 @@ class Supervisor:
         except StorageError as error:
             self._failed(wanted, now, str(error))
             return
+        for adapter in self.adapters.values():
+            self.incoming.send(adapter)
         self._remember()
 
     def _swap(self, now: float) -> None:
@@ -252,6 +255,8 @@ class Supervisor:
         kind = message.get("type")
         if kind == "stats":
             self._count(worker, message)
+        elif kind == "adapter" and worker is not self.incoming:
+            self._keep_adapter(worker, message)
         elif kind == "ready" and worker.state == "starting":
             self._ready(worker, message)
         elif kind == "golden":
@@ -272,6 +277,18 @@ class Supervisor:
         worker.observed_manifest, worker.observed_digest = observed
         worker.state = "ready"
         self.notices.append(Notice("worker.ready", _short(message)))
+
+    def _keep_adapter(self, worker: WorkerProcess, message: dict[str, Any]) -> None:
+        """Remembered for the workers to come, those included whose engine has no place for it: the one after that may.
+        Who serves or is about to hears of it at once."""
+        name = str(message.get("name"))
+        if message.get("path") is None:
+            self.adapters.pop(name, None)
+        else:
+            self.adapters[name] = message
+        for other in (self.active, self.incoming):
+            if other is not None and other is not worker:
+                other.send(message)
 
     def _count(self, worker: WorkerProcess, message: dict[str, Any]) -> None:
         before, total = worker.counts, self.totals.setdefault(worker.installed.engine_digest, Totals())
