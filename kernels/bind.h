@@ -65,5 +65,7 @@ BlockSegment block_segment(const Segment& given, size_t width);
 
 // Adds the class Program to the module.
 void bind_program(nb::module_& m);
+// Adds sample_memory and plan_sample.
+void bind_sample_cuda(nb::module_& m);
 
 }  // namespace skerry::bind

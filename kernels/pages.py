@@ -26,8 +26,11 @@ from skerry.core.errors import IncompatibleError
 PAGE_TOKENS, CODE_BLOCK = 16, 32
 FLOATS: dict[str, type[np.floating[Any]]] = {"f32.k16t": np.float32, "f16.k16t": np.float16}
 CODES = "i8.k16t"
-LAYOUTS = (*FLOATS, CODES)  # in the order of the op's attribute `kv_layout`
-DTYPES = {layout: np.dtype(kind).name for layout, kind in FLOATS.items()} | {CODES: "int8"}  # as a manifest says it
+CUDA_LAYOUTS = {"f16.t16": "float16", "bf16.t16": "bfloat16"}
+LAYOUTS = (*FLOATS, CODES, *CUDA_LAYOUTS)  # in the order of the op's attribute `kv_layout`
+DTYPES = (
+    {layout: np.dtype(kind).name for layout, kind in FLOATS.items()} | {CODES: "int8"} | CUDA_LAYOUTS
+)  # as a manifest says it
 
 Logical = npt.NDArray[np.floating[Any]]
 Float32 = npt.NDArray[np.float32]
@@ -37,6 +40,8 @@ def page_bytes(layout: str, kv_heads: int, head_size: int) -> int:
     if layout == CODES:
         key = _up(head_size, CODE_BLOCK) + 4 * (_up(head_size, CODE_BLOCK) // CODE_BLOCK)
         return kv_heads * PAGE_TOKENS * (key + _up(head_size, 16) + 4)
+    if layout in CUDA_LAYOUTS:
+        return 4 * kv_heads * PAGE_TOKENS * head_size
     return 2 * kv_heads * PAGE_TOKENS * head_size * np.dtype(FLOATS[layout]).itemsize
 
 

@@ -34,6 +34,7 @@ from skerry.runtime.tls import TlsFiles
 if TYPE_CHECKING:
     import ssl
 
+    from skerry.runtime.gpus import GpuWatch
     from skerry.runtime.listener import Listener
     from skerry.runtime.otel import Telemetry
     from skerry.runtime.prefix_file import PrefixFile
@@ -99,6 +100,7 @@ class Worker:
         self._prefixes: PrefixFile | None = None
         self._access = Access()
         self._tls: ssl.SSLContext | None = None
+        self._gpus: GpuWatch | None = None
 
     async def run(self) -> int:
         """The exit code: 0 after a drain, 1 when loading or the engine failed."""
@@ -129,6 +131,8 @@ class Worker:
         finally:
             for task in tasks:
                 task.cancel()
+            if self._gpus:
+                self._gpus.stop(0.0)
             if self._telemetry:
                 await asyncio.to_thread(self._telemetry.close)
             if self._control:
@@ -203,6 +207,11 @@ class Worker:
             loaded.engine, loaded.model(), observer, limits=Limits(queue=options.max_queue), on_fatal=self._fatal,
             adapters=adapters,
         )  # fmt: skip
+        if loaded.gpus:
+            from skerry.runtime.gpus import GpuMetrics, GpuWatch
+
+            self._gpus = GpuWatch(frozenset(gpu.uuid for gpu in loaded.gpus)).start()
+            service.metrics.registry.register(GpuMetrics(self._gpus))
         for name, path in options.adapters:
             await adapters.load(name, path)
         if options.prefix_directory is not None:

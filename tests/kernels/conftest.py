@@ -221,3 +221,28 @@ def make_bundle(tmp_path: Path) -> Callable[..., Bundle]:
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return tiny_bundle(tmp_path_factory.mktemp("tiny"))
+
+
+def gpu() -> Any:
+    """The GPU at hand; skips the test where there is none."""
+    from skerry.core.errors import NotFound
+    from skerry.kernels.cuda_device import Gpu
+
+    try:
+        return Gpu()
+    except NotFound as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(params=["emulated", "gpu"])
+def device(request: pytest.FixtureRequest) -> Any:
+    """Where GPU kernels run: the emulator, and the GPU at hand."""
+    from skerry.core.errors import NotFound
+    from skerry.kernels.cuda_device import Emulated
+
+    if request.param == "gpu":
+        return gpu()
+    try:
+        return Emulated()
+    except NotFound as error:
+        pytest.skip(str(error))
