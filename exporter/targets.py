@@ -7,7 +7,6 @@ from skerry.kernels.devices import this_device
 
 MISSING = {
     "tensorrt": "the skerry ops as TensorRT plugins and a TensorRT builder",
-    "tensorrt-rtx": "the lowering to TensorRT-RTX's own attention and KV update",
 }
 
 

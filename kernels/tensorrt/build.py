@@ -23,6 +23,7 @@ DECODE, MIXED = 0, 1
 RTX_SMS = (75, 80, 86, 89, 120, 121)
 # What the architecture itself lacks, by what a network holds.
 NEEDS_SM = {"bfloat16": 80, "int4": 80, "float32": 80}
+BUILD_COPIES = 3
 INSTALL = "pip install 'skerry[tensorrt]'"
 
 
@@ -171,10 +172,12 @@ def profile_shapes(manifest: Manifest, limits: Limits, profile: int) -> dict[str
     return {name: (shapes[0], shapes[1], shapes[2]) for name, shapes in {**found, **dict.fromkeys(caches, cache)}.items()}
 
 
-def check_room(bundle: Bundle, dtype: str) -> None:
-    """Raises IncompatibleError before the builder takes any memory. Measured with SmolLM2-135M: constants, what the
-    builder makes of them, and the serialized engine are four times the weights that the engine holds."""
+def check_room(bundle: Bundle) -> None:
+    """Raises IncompatibleError before the builder takes any memory: the constants, what the builder makes of them and
+    the serialized engine are each about the weights once (DESIGN.md has the figures), and the network's evaluation has
+    them as float32."""
     stored = bundle.manifest.entry("weights.bin").size
-    held = stored // 2 if bundle.manifest.precision == "fp32" and dtype != "float32" else stored
-    parts = {"constants": held, "builder": 2 * held, "engine": held}
+    held = stored // 2 if bundle.manifest.precision == "fp32" else stored
+    building, evaluating = BUILD_COPIES * held, 4 * bundle.manifest.model.parameters
+    parts = {"constants": held, "building or evaluating": max(building, evaluating)}
     require_memory("build engine", bundle.short, parts, "a smaller model, or a machine with more memory")

@@ -225,7 +225,7 @@ class _Decoder:
         layers, size = self.layers, node.integer("head_size")
         heads, kv_heads = node.integer("num_heads"), node.integer("num_kv_heads")
         q, k, v = (
-            layers.shuffle(f"{node.name}.{part}", self.read(node.input(index)), (-1, count, size))
+            layers.shuffle(f"{node.name}.{part}.heads", self.read(node.input(index)), (-1, count, size))
             for index, (part, count) in enumerate((("q", heads), ("k", kv_heads), ("v", kv_heads)))
         )
         turned = node.integer("rotary_dim", size)

@@ -6,6 +6,7 @@ written out. TensorRT keeps pointers to constants and not their bytes: they live
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,8 @@ class Layers:
         self.trt, self.network, self.dtype = trt, network, dtype
         self.constants: dict[str, Constant] = {}  # by the tensor's name
         self._alive: list[Array] = []
+        self._names = Counter[str]()
+        self.int4 = False  # whether it has weights of 4 bits
 
     @property
     def kind(self) -> Any:
@@ -66,6 +69,7 @@ class Layers:
     def matrix(self, name: str, weights: Dequantized) -> Tensor:
         """codes * scales of a matrix [N, K] as a Dequantize of constants; its minima are the caller's."""
         codes = weights.codes
+        self.int4 |= weights.bits == 4
         stored, kind = (weights.nibbles(), self.trt.int4) if weights.bits == 4 else (codes, self.trt.int8)
         packed = self._constant(f"{name}.codes", stored, codes, kind)
         scales = self.floats(f"{name}.scales", weights.scales)
@@ -147,8 +151,10 @@ class Layers:
         return tensor
 
     def _layer(self, name: str, layer: Any) -> Any:
+        """Names are unique: a matrix that is also the embedding is there twice, or its product would not be fused."""
         layer = self._made(name, layer)
-        layer.name = name
+        self._names[name] += 1
+        layer.name = name if self._names[name] == 1 else f"{name}.{self._names[name]}"
         return layer
 
     def _made(self, name: str, made: Any) -> Any:
