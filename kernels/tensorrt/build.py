@@ -14,13 +14,13 @@ from typing import Any
 from skerry.core.bundle import Bundle, Manifest
 from skerry.core.errors import IncompatibleError, SkerryError
 from skerry.core.memory import require_memory
+from skerry.kernels.devices import RTX_SMS
 from skerry.kernels.onnx_file import read_graph
 from skerry.kernels.tensorrt.decoder import step_inputs, write_decoder
 from skerry.kernels.tensorrt.layers import Layers
 
 log = logging.getLogger("skerry.tensorrt")
 DECODE, MIXED = 0, 1
-RTX_SMS = (75, 80, 86, 89, 120, 121)
 # What the architecture itself lacks, by what a network holds.
 NEEDS_SM = {"bfloat16": 80, "int4": 80, "float32": 80}
 BUILD_COPIES = 3
