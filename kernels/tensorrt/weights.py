@@ -55,8 +55,8 @@ def dequantized(name: str, blocks: Blocks) -> Dequantized:
         minimum = minimum + np.float32(middle) * scale
     below = scale < 0
     if below.any():
-        # -(-8) does not fit 4 bits: there all codes go one further down, and the minimum makes up for it.
-        down = 1 if bits == 4 else 0
+        # The lowest code has no negative: where it is met all codes go one further down, and the minimum makes up for it.
+        down = int((codes[below] == -(1 << (bits - 1))).any())
         codes = np.where(below[..., None], -codes - down, codes)
         scale = np.abs(scale)
         if down:
