@@ -31,4 +31,8 @@ def tensorrt_rtx() -> Check:
         return Check(name, None, error.cause, error.hint)
     reason = cannot_run(Target("tensorrt-rtx"))
     told = f"TensorRT-RTX {version}; fp32, int8, int4, stored"
-    return Check(name, None, f"{told}; compiled here, unqualified until a GPU has run it: {reason}") if reason else Check(name, True, told)
+    return (
+        Check(name, None, f"{told}; compiled here, unqualified until a GPU has run it: {reason}")
+        if reason
+        else Check(name, True, told)
+    )

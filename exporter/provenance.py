@@ -128,7 +128,9 @@ def _quality(precision: str, parity: Parity | None, found: list[str], texts: Tex
     if parity is None:
         return "NOT MEASURED, by request. What it answers may be anything; the bundle is not qualified to be published."
     limits, verdict = LIMITS[precision], "passed" if not found else "REFUSED: " + "; ".join(found)
-    compiled = f"\n\nThe compiled engine is NOT MEASURED ({unqualified}): the bundle is unqualified." if unqualified else ""
+    compiled = (
+        f"\n\nThe compiled engine is NOT MEASURED ({unqualified}): the bundle is unqualified." if unqualified else ""
+    )
     return f"""| measure | this engine | limit |
 |---|---|---|
 | perplexity ratio | {parity.ppl_ratio:.4f} | {limits.ppl_ratio} |

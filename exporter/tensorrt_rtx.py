@@ -33,7 +33,7 @@ GOLDEN_TOKENS = 256
 
 
 def check_here(target: Target, precision: str) -> None:
-    """Before anything is read. Raises IncompatibleError: no library, or a GPU that it or the precision does not know."""
+    """Before anything is read. Raises IncompatibleError: no library, or a GPU that it or the precision cannot have."""
     import_rtx()
     sms_for(target.sm, DTYPES[0], precision in ("int4", "mixed"))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,9 +78,7 @@ def open_rtx(
 
     trt, arrays = import_rtx(), GpuArrays()
     key, cache = node_key(EngineFile.of(bundle), bundle, device), JitCache(directory or default_directory())
-    executor = RtxExecutor(
-        trt, bundle, arrays, memory_bytes, cache.read(key), lambda blob: log.info("kernels kept: %s", cache.write(key, blob))
-    )  # fmt: skip
+    executor = RtxExecutor(trt, bundle, arrays, memory_bytes, cache.read(key), partial(cache.write, key))
     return LinearRunner(bundle, executor, executor.limits, threads)
 
 

@@ -91,7 +91,6 @@ def load(
     with ThreadPoolExecutor(1) as pool:  # a large tokenizer takes as long as the graph
         text = pool.submit(Tokenizer.open, bundle.file("tokenizer.json"))
 
-
         def graph() -> Runner:
             return Runner.open(
                 bundle, threads=threads or usable_cores(), memory_bytes=memory_bytes, adapter_rank=adapter_rank,

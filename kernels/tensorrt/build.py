@@ -58,7 +58,7 @@ class Messages:
         self.errors: list[str] = []
         messages = self
 
-        class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+        class Logger(trt.ILogger):
             def __init__(self) -> None:
                 super().__init__()
 
@@ -169,7 +169,9 @@ def profile_shapes(manifest: Manifest, limits: Limits, profile: int) -> dict[str
     spec = manifest.model
     cache = tuple((size["B"], spec.kv_heads, manifest.max_context, spec.head_size) for size in sizes)
     caches = (f"{part}.{layer}" for part in ("keys", "values") for layer in range(spec.layers))
-    return {name: (shapes[0], shapes[1], shapes[2]) for name, shapes in {**found, **dict.fromkeys(caches, cache)}.items()}
+    return {
+        name: (shapes[0], shapes[1], shapes[2]) for name, shapes in {**found, **dict.fromkeys(caches, cache)}.items()
+    }
 
 
 def check_room(bundle: Bundle) -> None:

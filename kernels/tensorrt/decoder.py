@@ -236,7 +236,9 @@ class _Decoder:
         keys, values = (self._appended(f"{part}.{layer}", x) for part, x in (("keys", k), ("values", v)))
         scale = layers.floats(f"{node.name}.scale", np.full((1, 1, 1), node.number("scale")))
         # TensorRT wants queries scaled, and by nothing else: its attention divides by no root of its own.
-        q = layers.gather(f"{node.name}.pad", layers.element(f"{node.name}.q.scaled", "PROD", q, scale), self.read("pad"))
+        q = layers.gather(
+            f"{node.name}.pad", layers.element(f"{node.name}.q.scaled", "PROD", q, scale), self.read("pad")
+        )
         q = layers.shuffle(f"{node.name}.heads", q, transpose=(0, 2, 1, 3))
         mask = self.mask(node.integer("window", 0))
         o = layers.attention(f"{node.name}.core", q, keys, values, mask, self.read("context_len"))

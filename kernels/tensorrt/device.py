@@ -23,7 +23,7 @@ from skerry.kernels.tensorrt.engine_file import ENGINE, EngineFile
 from skerry.kernels.tensorrt.linear import LinearCall
 
 Float32 = npt.NDArray[np.float32]
-Save = Callable[[bytes], None]
+Save = Callable[[bytes], object]
 
 
 def slots_within(slot_bytes: int, limits: Limits, memory_bytes: int | None, free_bytes: int) -> int:

@@ -96,7 +96,11 @@ class NetworkValues:
 
     def reduce(self, layer: Any, read: list[Array]) -> Array:
         axes = tuple(axis for axis in range(read[0].ndim) if layer.axes >> axis & 1)
-        return np.asarray({"AVG": np.mean, "SUM": np.sum}[layer.op.name](read[0], axis=axes, keepdims=layer.keep_dims))
+        total = read[0].sum(axis=axes, keepdims=layer.keep_dims)
+        if layer.op == self.trt.ReduceOperation.AVG:
+            return np.asarray(total / np.prod([read[0].shape[axis] for axis in axes]))
+        assert layer.op == self.trt.ReduceOperation.SUM
+        return np.asarray(total)
 
     def cast(self, layer: Any, read: list[Array]) -> Array:
         return read[0]

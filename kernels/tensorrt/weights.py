@@ -35,8 +35,8 @@ class Dequantized:
 
     def nibbles(self) -> npt.NDArray[np.uint8]:
         """Two codes a byte, the first in the low half: TensorRT's and ONNX's order."""
-        pairs = (self.codes.reshape(-1, 2) & 15).astype(np.uint8)
-        return pairs[:, 0] | (pairs[:, 1] << 4)
+        pairs = self.codes.reshape(-1, 2).view(np.uint8) & np.uint8(15)
+        return pairs[:, 0] | (pairs[:, 1] << np.uint8(4))
 
     def matrix(self) -> Float32:
         """float32 [N, K], what all of it stands for."""
@@ -55,7 +55,7 @@ def dequantized(name: str, blocks: Blocks) -> Dequantized:
         minimum = minimum + np.float32(middle) * scale
     below = scale < 0
     if below.any():
-        # The lowest code has no negative: where it is met all codes go one further down, and the minimum makes up for it.
+        # The lowest code has no negative: where it is met, all go one further down, and the minimum makes up for it.
         down = int((codes[below] == -(1 << (bits - 1))).any())
         codes = np.where(below[..., None], -codes - down, codes)
         scale = np.abs(scale)

@@ -90,7 +90,11 @@ def test_an_exported_checkpoint_becomes_an_engine(make_model: Make, tmp_path: Pa
 def test_layers_are_as_many_as_the_model_has(make_model: Make, tmp_path: Path) -> None:
     network = write_network(trt, graph_of(make_model(), tmp_path / "graph"), "float16").definition
     kinds = [network.get_layer(index).type.name for index in range(network.num_layers)]
-    assert (kinds.count("ATTENTION_OUTPUT"), kinds.count("KV_CACHE_UPDATE"), kinds.count("ROTARY_EMBEDDING")) == (3, 6, 6)
+    assert (kinds.count("ATTENTION_OUTPUT"), kinds.count("KV_CACHE_UPDATE"), kinds.count("ROTARY_EMBEDDING")) == (
+        3,
+        6,
+        6,
+    )
     names = {network.get_input(index).name for index in range(network.num_inputs)}
     assert {"keys.0", "values.2", "pad", "unpad", "query_start", "context_len", "first"} <= names
     outputs = {network.get_output(index).name for index in range(network.num_outputs)}

@@ -106,7 +106,10 @@ def test_what_is_too_much_for_one_call_is_cut_in_order() -> None:
                 tokens = slice(*call.inputs["query_start"][slot : slot + 2])
                 here = call.inputs["positions"][tokens].tolist()
                 seen[slot] += here
-                assert not here or (call.inputs["first"][slot], call.inputs["context_len"][slot]) == (here[0], here[-1] + 1)
+                assert not here or (call.inputs["first"][slot], call.inputs["context_len"][slot]) == (
+                    here[0],
+                    here[-1] + 1,
+                )
         rows += call.wanted.tolist()
     assert seen == {0: list(range(20)), 3: list(range(4, 9))} and sorted(rows) == list(range(7))
 
