@@ -22,6 +22,7 @@ MANIFEST = "manifest.json"
 MANIFEST_LIMIT = 16 << 20
 CHUNK_BYTES = 1 << 20
 ENGINE_FILES = ("graph.onnx", "weights.bin", "tokenizer.json", "chat_template.jinja", "generation.json")
+COMPILED_FILES = ("engine.rtx", "engine.json")  # of targets that are compiled ahead of time, beside those above
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "mixed", "int4", "stored")
 MAX_FILES, MAX_FILE_BYTES = 64, 1 << 40
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -112,7 +113,7 @@ class Manifest:
 
     @property
     def engine_bytes(self) -> int:
-        return sum(entry.size for entry in self.files if entry.name in ENGINE_FILES)
+        return sum(entry.size for entry in self.files if entry.name in (*ENGINE_FILES, *COMPILED_FILES))
 
     def to_bytes(self) -> bytes:
         document = asdict(self)
@@ -162,7 +163,8 @@ class Manifest:
 
 def engine_digest(files: tuple[FileEntry, ...]) -> str:
     """Digest over (name, sha256) of the engine files that are there, sorted by name."""
-    return sha256_bytes(canonical_json(sorted([f.name, f.sha256] for f in files if f.name in ENGINE_FILES)))
+    decisive = (*ENGINE_FILES, *COMPILED_FILES)
+    return sha256_bytes(canonical_json(sorted([f.name, f.sha256] for f in files if f.name in decisive)))
 
 
 def _text(value: Any, field: str) -> str:

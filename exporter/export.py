@@ -13,7 +13,7 @@ from skerry.core.files import write_json
 from skerry.core.memory import require_memory
 from skerry.core.target import Target
 from skerry.core.tokenizer import Tokenizer
-from skerry.exporter import gate, provenance
+from skerry.exporter import gate, provenance, tensorrt_rtx
 from skerry.exporter.adapters import check_precision, layout_of
 from skerry.exporter.baseline import HASH_SEED, WINDOW_REQUESTS, measure_baseline
 from skerry.exporter.engine import open_runner
@@ -89,12 +89,17 @@ def export(checkpoint: Path, target: Target, precision: str, out: Path, options:
     options = options or Options()
     check_out(out)
     check_target(target)
+    compiled, sealed_for = target.backend == tensorrt_rtx.BACKEND, target
+    if compiled:
+        target = tensorrt_rtx.GRAPH  # which is measured; the engine is compiled from it
     subject = open_subject(checkpoint, options.max_context)
     precision = subject.precision(precision, blocks=target.backend == "ort-cpu")
     rules_for(target, precision)
     kv_layouts(subject, target, options, precision)
+    if compiled:
+        tensorrt_rtx.check_here(sealed_for, precision)
     if options.adapters:
-        check_precision(precision, target.backend)
+        check_precision(precision, sealed_for.backend)
     check_room(subject, precision)
     options.rounding.check(precision)
     unqualified = cannot_run(target)
@@ -112,9 +117,13 @@ def export(checkpoint: Path, target: Target, precision: str, out: Path, options:
             engine = with_kv_cache(engine, staging, kv_layouts(subject, target, options, engine.precision)[0])
         else:
             engine, parity, refused = measure_engine(subject, texts, engine, target, staging, options)
+        if compiled:
+            sealed = seal_engine(subject, texts, engine, sealed_for, staging, options, qualified=False)
+            tensorrt_rtx.add_engine(sealed, sealed_for, options.progress)
+            unqualified = tensorrt_rtx.UNQUALIFIED
         describe(subject, texts, engine, parity, refused, staging, options, unqualified)
-        qualified = parity is not None and not refused
-        seal_engine(subject, texts, engine, target, staging, options, qualified, unqualified)
+        qualified = parity is not None and not refused and not unqualified
+        seal_engine(subject, texts, engine, sealed_for, staging, options, qualified, unqualified)
     gate.refuse(f"{bundle_name(subject, options)} (kept at {out}, unqualified)", refused)
     return open_bundle(out, verify=False)
 

@@ -6,8 +6,7 @@ from skerry.core.target import Target, local_device, on_gpu
 from skerry.kernels.devices import this_device
 
 MISSING = {
-    "tensorrt": "the skerry ops as TensorRT plugins and a TensorRT builder",
-    "tensorrt-rtx": "the lowering to TensorRT-RTX's own attention and KV update",
+    "tensorrt": "PagedAttention as a CUDA kernel for a plugin to launch, and libnvinfer with a GPU to build on",
 }
 
 

@@ -108,6 +108,11 @@ class GpuArrays:
         except cupy.cuda.runtime.CUDARuntimeError as error:
             raise NotFound("open GPU", "", str(error), "run it where an NVIDIA GPU and its driver are") from error
 
+    @property
+    def stream(self) -> int:
+        """Its address, for libraries that enqueue work of their own."""
+        return int(self._stream.ptr)
+
     def options(self, capture: bool) -> dict[str, str]:
         return {
             "user_compute_stream": str(self._stream.ptr), "enable_cuda_graph": str(int(capture)),

@@ -11,17 +11,19 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from skerry.core.errors import NotFound
-from skerry.core.target import CUDA_KV_LAYOUTS, OPS_ON_CUDA, Device, Offer, local_device
+from skerry.core.target import CUDA_KV_LAYOUTS, KV_LAYOUTS, OPS, OPS_ON_CUDA, Device, Offer, local_device
 from skerry.kernels.cuda_library import CudaKernels, cuda_kernels
 from skerry.kernels.nvml import Found, discover
 
+# What TensorRT-RTX compiles for.
+RTX_SMS = (75, 80, 86, 89, 120, 121)
 CUDA_PROVIDER = "libonnxruntime_providers_cuda.so"
 
 
 def this_device(runtime_version: str = "", labels: dict[str, str] | None = None, found: Found | None = None) -> Device:
     """Asks the NVIDIA driver, for seconds at most, unless told what was `found`. Never raises for want of GPUs."""
     found = discover() if found is None else found
-    asked = {"ort-cuda": _ort_cuda(found)}
+    asked = {"tensorrt-rtx": _tensorrt_rtx(found), "ort-cuda": _ort_cuda(found)}
     offers = {backend: offer for backend, offer in asked.items() if isinstance(offer, Offer)}
     return replace(
         local_device(runtime_version, labels),
@@ -54,6 +56,22 @@ def _ort_cuda(found: Found) -> Offer | str:
         or _missing_packages()
         or Offer(OPS_ON_CUDA, CUDA_KV_LAYOUTS, tuple(sorted({g.sm for g in found.gpus if kernels.runs_on(g.sm)})))
     )
+
+
+def _tensorrt_rtx(found: Found) -> Offer | str:
+    """Its bundles hold a graph of ort-cpu as well, which serves where the engine is refused: so ops and pages are
+    those of ort-cpu."""
+    sms = tuple(sorted({gpu.sm for gpu in found.gpus} & set(RTX_SMS)))
+    if not found.gpus:
+        return found.reason
+    if not sms:
+        known = ", ".join(map(str, RTX_SMS))
+        return f"TensorRT-RTX compiles for compute capability {known}, the GPU is {found.gpus[0].sm}"
+    if not find_spec("tensorrt_rtx_bindings"):
+        return "TensorRT-RTX is not installed (pip install 'skerry[tensorrt]')"
+    if not find_spec("cupy"):
+        return "CuPy is not installed (pip install 'skerry[cuda]')"
+    return Offer(OPS, KV_LAYOUTS, sms)
 
 
 def _unbuilt(kernels: CudaKernels, found: Found) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -12,14 +13,17 @@ from skerry.core.errors import SkerryError
 from skerry.kernels.runner import DeviceLogits, Row, Runner, Sampled, SampleParams, SampleRows, pack_rows
 from skerry.runtime.request import SampledToken, SamplingParams, StepRow
 
+if TYPE_CHECKING:
+    from skerry.kernels.tensorrt.runner import LinearRunner
+
 Mask = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
 
 
 class OrtEngine:
-    """Every KV group uses the same page numbers."""
+    """Every KV group uses the same page numbers. Over a runner of pages, or of a linear cache whose pages are slots."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner | LinearRunner) -> None:
         self._runner = runner
         self.page_size = runner.page_size
         self.pages = runner.pages
