@@ -1,5 +1,6 @@
 # setup: environment and native build; test: fast and slow tests; faults: those that inject faults, and their report;
-# lint: every static check; demo: the whole loop.
+# lint: every static check; demo: the whole loop;
+# gpu-check: tests and measures the GPU kernels with what the machine has (ARGS=--dry-run: where there is no GPU).
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -7,9 +8,9 @@ BIN := $(VENV)/bin
 BUNDLE ?= $(wildcard demo/bundles/v2)
 REPORT ?= build/faults
 STAMP := $(VENV)/.ready
-NATIVE := $(shell find kernels -name '*.cpp' -o -name '*.h' -o -name 'CMakeLists.txt' 2>/dev/null)
+NATIVE := $(shell find kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cmake' -o -name 'CMakeLists.txt' 2>/dev/null)
 
-.PHONY: setup build test test-fast faults lint format bench demo clean
+.PHONY: setup build test test-fast faults lint format bench cuda-all gpu-check demo clean
 
 setup: $(STAMP)
 
@@ -46,6 +47,15 @@ format: setup
 bench: setup
 	@[ -n "$(BUNDLE)" ] || { echo "Error: no bundle to measure. Try: make bench BUNDLE=<directory>" >&2; exit 2; }
 	$(BIN)/skerry bench engine $(BUNDLE)
+
+# The GPU kernels for every architecture that this nvcc knows; `make setup` builds those of three.
+cuda-all: setup
+	$(BIN)/cmake -G Ninja -S . -B build/cuda-all -DSKERRY_CUDA_ARCHS=all -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+		-DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja > /dev/null
+	$(BIN)/cmake --build build/cuda-all --target skerry_cuda
+
+gpu-check:
+	@PYTHON=$(PYTHON) scripts/gpu_check.sh $(ARGS)
 
 demo: setup
 	$(BIN)/skerry demo

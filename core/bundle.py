@@ -22,7 +22,7 @@ MANIFEST = "manifest.json"
 MANIFEST_LIMIT = 16 << 20
 CHUNK_BYTES = 1 << 20
 ENGINE_FILES = ("graph.onnx", "weights.bin", "tokenizer.json", "chat_template.jinja", "generation.json")
-PRECISIONS = ("fp32", "int8", "mixed", "int4", "stored")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "mixed", "int4", "stored")
 MAX_FILES, MAX_FILE_BYTES = 64, 1 << 40
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -84,7 +84,8 @@ class AdapterLayout:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`adapters`: None, and absent from the document, where the graph takes none."""
+    """`adapters`: None, and absent from the document, where the graph takes none; so is `unqualified`, why the engine
+    was not measured where it was built, where there is nothing to say."""
 
     schema: int
     name: str
@@ -101,6 +102,7 @@ class Manifest:
     qualified: bool
     lineage: dict[str, Any]
     adapters: AdapterLayout | None = None
+    unqualified: str = ""
 
     def entry(self, name: str) -> FileEntry:
         for entry in self.files:
@@ -116,8 +118,9 @@ class Manifest:
         document = asdict(self)
         document["target"] = {"backend": self.target.backend, "sm": self.target.sm}
         document["model"] = self.model.to_json()
-        if self.adapters is None:
-            del document["adapters"]
+        for name in ("adapters", "unqualified"):
+            if not document[name]:
+                del document[name]
         return canonical_json(document)
 
     @classmethod
@@ -145,6 +148,7 @@ class Manifest:
                 qualified=bool(document["qualified"]),
                 lineage=dict(document["lineage"]),
                 adapters=_adapters(document["adapters"]) if "adapters" in document else None,
+                unqualified=str(document.get("unqualified", ""))[:500],
             )
         except (KeyError, TypeError, ValueError, InputError) as error:
             raise BundleError("read manifest", "", f"malformed: {error}", "export the bundle again") from error
@@ -263,6 +267,7 @@ def seal(
     qualified: bool = True,
     lineage: dict[str, Any],
     adapters: AdapterLayout | None = None,
+    unqualified: str = "",
 ) -> Bundle:
     """Digests every file of a finished directory and writes its manifest last. Raises BundleError (a file missing)."""
     path = Path(path)
@@ -275,6 +280,7 @@ def seal(
         schema=1, name=name, version=version, target=target, model=model, precision=precision, kv=kv,
         max_context=max_context, ops=tuple(sorted(ops)), files=files, engine_digest=engine_digest(files),
         tokenizer_digest=tokenizer, qualified=qualified, lineage=lineage, adapters=adapters,
+        unqualified=unqualified,
     )  # fmt: skip
     raw = manifest.to_bytes()
     Manifest.from_bytes(raw)  # nothing is sealed that would not be read back

@@ -59,6 +59,20 @@ def matmul_block(
 ) -> list[_F]: ...
 def gather_block(ids: _I, table: Segment, width: int) -> _F: ...
 def kept(logits: _F, rows: Any, row: int) -> _I: ...
+def check_sample(vocabulary: int, rows: Any) -> None: ...
+def sample_memory(rows: int, vocabulary: int, multiprocessors: int, shared_bytes: int) -> tuple[int, int]: ...
+def plan_sample(
+    addresses: dict[str, int],
+    rows: int,
+    vocabulary: int,
+    *,
+    mask_rows: int,
+    mask_words: int,
+    top_n: int,
+    dtype: str,
+    multiprocessors: int,
+    shared_bytes: int,
+) -> tuple[str, tuple[int, int, int], tuple[int, int, int], int, bool, bytes]: ...
 def philox4x32(c0: int, c1: int, c2: int, c3: int, key0: int, key1: int) -> tuple[int, int, int, int]: ...
 
 class Program:
@@ -123,3 +137,50 @@ class Program:
     def set_hidden(self, place: Place) -> None: ...
     @property
     def hidden_size(self) -> int: ...
+
+class PagedAttentionTask:
+    """Addresses of device memory as whole numbers, strides in bytes (include/paged_attention_cuda.h)."""
+
+    q: int
+    k: int
+    v: int
+    out: int
+    kv: int
+    cos: int
+    sin: int
+    positions: int
+    query_start: int
+    context_len: int
+    block_table: int
+    slot: int
+    page_stride: int
+    head_stride: int
+    token_stride: int
+    value_offset: int
+    scale_offset: int
+    pages: int
+    table_rows: int
+    tokens: int
+    sequences: int
+    table_width: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    rotary: int
+    interleaved: int
+    window: int
+    scale: float
+    softcap: float
+    stored: int
+
+Planned = tuple[str, tuple[int, int, int], tuple[int, int, int], int, bool, bytes]
+
+def plan_paged_attention(
+    task: PagedAttentionTask,
+    bfloat16: bool,
+    most_query: int,
+    sm: int,
+    multiprocessors: int,
+    shared_bytes: int,
+    scratch: int,
+) -> tuple[list[Planned], int]: ...

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from skerry.core.errors import SkerryError
-from skerry.kernels.runner import Row, Runner, Sampled, SampleParams, SampleRows, pack_rows
+from skerry.kernels.runner import DeviceLogits, Row, Runner, Sampled, SampleParams, SampleRows, pack_rows
 from skerry.runtime.request import SampledToken, SamplingParams, StepRow
 
 Mask = npt.NDArray[np.int32]
@@ -67,8 +67,8 @@ class OrtEngine:
         self._samplings = samplings if plain else []
         return self._built
 
-    def _logits(self, rows: list[StepRow]) -> Float32:
-        return self._runner.step(pack_rows([self._packed(row) for row in rows], self.page_size))
+    def _logits(self, rows: list[StepRow]) -> Float32 | DeviceLogits:
+        return self._runner.step_there(pack_rows([self._packed(row) for row in rows], self.page_size))
 
     def _pooled(self, rows: list[StepRow]) -> Float32:
         """Hands hidden states to those who pool them; answers the logits of the others."""

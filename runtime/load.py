@@ -13,7 +13,7 @@ from skerry.core.bundle import Bundle, open_bundle
 from skerry.core.chat import ChatTemplate
 from skerry.core.errors import BundleError, IncompatibleError, SkerryError
 from skerry.core.files import read_json
-from skerry.core.target import local_device, usable_cores
+from skerry.core.target import Gpu, incompatibility, local_device, on_gpu, usable_cores
 from skerry.core.tokenizer import Tokenizer
 from skerry.runtime.golden import GOLDEN, GoldenResult, check_golden
 from skerry.runtime.heap import give_back
@@ -38,6 +38,7 @@ class Loaded:
     generation: dict[str, Any]
     golden: GoldenResult | None
     seconds: float
+    gpus: tuple[Gpu, ...] = ()  # that it may run on
 
     def model(self) -> Model:
         from skerry.runtime.service import Model
@@ -70,13 +71,14 @@ def load(
 ) -> Loaded:
     """Raises SkerryError: the bundle is broken, does not fit this machine, or its engine cannot run. Slots that are
     optional are left out where the graph takes no adapters."""
-    from skerry.core.target import incompatibility
+    from skerry.kernels.devices import this_device
     from skerry.kernels.runner import Runner
     from skerry.runtime.engine_ort import OrtEngine
 
     began = time.monotonic()
     bundle = open_bundle(path, verify=True)
-    reason = incompatibility(bundle.manifest, local_device())
+    device = this_device() if on_gpu(bundle.manifest.target) else local_device()  # drivers are slow to ask
+    reason = incompatibility(bundle.manifest, device)
     if reason:
         raise IncompatibleError("serve bundle", bundle.short, reason, "export it for this machine's target")
     generation = read_json(bundle.file("generation.json"))
@@ -90,13 +92,15 @@ def load(
             adapter_slots=0 if adapters_optional and bundle.manifest.adapters is None else adapter_slots,
         )  # fmt: skip
         tokenizer, template = text.result(), ChatTemplate.open(bundle.path, *special)
-    golden = None
-    if any(entry.name == GOLDEN for entry in bundle.manifest.files):
-        golden = check_golden(bundle, runner)
     engine = OrtEngine(runner)
-    warm_up(engine)
+    try:
+        golden = check_golden(bundle, runner) if any(entry.name == GOLDEN for entry in bundle.manifest.files) else None
+        warm_up(engine)
+    except SkerryError as error:
+        raise runner.rejected(error) or error from error
     give_back()
-    return Loaded(bundle, engine, tokenizer, template, generation, golden, time.monotonic() - began)
+    gpus = device.gpus if on_gpu(bundle.manifest.target) else ()
+    return Loaded(bundle, engine, tokenizer, template, generation, golden, time.monotonic() - began, gpus)
 
 
 def warm_up(engine: Engine) -> None:

@@ -54,6 +54,11 @@ class Limits:
     prefixes: bool = True
     wide_tokens: int = 64
 
+    @classmethod
+    def for_gpu(cls, queue: int) -> Limits:
+        """A GPU is filled by thousands of tokens, and its captured steps hold 64 sequences."""
+        return cls(prefill_tokens=2048, rows=64, queue=queue, wide_tokens=512)
+
 
 @dataclass(slots=True)
 class Planned:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     import ssl
 
     from skerry.runtime.adapters import Adapter, Adapters
+    from skerry.runtime.gpus import GpuWatch
     from skerry.runtime.listener import Listener
     from skerry.runtime.otel import Telemetry
     from skerry.runtime.prefix_file import PrefixFile
@@ -103,6 +104,7 @@ class Worker:
         self._inherited: deque[dict[str, Any]] = deque()
         self._access = Access()
         self._tls: ssl.SSLContext | None = None
+        self._gpus: GpuWatch | None = None
 
     async def run(self) -> int:
         """The exit code: 0 after a drain, 1 when loading or the engine failed."""
@@ -133,6 +135,8 @@ class Worker:
         finally:
             for task in tasks:
                 task.cancel()
+            if self._gpus:
+                self._gpus.stop(0.0)
             if self._telemetry:
                 await asyncio.to_thread(self._telemetry.close)
             if self._control:
@@ -204,9 +208,14 @@ class Worker:
         )  # fmt: skip
         adapters = Adapters(getattr(loaded.engine, "adapters", None), Base.of(manifest), options.adapter_dir)
         service = Service(
-            loaded.engine, loaded.model(), observer, limits=Limits(queue=options.max_queue), on_fatal=self._fatal,
-            adapters=adapters,
+            loaded.engine, loaded.model(), observer, on_fatal=self._fatal, adapters=adapters,
+            limits=Limits.for_gpu(options.max_queue) if loaded.gpus else Limits(queue=options.max_queue),
         )  # fmt: skip
+        if loaded.gpus:
+            from skerry.runtime.gpus import GpuMetrics, GpuWatch
+
+            self._gpus = GpuWatch(frozenset(gpu.uuid for gpu in loaded.gpus)).start()
+            service.metrics.registry.register(GpuMetrics(self._gpus))
         for name, path in options.adapters:
             await adapters.load(name, path)
         adapters.on_change = self._tell_of

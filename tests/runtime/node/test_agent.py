@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from skerry.core.wire import generate_key, sign_document
+from skerry.runtime.places import CPU
 from skerry.runtime.update import Step
 
 
@@ -136,7 +137,7 @@ def test_an_engine_that_cannot_be_started_is_retried_with_patience(
     verified = []
     held = agent.slots.held
     monkeypatch.setattr(agent.slots, "held", lambda *a, **k: verified.append(a) or held(*a, **k))
-    monkeypatch.setattr(agent.supervisor, "_command", ["/bin/false"])
+    monkeypatch.setattr(agent.supervisor.lanes[CPU], "_command", ["/bin/false"])
     os.kill(ask(agent)[1]["pid"], signal.SIGKILL)
     until(lambda: agent.reports.crashes >= 4)
     assert len(verified) <= 2 * agent.reports.crashes and not agent.quarantine.digests
