@@ -1,13 +1,16 @@
-# setup: environment and native build; test: fast and slow tests; lint: every static check; demo: the whole loop.
+# setup: environment and native build; test: fast and slow tests; faults: those that inject faults, and their report;
+# lint: every static check; demo: the whole loop; cuda-all: GPU kernels for every architecture; gpu-check: tests and
+# measures them with what the machine has (ARGS=--dry-run: where there is no GPU).
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BUNDLE ?= $(wildcard demo/bundles/v2)
+REPORT ?= build/faults
 STAMP := $(VENV)/.ready
 NATIVE := $(shell find kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cmake' -o -name 'CMakeLists.txt' 2>/dev/null)
 
-.PHONY: setup build test test-fast lint format bench cuda-all demo clean
+.PHONY: setup build test test-fast faults lint format bench cuda-all gpu-check demo clean
 
 setup: $(STAMP)
 
@@ -25,6 +28,9 @@ test: setup
 
 test-fast: setup
 	$(BIN)/python -m pytest -q -m "not slow"
+
+faults: setup
+	$(BIN)/python -m pytest -q -m faults -p tests.fault_report --fault-report $(REPORT)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -47,6 +53,9 @@ cuda-all: setup
 	$(BIN)/cmake -G Ninja -S . -B build/cuda-all -DSKERRY_CUDA_ARCHS=all -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
 		-DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja > /dev/null
 	$(BIN)/cmake --build build/cuda-all --target skerry_cuda
+
+gpu-check:
+	@PYTHON=$(PYTHON) scripts/gpu_check.sh $(ARGS)
 
 demo: setup
 	$(BIN)/skerry demo

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from skerry.benchmarks.cli_options import history_option, out_option, say
 from skerry.core.cli import json_option
 
+if TYPE_CHECKING:
+    from skerry.benchmarks.kernels.setting import Setting
+
+DRIVER = Path("/dev/nvidiactl")
 OPS = ("paged_attention", "sample", "matmul")
 PEERS = ("torch", "onnxruntime")
 
 
 @click.command()
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "gpu"]),
+    default="auto",
+    show_default=True,
+    help="auto: the CPU, and a GPU where there is one.",
+)
 @click.option("--op", type=click.Choice([*OPS, "all"]), default="all", show_default=True)
 @click.option(
     "--vs", type=click.Choice([*PEERS, "none"]), multiple=True, help="May be repeated.  [default: all there are]"
@@ -30,7 +42,7 @@ PEERS = ("torch", "onnxruntime")
 @history_option
 @json_option
 def kernels(
-    op: str, vs: tuple[str, ...], repeats: int, threads: int | None, contexts: tuple[int, ...],
+    device: str, op: str, vs: tuple[str, ...], repeats: int, threads: int | None, contexts: tuple[int, ...],
     vocabularies: tuple[int, ...], seed: int, out: Path | None, history: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """What this machine can read and multiply, and how near our kernels come; the same work by torch and ONNX Runtime.
@@ -59,13 +71,30 @@ def kernels(
     )  # fmt: skip
     if repeats < 6:
         document["notes"].append("fewer than 6 repeats: ratios have no interval")
-    with kept_if_broken(document, out), torch_peer(threads if "torch" in wanted else 0) as torch:
-        if torch is None and "torch" in vs:
+    beside_cpu = "torch" in wanted and device != "gpu"
+    with kept_if_broken(document, out), torch_peer(threads if beside_cpu else 0) as torch:
+        if torch is None and beside_cpu and "torch" in vs:
             raise UsageError("compare with", "torch", "not installed", "skerry bench peers install transformers")
-        if torch is None and "torch" in wanted:
+        if torch is None and beside_cpu:
             document["notes"].append("no torch: skerry bench peers install transformers")
-        if importlib.util.find_spec("cupy") or Path("/dev/nvidiactl").exists() or (torch is not None and torch.cuda):
-            document["notes"].append("there are no GPU kernels yet: the CPU was measured, for peers too")
         peers = tuple(name for name in wanted if name != "torch" or torch is not None)
-        measure(document, Setting(threads, seed, peers, torch, say, contexts, vocabularies), ops, repeats)
+        if device != "gpu":
+            measure(document, Setting(threads, seed, peers, torch, say, contexts, vocabularies), ops, repeats)
+        if device != "cpu":
+            gpu_peers = ("skerry", *(name for name in wanted if name == "torch"))
+            _measure_gpu(document, Setting(threads, seed, gpu_peers, None, say), ops, repeats, device == "gpu")
     publish(close_document(document), out, history=history, as_json=as_json)
+
+
+def _measure_gpu(document: dict[str, Any], setting: Setting, ops: Sequence[str], repeats: int, required: bool) -> None:
+    """A machine that has no GPU is measured without one, and says why where it looks as if it had one."""
+    from skerry.benchmarks.kernels.gpu.level import measure_here
+    from skerry.core.errors import Unavailable
+
+    try:
+        measure_here(document, setting, ops, repeats)
+    except Unavailable as error:
+        if required:
+            raise
+        if DRIVER.exists():
+            document["notes"].append(f"no GPU was measured: {error.cause}")

@@ -22,7 +22,8 @@ MANIFEST = "manifest.json"
 MANIFEST_LIMIT = 16 << 20
 CHUNK_BYTES = 1 << 20
 ENGINE_FILES = ("graph.onnx", "weights.bin", "tokenizer.json", "chat_template.jinja", "generation.json")
-PRECISIONS = ("fp32", "int8", "mixed", "int4", "stored")
+COMPILED_FILES = ("engine.rtx", "engine.json")  # of targets that are compiled ahead of time, beside those above
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "mixed", "int4", "stored")
 MAX_FILES, MAX_FILE_BYTES = 64, 1 << 40
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -84,7 +85,8 @@ class AdapterLayout:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`adapters`: None, and absent from the document, where the graph takes none."""
+    """`adapters`: None, and absent from the document, where the graph takes none; so is `unqualified`, why the engine
+    was not measured where it was built, where there is nothing to say."""
 
     schema: int
     name: str
@@ -101,6 +103,7 @@ class Manifest:
     qualified: bool
     lineage: dict[str, Any]
     adapters: AdapterLayout | None = None
+    unqualified: str = ""
 
     def entry(self, name: str) -> FileEntry:
         for entry in self.files:
@@ -110,14 +113,15 @@ class Manifest:
 
     @property
     def engine_bytes(self) -> int:
-        return sum(entry.size for entry in self.files if entry.name in ENGINE_FILES)
+        return sum(entry.size for entry in self.files if entry.name in (*ENGINE_FILES, *COMPILED_FILES))
 
     def to_bytes(self) -> bytes:
         document = asdict(self)
         document["target"] = {"backend": self.target.backend, "sm": self.target.sm}
         document["model"] = self.model.to_json()
-        if self.adapters is None:
-            del document["adapters"]
+        for name in ("adapters", "unqualified"):
+            if not document[name]:
+                del document[name]
         return canonical_json(document)
 
     @classmethod
@@ -145,6 +149,7 @@ class Manifest:
                 qualified=bool(document["qualified"]),
                 lineage=dict(document["lineage"]),
                 adapters=_adapters(document["adapters"]) if "adapters" in document else None,
+                unqualified=str(document.get("unqualified", ""))[:500],
             )
         except (KeyError, TypeError, ValueError, InputError) as error:
             raise BundleError("read manifest", "", f"malformed: {error}", "export the bundle again") from error
@@ -158,7 +163,8 @@ class Manifest:
 
 def engine_digest(files: tuple[FileEntry, ...]) -> str:
     """Digest over (name, sha256) of the engine files that are there, sorted by name."""
-    return sha256_bytes(canonical_json(sorted([f.name, f.sha256] for f in files if f.name in ENGINE_FILES)))
+    decisive = (*ENGINE_FILES, *COMPILED_FILES)
+    return sha256_bytes(canonical_json(sorted([f.name, f.sha256] for f in files if f.name in decisive)))
 
 
 def _text(value: Any, field: str) -> str:
@@ -263,6 +269,7 @@ def seal(
     qualified: bool = True,
     lineage: dict[str, Any],
     adapters: AdapterLayout | None = None,
+    unqualified: str = "",
 ) -> Bundle:
     """Digests every file of a finished directory and writes its manifest last. Raises BundleError (a file missing)."""
     path = Path(path)
@@ -275,6 +282,7 @@ def seal(
         schema=1, name=name, version=version, target=target, model=model, precision=precision, kv=kv,
         max_context=max_context, ops=tuple(sorted(ops)), files=files, engine_digest=engine_digest(files),
         tokenizer_digest=tokenizer, qualified=qualified, lineage=lineage, adapters=adapters,
+        unqualified=unqualified,
     )  # fmt: skip
     raw = manifest.to_bytes()
     Manifest.from_bytes(raw)  # nothing is sealed that would not be read back

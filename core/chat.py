@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skerry.core.errors import InputError
 
 if TYPE_CHECKING:
+    from jinja2.ext import Extension
+    from jinja2.parser import Parser
+
     from skerry.core.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
 FAULTS = (TypeError, ValueError, KeyError, AttributeError, RecursionError, OverflowError, MemoryError)  # of a template
 MAX_TEMPLATE = 256 << 10
+MAX_FORM = 200
 
 
 class ChatTemplate:
@@ -27,9 +33,10 @@ class ChatTemplate:
         if len(source) > MAX_TEMPLATE:
             raise InputError("read chat template", "", f"{len(source)} characters, more than {MAX_TEMPLATE}")
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _generation_blocks()]
         )
         environment.globals["raise_exception"] = self._refuse
+        environment.globals["strftime_now"] = _now
         environment.filters["tojson"] = _to_json
         self.source = source
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
@@ -60,6 +67,31 @@ class ChatTemplate:
             return self._template.render(messages=list(messages), add_generation_prompt=add_generation_prompt, **given)
         except (TemplateError, *FAULTS) as error:
             raise InputError("render chat template", "", str(error)) from error
+
+
+def _now(form: str) -> str:
+    """The local time, which some templates put into the system prompt."""
+    if len(form) > MAX_FORM:
+        raise InputError("render chat template", "", f"strftime_now with a format of more than {MAX_FORM} characters")
+    return datetime.now().strftime(form)
+
+
+@cache
+def _generation_blocks() -> type[Extension]:
+    """`{% generation %} ... {% endgeneration %}` marks the assistant's own words for trainers; as in transformers, it
+    changes nothing of the text."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+
+    class GenerationBlocks(Extension):
+        tags = {"generation"}  # noqa: RUF012 - Jinja's own form
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    return GenerationBlocks
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:

@@ -43,8 +43,12 @@ def _optional(raw: Any, limit: int = 200) -> str | None:
 
 
 def _seconds(raw: Any) -> float:
+    return _finite(raw, "a time")
+
+
+def _finite(raw: Any, what: str = "a figure") -> float:
     if not isinstance(raw, int | float) or isinstance(raw, bool) or not math.isfinite(raw) or abs(raw) > 1e12:
-        raise ValueError(f"{raw!r} is not a time")
+        raise ValueError(f"{raw!r} is not {what}")
     return float(raw)
 
 
@@ -118,6 +122,36 @@ class Event:
 
 
 @dataclass(frozen=True)
+class GpuReading:
+    """One GPU at one moment; None where it does not tell. Utilization is a share (0 to 1) of the driver's last period,
+    energy counts from the driver's start, `throttled` says what holds its clocks down (kernels.nvml.THROTTLES)."""
+
+    uuid: str
+    name: str
+    memory_used_bytes: int
+    memory_total_bytes: int
+    utilization: float | None = None
+    temperature_celsius: float | None = None
+    power_watts: float | None = None
+    energy_joules: float | None = None
+    throttled: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "throttled": list(self.throttled)}
+
+    @classmethod
+    def from_json(cls, raw: Any) -> GpuReading:
+        """Raises KeyError, TypeError or ValueError."""
+        figures = ("utilization", "temperature_celsius", "power_watts", "energy_joules")
+        told = {name: _finite(raw[name]) for name in figures if raw.get(name) is not None}
+        return cls(
+            _text(raw["uuid"], 96), _text(raw["name"], 128), _count(raw["memory_used_bytes"], "memory_used_bytes"),
+            _count(raw["memory_total_bytes"], "memory_total_bytes"), **told,
+            throttled=tuple(_text(reason, 32) for reason in raw.get("throttled", [])[:16]),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Heartbeat:
     """A node's state now. `engine_digest` is what its worker *reported*, never what was wished; None: nothing serves.
 
@@ -140,12 +174,14 @@ class Heartbeat:
     waiting: int = 0
     quarantined: tuple[str, ...] = ()
     device: Device | None = None
+    gpus: tuple[GpuReading, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
             **vars(self),
             "quarantined": list(self.quarantined),
             "device": self.device.to_json() if self.device else None,
+            "gpus": [gpu.to_json() for gpu in self.gpus],
         }
 
     @classmethod
@@ -164,6 +200,7 @@ class Heartbeat:
                 running=_count(raw.get("running", 0), "running"), waiting=_count(raw.get("waiting", 0), "waiting"),
                 quarantined=tuple(_text(digest, 200) for digest in raw.get("quarantined", [])[:1000]),
                 device=None if device is None else Device.from_json(device),
+                gpus=tuple(GpuReading.from_json(gpu) for gpu in raw.get("gpus", [])[:64]),
             )  # fmt: skip
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise _malformed("heartbeat", error) from error

@@ -110,6 +110,7 @@ class Desired:
 
     `manifest_path` is the TUF target to install; `floor` is the security floor (releases with a smaller `floor` are
     refused); `quarantined` lists engine digests that must not be installed. Windows hold `window_requests` requests.
+    `passed_over` says why this device was given none of the release's other bundles.
     """
 
     node: str
@@ -123,9 +124,10 @@ class Desired:
     quarantined: tuple[str, ...]
     floor: int
     hash_seed: int
+    passed_over: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "quarantined": list(self.quarantined)}
+        return {**asdict(self), "quarantined": list(self.quarantined), "passed_over": list(self.passed_over)}
 
     @classmethod
     def from_json(cls, raw: Any) -> Desired:
@@ -141,6 +143,7 @@ class Desired:
                 window_requests=int(raw["window_requests"]),
                 quarantined=tuple(str(digest) for digest in raw["quarantined"][:10_000]),
                 floor=int(raw["floor"]), hash_seed=int(raw["hash_seed"]),
+                passed_over=tuple(str(reason)[:512] for reason in raw.get("passed_over", [])[:64]),
             )  # fmt: skip
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError("read desired state", "", f"malformed: {error!r}") from error

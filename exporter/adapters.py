@@ -16,8 +16,11 @@ from skerry.kernels.program import ADAPTER_INPUTS
 OP_VERSION = 2  # of MatMulBlock, that has these inputs
 
 
-def check_precision(precision: str) -> None:
+def check_precision(precision: str, backend: str = "ort-cpu") -> None:
     """Raises UsageError: products of floats are ONNX Runtime's own, which know nothing of adapters."""
+    if backend != "ort-cpu":
+        cause = f"the products of {backend} have no place for adapters"
+        raise UsageError("export", "--adapters", cause, "merge the adapter into the checkpoint, or --target ort-cpu")
     if precision == "fp32":
         cause = "a fp32 engine has no place for adapters"
         raise UsageError("export", "--adapters", cause, "--precision int8, int4, mixed or stored")

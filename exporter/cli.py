@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from skerry.core.bundle import PRECISIONS
 from skerry.core.cli import emit, json_option
 from skerry.core.target import BACKENDS, Target
 
@@ -53,10 +54,11 @@ def _progress() -> Iterator[Progress]:
 @click.option("--sm", type=int, help="Compute capability of the GPU, 86 for 8.6, where the target is bound to one.")
 @click.option(
     "--precision",
-    type=click.Choice(["auto", "fp32", "int8", "mixed", "int4", "stored"]),
+    type=click.Choice(["auto", *PRECISIONS]),
     default="auto",
     show_default=True,
-    help="stored: the blocks of a GGUF as they are. mixed: layers that 4 bits hurt most at 8.",
+    help="stored: the blocks of a GGUF as they are. mixed: layers that 4 bits hurt most at 8. fp32 is of ort-cpu, fp16 "
+    "and bf16 of GPUs.",
 )
 @click.option(
     "--rounding",
@@ -88,10 +90,10 @@ def _progress() -> Iterator[Progress]:
 @click.option("--hash-seed", type=int, default=0, show_default=True, help="Seed of the token sketches.")
 @click.option(
     "--kv-cache",
-    type=click.Choice(["auto", "float32", "float16", "int8"]),
+    type=click.Choice(["auto", "float32", "float16", "int8", "fp8"]),
     default="auto",
     show_default=True,
-    help="auto: 8-bit pages where the loss they add is small.",
+    help="auto: 8-bit pages where the loss they add is small; on GPUs the type of the activations. fp8 is of GPUs.",
 )
 @click.option(
     "--adapters",
@@ -135,16 +137,20 @@ def export(
             rounding=Rounding(rounding, BlockFormat[form], calibration, budget_kl, bits),
         )  # fmt: skip
         bundle = run(checkpoint, wanted, precision, out, options)
-    manifest, parity = bundle.manifest, None if unmeasured else read_json(bundle.file("parity.json"))
+    manifest, measured = bundle.manifest, (bundle.path / "parity.json").is_file()
+    parity = read_json(bundle.file("parity.json")) if measured else None
     size = sum(entry.size for entry in manifest.files)
     document = {
         "bundle": str(out), "digest": bundle.digest, "engine_digest": manifest.engine_digest, "name": manifest.name,
         "version": manifest.version, "target": str(manifest.target), "precision": manifest.precision, "bytes": size,
-        "parity": parity, "seconds": round(time.monotonic() - started, 2),
+        "parity": parity, "qualified": manifest.qualified, "unqualified": manifest.unqualified,
+        "seconds": round(time.monotonic() - started, 2),
     }  # fmt: skip
     quality = (
         f"perplexity ratio {parity['ppl_ratio']:.4f}, KL {parity['kl']:.5f}, top-1 {parity['top1']:.2%}"
         if parity
+        else f"unqualified, as it could not be run here ({manifest.unqualified})"
+        if manifest.unqualified
         else "quality not measured, unqualified"
     )
     text = (

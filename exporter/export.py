@@ -13,21 +13,24 @@ from skerry.core.files import write_json
 from skerry.core.memory import require_memory
 from skerry.core.target import Target
 from skerry.core.tokenizer import Tokenizer
-from skerry.exporter import gate, provenance
+from skerry.exporter import gate, provenance, tensorrt_rtx
 from skerry.exporter.adapters import check_precision, layout_of
 from skerry.exporter.baseline import HASH_SEED, WINDOW_REQUESTS, measure_baseline
 from skerry.exporter.engine import open_runner
 from skerry.exporter.golden import measure_golden
 from skerry.exporter.graph import emit, skerry_ops
 from skerry.exporter.kv_cache import KvLoss, layouts, set_layout
-from skerry.exporter.lower import Lowering, lower, rules_for
+from skerry.exporter.lower import Lowering, check_target, lower, rules_for
+from skerry.exporter.lower_cuda import kv_layout
 from skerry.exporter.parity import Parity, measure
 from skerry.exporter.placement import WeightFile
 from skerry.exporter.reference import load_reference
-from skerry.exporter.rounding import DEFAULT, PLAIN, Rounding, make_plan, plain_plan
+from skerry.exporter.rounding import DEFAULT, NOT_ROUNDED, PLAIN, Rounding, make_plan, plain_plan
 from skerry.exporter.staging import check_out, staged
 from skerry.exporter.subject import Subject, open_subject, plain_name, write_text_files
+from skerry.exporter.targets import cannot_run
 from skerry.exporter.texts import Texts, encode_prompts, encode_rows, open_texts
+from skerry.kernels.blocks import BlockFormat
 from skerry.kernels.memory import PACKED_ANEW
 
 if TYPE_CHECKING:
@@ -37,7 +40,10 @@ SAMPLE_OP = "skerry.Sample:1"
 # Prompts of golden and baseline rows longer than this are left out: they would only make the export slow.
 PROMPT_LIMIT = 1024
 # Blocks of 32 with their scales; ONNX Runtime packs float32 matrices anew. `stored` may be all Q8_0.
-BYTES_A_WEIGHT = {"fp32": 4 * PACKED_ANEW, "int8": 34 / 32, "int4": 20 / 32, "mixed": 34 / 32, "stored": 34 / 32}
+BYTES_A_WEIGHT = {
+    "fp32": 4 * PACKED_ANEW, "fp16": 2, "bf16": 2, "int8": 34 / 32, "int4": 20 / 32, "mixed": 34 / 32,
+    "stored": 34 / 32,
+}  # fmt: skip
 
 Progress = Callable[[str, int, int], None]
 
@@ -82,12 +88,24 @@ def export(checkpoint: Path, target: Target, precision: str, out: Path, options:
     """Raises InputError (checkpoint), IncompatibleError (target), GateFailed (quality), StorageError (disk)."""
     options = options or Options()
     check_out(out)
-    rules_for(target, "fp32")
+    check_target(target)
+    compiled, sealed_for = target.backend == tensorrt_rtx.BACKEND, target
+    if compiled:
+        target = tensorrt_rtx.GRAPH  # which is measured; the engine is compiled from it
     subject = open_subject(checkpoint, options.max_context)
+    precision = subject.precision(precision, blocks=target.backend == "ort-cpu")
+    rules_for(target, precision)
+    kv_layouts(subject, target, options, precision)
+    if compiled:
+        tensorrt_rtx.check_here(sealed_for, precision)
     if options.adapters:
-        check_precision(subject.precision(precision))
+        check_precision(precision, sealed_for.backend)
     check_room(subject, precision)
-    options.rounding.check(subject.precision(precision))
+    options.rounding.check(precision)
+    unqualified = cannot_run(target)
+    if unqualified:
+        options = replace(options, unmeasured=True)
+        options.progress("not measured", 0, 1)
     texts = open_texts(subject.directory, options.eval_dir)
     with staged(out) as staging:
         engine = build_engine(
@@ -96,14 +114,25 @@ def export(checkpoint: Path, target: Target, precision: str, out: Path, options:
         parity: Parity | None = None
         refused: list[str] = []
         if options.unmeasured:
-            engine = with_kv_cache(engine, staging, layouts(options.kv_cache, engine.precision)[0])
+            engine = with_kv_cache(engine, staging, kv_layouts(subject, target, options, engine.precision)[0])
         else:
             engine, parity, refused = measure_engine(subject, texts, engine, target, staging, options)
-        describe(subject, texts, engine, parity, refused, staging, options)
-        qualified = parity is not None and not refused
-        seal_engine(subject, texts, engine, target, staging, options, qualified)
+        if compiled:
+            sealed = seal_engine(subject, texts, engine, sealed_for, staging, options, qualified=False)
+            tensorrt_rtx.add_engine(sealed, sealed_for, options.progress)
+            unqualified = tensorrt_rtx.UNQUALIFIED
+        describe(subject, texts, engine, parity, refused, staging, options, unqualified)
+        qualified = parity is not None and not refused and not unqualified
+        seal_engine(subject, texts, engine, sealed_for, staging, options, qualified, unqualified)
     gate.refuse(f"{bundle_name(subject, options)} (kept at {out}, unqualified)", refused)
     return open_bundle(out, verify=False)
+
+
+def kv_layouts(subject: Subject, target: Target, options: Options, precision: str) -> list[str]:
+    """What to measure, the one to fall back to first. Raises UsageError for pages that the target does not have."""
+    if target.backend == "ort-cpu":
+        return layouts(options.kv_cache, precision)
+    return [kv_layout(subject.spec, precision, options.kv_cache)]
 
 
 def check_room(subject: Subject, precision: str) -> None:
@@ -127,23 +156,27 @@ def build_engine(
     on every machine, but for what is rounded by calibration. `texts`, the packaged ones by default, has the prompts."""
     import onnx_ir as ir
 
-    precision = subject.precision(precision)
+    on_cpu = target.backend == "ort-cpu"
+    precision = subject.precision(precision, blocks=on_cpu)
     settings = write_text_files(subject, out)
     rules_for(target, precision)
+    if not on_cpu:
+        rounding = replace(rounding, form=BlockFormat.Q4_0)  # what MatMulNBits reads without zero points
     plan = plain_plan(precision, rounding)
     if rounding.looks_at_text(precision):
         prompts = (texts or open_texts(subject.directory, None)).baseline
         plan = make_plan(subject, precision, rounding, prompts, *open_texts_files(out, settings), progress)
     if plan.report is not None:
         write_json(out / "sensitivity.json", plan.report)
-    emitted = emit(subject.spec, subject.decoder, layouts("auto", precision)[0])
+    layout_of_pages = layouts("auto", precision)[0] if on_cpu else kv_layout(subject.spec, precision)
+    emitted = emit(subject.spec, subject.decoder, layout_of_pages)
     layout = layout_of(subject.decoder) if adapters else None
     with WeightFile(out / "weights.bin") as file:
         lowering = Lowering(subject.spec, precision, subject.source, file, progress, plan, layout)
         model = lower(emitted, target, lowering)
     (out / "graph.onnx").write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
     ops = tuple(sorted({*skerry_ops(model), SAMPLE_OP}))
-    rounded = {} if precision in ("fp32", "stored") else plan.made
+    rounded = {} if precision in NOT_ROUNDED else plan.made
     return Engine(precision, emitted.groups, ops, lowering.counts, lowering.formats(), settings, rounded, layout)
 
 
@@ -166,7 +199,7 @@ def measure_engine(
         bundle = seal_engine(subject, texts, made, target, staging, options, qualified=False)
         return made, open_runner(bundle, options.threads, max(len(ids) for ids, _ in rows))
 
-    candidates = [with_layout(layout) for layout in layouts(options.kv_cache, engine.precision)]
+    candidates = [with_layout(layout) for layout in kv_layouts(subject, target, options, engine.precision)]
     options.progress("load reference", 0, 1)
     runners = [runner for _, runner in candidates]
     parities = measure(load_reference(subject.stored), runners, rows, options.progress)
@@ -215,24 +248,25 @@ def _finite(document: dict[str, Any]) -> dict[str, Any]:
 
 def describe(
     subject: Subject, texts: Texts, engine: Engine, parity: Parity | None, refused: list[str], out: Path,
-    options: Options,
+    options: Options, unqualified: str = "",
 ) -> None:  # fmt: skip
     """model_card.md and sbom.cdx.json."""
     name, version = bundle_name(subject, options), bundle_version(subject, options)
-    card = provenance.model_card(subject, name, version, engine.precision, parity, refused, texts)
+    card = provenance.model_card(subject, name, version, engine.precision, parity, refused, texts, unqualified)
     (out / "model_card.md").write_text(card, encoding="utf-8")
     write_json(out / "sbom.cdx.json", provenance.sbom(subject, name, version, out / "weights.bin"))
 
 
 def seal_engine(
-    subject: Subject, texts: Texts, engine: Engine, target: Target, out: Path, options: Options, qualified: bool
-) -> Bundle:
+    subject: Subject, texts: Texts, engine: Engine, target: Target, out: Path, options: Options, qualified: bool,
+    unqualified: str = "",
+) -> Bundle:  # fmt: skip
     made = provenance.recipe(subject, engine.precision, str(target), engine.rules, engine.formats, engine.rounded)
     return seal(
         out, name=bundle_name(subject, options), version=bundle_version(subject, options), target=target,
         model=subject.spec, precision=engine.precision, kv=engine.groups, max_context=subject.spec.max_context,
         ops=engine.ops, qualified=qualified, lineage=provenance.lineage(subject, made, texts),
-        adapters=engine.adapters,
+        adapters=engine.adapters, unqualified=unqualified,
     )  # fmt: skip
 
 

@@ -24,6 +24,8 @@ class Limits:
 
 LIMITS = {
     "fp32": Limits(1.0005, 1e-5, 0.999),
+    "fp16": Limits(1.002, 0.001, 0.98),  # as much as rounding of activations may cost; not seen on a GPU yet
+    "bf16": Limits(1.005, 0.005, 0.96),
     "int8": Limits(1.01, 0.01, 0.95),
     "int4": Limits(1.05, 0.08, 0.90),
     "mixed": Limits(1.05, 0.08, 0.90),  # as many at 4 bits as that allows

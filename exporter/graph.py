@@ -24,7 +24,7 @@ from skerry.core.model import ModelSpec
 from skerry.core.target import OPS
 from skerry.exporter.blocks import Attention, Decoder, Dense, Layer, Mlp
 from skerry.exporter.rope import Rope
-from skerry.kernels.pages import DTYPES, LAYOUTS, PAGE_TOKENS, page_bytes
+from skerry.kernels.pages import ALL_LAYOUTS, DTYPES, PAGE_TOKENS, page_bytes
 
 OPSET, IR_VERSION = 23, 11
 COS, SIN = "rope.cos", "rope.sin"
@@ -221,7 +221,7 @@ class _Writer:
             "num_heads": spec.heads, "num_kv_heads": spec.kv_heads, "head_size": spec.head_size,
             "scale": attention.scale, "softcap": attention.softcap, "window": attention.window,
             "rotary_dim": attention.rope.size if attention.rotary else 0, "interleaved": 0,
-            "kv_layout": LAYOUTS.index(self.kv_layout),
+            "kv_layout": ALL_LAYOUTS.index(self.kv_layout),
         }  # fmt: skip
         self.nodes.append(
             ir.node("PagedAttention", inputs, attributes, domain="skerry", outputs=[output, kv_out], name=output.name)

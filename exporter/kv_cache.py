@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from skerry.core.bundle import KvGroup
+from skerry.core.errors import UsageError
 from skerry.exporter.parity import Parity
-from skerry.kernels.pages import CODES, DTYPES, LAYOUTS, page_bytes
+from skerry.kernels.pages import ALL_LAYOUTS, CODES, DTYPES, page_bytes
 
 # As `--kv-cache` names them.
 KV_CACHES = {"float32": "f32.k16t", "float16": "f16.k16t", "int8": CODES}
@@ -43,7 +44,10 @@ class KvLoss:
 
 
 def layouts(asked: str, precision: str) -> list[str]:
-    """What to measure, the one to fall back to first. An fp32 engine is held to float32."""
+    """What to measure, the one to fall back to first. An fp32 engine is held to float32. Raises UsageError for pages
+    that only GPUs have."""
+    if asked not in ("auto", *KV_CACHES):
+        raise UsageError("export", "--kv-cache", f"ort-cpu has no pages of {asked}", ", ".join(KV_CACHES))
     if asked != "auto":
         return [KV_CACHES[asked]]
     return [KV_CACHES["float32"]] if precision == "fp32" else [KV_CACHES["float16"], CODES]
@@ -58,7 +62,7 @@ def set_layout(graph: Path, groups: tuple[KvGroup, ...], layout: str) -> tuple[K
     for node in model.graph.node:
         for attribute in node.attribute:
             if node.op_type == "PagedAttention" and attribute.name == "kv_layout":
-                attribute.i = LAYOUTS.index(layout)
+                attribute.i = ALL_LAYOUTS.index(layout)
     for value in [*model.graph.input, *model.graph.output]:
         kind, _, layer = value.name.partition(".")
         if kind in ("kv", "kv_out"):

@@ -26,7 +26,7 @@ from skerry.exporter.rope import rope_tables
 from skerry.exporter.rounding import Plan, plain_plan
 from skerry.exporter.targets import MISSING
 from skerry.exporter.weights import Source
-from skerry.kernels.blocks import BlockFormat, pack
+from skerry.kernels.blocks import BlockFormat, Blocks, pack
 from skerry.kernels.reference import Activation
 
 MICROSOFT, SKERRY = "com.microsoft", "skerry"
@@ -55,24 +55,31 @@ class Lowering:
     plan: Plan | None = None
     adapters: AdapterLayout | None = None
     packed: dict[str, Packed] = field(default_factory=dict)
+    kept: dict[str, BlockFormat] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
 
-    def pack(self, name: str, head: bool = False) -> Packed:
+    def blocks(self, name: str, head: bool = False) -> Blocks:
         """`stored` takes what the source has in blocks as it is, a plan what is rounded; others are rounded here."""
+        plan = self.plan or plain_plan(self.precision)
+        kept = self.source.blocks(name) if self.precision == "stored" else plan.blocks.get(name)
+        if kept is None:
+            array = self.source.tensor(name)
+            check_width(name, array.shape[1])
+            kept = quantize(array, HEAD if head else plan.formats.get(name, plan.body), plan.search)
+        self.kept[name] = kept.format
+        self.progress("quantize", len(self.kept), 7 * self.spec.layers + (1 if self.spec.tied_embeddings else 2))
+        return kept
+
+    def pack(self, name: str, head: bool = False) -> Packed:
+        """In MatMulBlock's packing."""
         if name not in self.packed:
-            plan = self.plan or plain_plan(self.precision)
-            kept = self.source.blocks(name) if self.precision == "stored" else plan.blocks.get(name)
-            if kept is None:
-                array = self.source.tensor(name)
-                check_width(name, array.shape[1])
-                kept = quantize(array, HEAD if head else plan.formats.get(name, plan.body), plan.search)
+            kept = self.blocks(name, head)
             self.packed[name] = Packed(self.file.add(f"{name}.blocks", pack(kept)), kept.format)
-            self.progress("quantize", len(self.packed), 7 * self.spec.layers + (1 if self.spec.tied_embeddings else 2))
         return self.packed[name]
 
     def formats(self) -> dict[str, int]:
         """How many matrices are in which format."""
-        found = [packed.format.name for packed in self.packed.values()]
+        found = [form.name for form in self.kept.values()]
         return {name: found.count(name) for name in sorted(set(found))}
 
 
@@ -97,14 +104,24 @@ def lower(emitted: Emitted, target: Target, lowering: Lowering) -> ir.Model:
     return emitted.model
 
 
-def rules_for(target: Target, precision: str) -> list[Rule]:
-    if target.backend != "ort-cpu":
+def check_target(target: Target) -> None:
+    """Raises IncompatibleError for a target that nothing is lowered to."""
+    if target.backend in MISSING:
         cause = f"not built yet: it needs {MISSING[target.backend]}"
-        raise IncompatibleError("export for", target, cause, "--target ort-cpu")
+        raise IncompatibleError("export for", target, cause, "--target ort-cpu or ort-cuda")
+
+
+def rules_for(target: Target, precision: str) -> list[Rule]:
+    """Raises IncompatibleError for a target or precision without rules."""
+    if target.backend == "ort-cuda":
+        from skerry.exporter import lower_cuda
+
+        return lower_cuda.rules(precision)
+    check_target(target)
     if precision == "fp32":
         return [
-            Rule("fuse-silu", lambda e: sum(layer.mlp.activation == "silu" for layer in e.decoder.layers), _fuse_silu),
-            Rule("fuse-skip-norm", lambda e: 2 * len(e.decoder.layers) - 1, _fuse_skip_norm),
+            Rule("fuse-silu", lambda e: sum(layer.mlp.activation == "silu" for layer in e.decoder.layers), fuse_silu),
+            Rule("fuse-skip-norm", lambda e: 2 * len(e.decoder.layers) - 1, fuse_skip_norm),
         ]
     if precision not in QUANTIZED:
         known = "fp32, int8, int4, mixed or stored"
@@ -131,13 +148,13 @@ def _block_embedding(graph: ir.Graph, lowering: Lowering) -> int:
     """Gather(table, ids) -> GatherBlock; a tied head reads the same bytes of the weights file."""
     count = 0
     for node in [n for n in graph if n.op_type == "Gather"]:
-        table = _parameter(node, 0)
+        table = parameter(node, 0)
         if table is None:
             continue
         packed = lowering.pack(table.name, head=True)
         attributes = {"width": table.columns, "rows": table.rows, "format": int(packed.format)}
         inputs = [node.inputs[1], _blocks(graph, packed, table.name)]
-        output = _like(node.outputs[0])
+        output = like(node.outputs[0])
         fused = ir.node("GatherBlock", inputs, attributes, domain=SKERRY, outputs=[output], name=node.name)
         ir.convenience.replace_nodes_and_values(graph, node, [node], [fused], [node.outputs[0]], [output])
         count += 1
@@ -198,7 +215,7 @@ def _block_plain(graph: ir.Graph, lowering: Lowering) -> int:
     """The products that are left: the head, and those that a norm or a scale follows. The norm before the head stays a
     node: its output is one of the graph's."""
     count = 0
-    for node in [n for n in graph if n.op_type == "Gemm" and _parameter(n, 1) is not None]:
+    for node in [n for n in graph if n.op_type == "Gemm" and parameter(n, 1) is not None]:
         _fuse(graph, lowering, [node], None, head=str(node.outputs[0].name).startswith("logits"))
         count += 1
     return count
@@ -219,7 +236,7 @@ def _fuse(
     segments: list[ir.Value | None] = []
     matrices = []
     for product in products:
-        matrix = _parameter(product, 1)
+        matrix = parameter(product, 1)
         assert matrix is not None
         packed = lowering.pack(matrix.name, head)
         matrices.append((matrix, packed))
@@ -232,7 +249,7 @@ def _fuse(
         "activation": int(activation),
     }  # fmt: skip
     old = [rest[-1].outputs[0]] if rest else [product.outputs[0] for product in products]
-    new = [_like(value) for value in old]
+    new = [like(value) for value in old]
     inputs = [x, norm.inputs[1] if norm is not None else None, residual, *segments]
     fused = ir.node("MatMulBlock", inputs, attributes, domain=SKERRY, outputs=new, name=old[0].name)
     gone = [*rest[::-1], *products[::-1], *([norm] if norm is not None else [])]
@@ -242,7 +259,7 @@ def _fuse(
 def _product(value: ir.Value | None) -> ir.Node | None:
     """The dense product that makes a value, or None."""
     node = value.producer() if value is not None else None
-    return node if node is not None and node.op_type == "Gemm" and _parameter(node, 1) is not None else None
+    return node if node is not None and node.op_type == "Gemm" and parameter(node, 1) is not None else None
 
 
 def _before_head_norm(value: ir.Value | None) -> ir.Value | None:
@@ -290,7 +307,7 @@ class _Matrix:
     columns: int
 
 
-def _parameter(node: ir.Node, index: int) -> _Matrix | None:
+def parameter(node: ir.Node, index: int) -> _Matrix | None:
     """The weight matrix at an input, or None where the input is computed."""
     value = node.inputs[index]
     if value is None or value.name is None or value.shape is None or not value.is_initializer():
@@ -299,18 +316,18 @@ def _parameter(node: ir.Node, index: int) -> _Matrix | None:
     return _Matrix(value.name, rows, columns)
 
 
-def _fuse_silu(graph: ir.Graph, lowering: Lowering) -> int:
+def fuse_silu(graph: ir.Graph, lowering: Lowering) -> int:
     """x * sigmoid(x) -> QuickGelu(alpha = 1), ONNX Runtime's vectorized form of the same function."""
     count = 0
     for node in [n for n in graph if n.op_type == "Sigmoid"]:
         uses = [use.node for use in node.outputs[0].uses()]
         if len(uses) == 1 and uses[0].op_type == "Mul" and node.inputs[0] in uses[0].inputs:
-            _replace(graph, [uses[0], node], "QuickGelu", [node.inputs[0]], {"alpha": 1.0})
+            replace_nodes(graph, [uses[0], node], "QuickGelu", [node.inputs[0]], {"alpha": 1.0})
             count += 1
     return count
 
 
-def _fuse_skip_norm(graph: ir.Graph, lowering: Lowering) -> int:
+def fuse_skip_norm(graph: ir.Graph, lowering: Lowering) -> int:
     """RMSNormalization(Add(x, y)) -> SkipSimplifiedLayerNormalization, whose fourth output is the sum."""
     count = 0
     for node in [n for n in graph if n.op_type == "RMSNormalization"]:
@@ -319,7 +336,7 @@ def _fuse_skip_norm(graph: ir.Graph, lowering: Lowering) -> int:
         if add is None or add.op_type != "Add":
             continue
         total, normed = add.outputs[0], node.outputs[0]
-        outputs = [_like(normed), ir.val(""), ir.val(""), _like(total)]
+        outputs = [like(normed), ir.val(""), ir.val(""), like(total)]
         fused = ir.node(
             "SkipSimplifiedLayerNormalization", [*add.inputs, scale],
             {"epsilon": node.attributes["epsilon"].as_float()}, domain=MICROSOFT, outputs=outputs, name=node.name,
@@ -333,17 +350,17 @@ def _fuse_skip_norm(graph: ir.Graph, lowering: Lowering) -> int:
     return count
 
 
-def _replace(
+def replace_nodes(
     graph: ir.Graph, old: list[ir.Node], kind: str, inputs: list[ir.Value | None], attributes: Mapping[str, int | float]
 ) -> None:
     """Puts one com.microsoft node in the place of `old`, whose first one's first output it takes over."""
-    output = _like(old[0].outputs[0])
+    output = like(old[0].outputs[0])
     node = ir.node(kind, inputs, attributes, domain=MICROSOFT, outputs=[output], name=old[0].name)
     ir.convenience.replace_nodes_and_values(graph, old[0], old, [node], [old[0].outputs[0]], [output])
     graph.opset_imports[MICROSOFT] = 1
 
 
-def _like(value: ir.Value) -> ir.Value:
+def like(value: ir.Value) -> ir.Value:
     return ir.val(value.name, value.dtype, value.shape)
 
 
@@ -362,7 +379,8 @@ def _blocks(graph: ir.Graph, packed: Packed, name: str) -> ir.Value:
 
 
 def place(emitted: Emitted, lowering: Lowering) -> None:
-    """Writes every parameter that is still read, as float32, and drops those that are not."""
+    """Writes every parameter that is still read, in the type that the graph gives it, and drops those that are not.
+    Raises IncompatibleError for what float16 does not hold."""
     graph = emitted.model.graph
     for name, value in list(graph.initializers.items()):
         if not value.uses():
@@ -373,4 +391,8 @@ def place(emitted: Emitted, lowering: Lowering) -> None:
     for name, value in graph.initializers.items():
         if value.const_value is None:
             array = tables[name] if name in tables else lowering.source.tensor(name)
-            value.const_value = lowering.file.add(name, array)
+            assert value.dtype is not None
+            if value.dtype == ir.DataType.FLOAT16 and np.abs(array).max() > np.finfo(np.float16).max:
+                cause = "has values beyond the range of float16"
+                raise IncompatibleError("place weights", name, cause, "--precision bf16")
+            value.const_value = lowering.file.add(name, array.astype(value.dtype.numpy(), copy=False))

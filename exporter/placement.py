@@ -12,7 +12,8 @@ from skerry.core.errors import StorageError
 
 # ONNX Runtime maps the file; vectors of 64 bytes then never straddle a cache line at a tensor's start.
 ALIGNMENT = 64
-_DTYPES = {np.dtype(np.float32): ir.DataType.FLOAT, np.dtype(np.uint8): ir.DataType.UINT8}
+_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.UINT8)
+_DTYPES = {np.dtype(kind.numpy()): kind for kind in _TYPES}
 
 
 class WeightFile:
@@ -38,7 +39,7 @@ class WeightFile:
         padding = -self.size % ALIGNMENT
         try:
             self._file.write(b"\0" * padding)
-            self._file.write(array.data)
+            self._file.write(array.view(np.uint8).data)  # bfloat16 has no buffer format of its own
         except OSError as error:
             raise StorageError("write", self.path, error.strerror or str(error), "free some space") from error
         offset = self.size + padding

@@ -81,7 +81,14 @@ def _component(package: str) -> dict[str, Any]:
 
 
 def model_card(
-    subject: Subject, name: str, version: str, precision: str, parity: Parity | None, found: list[str], texts: Texts
+    subject: Subject,
+    name: str,
+    version: str,
+    precision: str,
+    parity: Parity | None,
+    found: list[str],
+    texts: Texts,
+    unqualified: str = "",
 ) -> str:
     """Markdown for a person who must decide whether to run this."""
     spec, own = subject.spec, subject.lineage
@@ -99,7 +106,7 @@ def model_card(
 
 ## Quality of this engine against its float32 checkpoint
 
-{_quality(precision, parity, found, texts)}
+{_quality(precision, parity, found, texts, unqualified)}
 
 ## Origin
 
@@ -114,15 +121,20 @@ traffic is watched against `baseline.json`.
 """
 
 
-def _quality(precision: str, parity: Parity | None, found: list[str], texts: Texts) -> str:
+def _quality(precision: str, parity: Parity | None, found: list[str], texts: Texts, unqualified: str) -> str:
     """The figures beside their limits, or that there are none: a bundle for measuring speed says so."""
+    if unqualified and parity is None:
+        return f"NOT MEASURED: it could not be run where it was built ({unqualified}). The bundle is unqualified."
     if parity is None:
         return "NOT MEASURED, by request. What it answers may be anything; the bundle is not qualified to be published."
     limits, verdict = LIMITS[precision], "passed" if not found else "REFUSED: " + "; ".join(found)
+    compiled = (
+        f"\n\nThe compiled engine is NOT MEASURED ({unqualified}): the bundle is unqualified." if unqualified else ""
+    )
     return f"""| measure | this engine | limit |
 |---|---|---|
 | perplexity ratio | {parity.ppl_ratio:.4f} | {limits.ppl_ratio} |
 | mean KL (nats) | {parity.kl:.5f} | {limits.kl} |
 | top-1 agreement | {parity.top1:.2%} | {limits.top1:.1%} |
 
-Measured on {parity.tokens} answer tokens of {parity.rows} rows ({texts.origin} text). Gate: {verdict}."""
+Measured on {parity.tokens} answer tokens of {parity.rows} rows ({texts.origin} text). Gate: {verdict}.{compiled}"""

@@ -32,6 +32,7 @@ from skerry.kernels.blocks import BlockFormat, Blocks
 
 ROUNDINGS = ("nearest", "search", *CALIBRATED)
 FOUR_BITS = ("Q4_0", "Q4_1")
+NOT_ROUNDED = ("fp32", "fp16", "bf16", "stored")  # to blocks, that is
 # What the weights alone may lose on held-out calibration text (nats). The gate allows a mixture 0.08, but also 10% of
 # other top-1 tokens, and those come first: DESIGN.md has the figures.
 BUDGET_KL = 0.015
@@ -59,9 +60,7 @@ class Rounding:
 
     def looks_at_text(self, precision: str) -> bool:
         """Whether the reference has to run before anything can be rounded."""
-        return precision == "mixed" or (
-            precision not in ("fp32", "stored") and self.method_for(precision) in CALIBRATED
-        )
+        return precision == "mixed" or (precision not in NOT_ROUNDED and self.method_for(precision) in CALIBRATED)
 
     def check(self, precision: str) -> None:
         """Raises UsageError for what would be asked for in vain."""
@@ -78,7 +77,7 @@ class Rounding:
                 f"{self.method_for(precision)} looks at no text",
                 f"--rounding {' or '.join(CALIBRATED)}",
             )
-        if precision in ("fp32", "stored") and self.method in CALIBRATED:
+        if precision in NOT_ROUNDED and self.method in CALIBRATED:
             raise UsageError("round", f"--rounding {self.method}", f"nothing is rounded for {precision}", "another one")
 
 

@@ -42,14 +42,14 @@ class Subject:
         recorded = (self.lineage.get("eval") or {}).get("parity_nll")
         return None if recorded is None else float(recorded)
 
-    def precision(self, asked: str) -> str:
-        """`auto`: a GGUF's blocks as they are, else 8 bits for a small model and 4 for others. Raises InputError for
-        `stored` where nothing is stored in blocks."""
+    def precision(self, asked: str, blocks: bool = True) -> str:
+        """`auto`: a GGUF's `blocks` as they are, if the target reads all formats, else 8 bits for a small model and 4
+        for others. Raises InputError for `stored` where nothing is stored in blocks."""
         if asked == "stored" and not isinstance(self.stored, GgufSource):
             raise InputError("export as stored", self.source.path, "only a GGUF holds blocks", "--precision int8")
         if asked != "auto":
             return asked
-        if all(self.source.in_blocks(dense.weight) for dense in self.decoder.denses()):
+        if blocks and all(self.source.in_blocks(dense.weight) for dense in self.decoder.denses()):
             return "stored"
         return "int8" if self.spec.parameters < INT4_FROM else "int4"
 

@@ -1,9 +1,20 @@
-"""Targets that have no lowering yet, and what each of them needs first."""
+"""Targets that have no lowering yet, and what each of them needs first; and which engines can be run here."""
 
 from __future__ import annotations
 
+from skerry.core.target import Target, local_device, on_gpu
+from skerry.kernels.devices import this_device
+
 MISSING = {
-    "ort-cuda": "the CUDA build of the skerry ops",
-    "tensorrt": "the skerry ops as TensorRT plugins and a TensorRT builder",
-    "tensorrt-rtx": "the lowering to TensorRT-RTX's own attention and KV update",
+    "tensorrt": "PagedAttention as a CUDA kernel for a plugin to launch, and libnvinfer with a GPU to build on",
 }
+
+
+def cannot_run(target: Target) -> str:
+    """Why an engine for this target cannot be run, and so not be measured, on this machine; empty where it can."""
+    device = this_device() if on_gpu(target) else local_device()
+    if target.backend not in device.backends:
+        return device.missing.get(target.backend, f"this machine has no {target.backend}")
+    if target.sm is not None and target.sm not in [gpu.sm for gpu in device.gpus]:
+        return f"this machine has no GPU of compute capability {target.sm}"
+    return ""

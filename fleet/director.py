@@ -84,13 +84,14 @@ class Facts:
             self.picks.clear()
         if key not in self.picks:
             try:
-                row = releases.pick(session, version, Device.from_json(device))
+                row, passed_over = releases.pick(session, version, Device.from_json(device))
                 self.picks[key] = Pick(
                     manifest_path(row.release, row.target),
                     row.sha256,
                     row.engine_digest,
                     int(row.hash_seed),
                     row.window_requests,
+                    passed_over,
                 )
             except IncompatibleError:
                 self.picks[key] = None
@@ -104,6 +105,7 @@ class Pick:
     engine_digest: str
     hash_seed: int
     window_requests: int
+    passed_over: tuple[str, ...]
 
 
 class Director:
@@ -146,6 +148,7 @@ class Director:
             quarantined=facts.quarantined,
             floor=facts.floor,
             hash_seed=pick.hash_seed if pick else 0,
+            passed_over=pick.passed_over if pick else (),
         )
 
     def _window_requests(self, pick: Pick | None) -> int:

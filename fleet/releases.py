@@ -17,7 +17,7 @@ from skerry.core.bundle import Manifest
 from skerry.core.errors import Conflict, GateFailed, IncompatibleError, InputError, NotFound
 from skerry.core.files import parse_json, sha256_bytes
 from skerry.core.release import check_version, manifest_path
-from skerry.core.target import Device, Target, incompatibility
+from skerry.core.target import Device, Target, choose
 from skerry.fleet import audit
 from skerry.fleet.blobs import Blobs
 from skerry.fleet.repository import Repository
@@ -97,6 +97,9 @@ def read_measured(blobs: Blobs, manifest: Manifest, name: str) -> Any:
 def check_parity(manifest: Manifest, parity: Any) -> None:
     """Raises GateFailed unless the bundle carries a passing quality gate (`parity.json`, written by the exporter)."""
     what = f"{manifest.name} {manifest.version} for {manifest.target}"
+    if not manifest.qualified and manifest.unqualified:
+        cause = f"it never ran where it was built: {manifest.unqualified}"
+        raise GateFailed("publish release", what, cause, "export it where its target runs")
     gate = parity.get("gate", parity) if isinstance(parity, dict) else None
     if not isinstance(gate, dict) or not isinstance(gate.get("passed"), bool):
         raise GateFailed("publish release", what, "its parity.json holds no gate result", "export the bundle again")
@@ -140,20 +143,15 @@ def rows(session: Session, version: str) -> list[ManifestRow]:
     return list(session.execute(query).scalars())
 
 
-def pick(session: Session, version: str, device: Device) -> ManifestRow:
-    """The bundle of the release for this device: its backends in its own order. Raises IncompatibleError with why."""
-    candidates = [(row, _parsed(row.body)) for row in rows(session, version)]
-    reasons = []
-    for backend in device.backends:
-        for row, manifest in candidates:
-            if manifest.target.backend != backend:
-                continue
-            reason = incompatibility(manifest, device)
-            if reason is None:
-                return row
-            reasons.append(reason)
-    cause = "; ".join(reasons) or f"no bundle for backends {', '.join(device.backends)}"
-    raise IncompatibleError("pick bundle", version, cause, "publish a bundle for this target")
+def pick(session: Session, version: str, device: Device) -> tuple[ManifestRow, tuple[str, ...]]:
+    """The bundle of the release for this device (core.target.choose), and why the others are not for it. Raises
+    IncompatibleError with why where there is none."""
+    candidates = {row.target: row for row in rows(session, version)}
+    choice = choose((_parsed(row.body) for row in candidates.values()), device)
+    if choice.manifest is None:
+        cause = "; ".join(choice.passed_over) or "it has no bundles"
+        raise IncompatibleError("pick bundle", version, cause, "publish a bundle for this target")
+    return candidates[str(choice.manifest.target)], choice.passed_over
 
 
 def engine_row(session: Session, engine_digest: str) -> ManifestRow | None:

@@ -78,7 +78,7 @@ def views(
 
 def _digest(session: Session, version: str | None, node: Node) -> str | None:
     try:
-        return releases.pick(session, version, Device.from_json(node.device)).engine_digest if version else None
+        return releases.pick(session, version, Device.from_json(node.device))[0].engine_digest if version else None
     except IncompatibleError:
         return None
 

@@ -121,14 +121,11 @@ Out<float> paged_attention(const In<float>& q, const In<float>& k, const In<floa
   return out;
 }
 
-// The ragged and per-row inputs of Sample, as kernels/runner.py's SampleRows holds them.
-skerry::SampleArgs sample_args(const In<float>& logits, const nb::object& rows) {
+// The ragged and per-row inputs of Sample, as kernels/sampling.py's SampleRows holds them. Checked.
+skerry::SampleArgs sample_args(size_t count, size_t vocabulary, const nb::object& rows) {
   skerry::SampleArgs a;
-  expect("dimensions of logits", logits.ndim(), 2);
-  const size_t count = logits.shape(0);
-  a.logits = logits.data();
   a.rows = static_cast<int64_t>(count);
-  a.vocabulary = static_cast<int64_t>(logits.shape(1));
+  a.vocabulary = static_cast<int64_t>(vocabulary);
   const auto floats = [&](const char* name, size_t n) {
     return checked(name, nb::cast<In<float>>(rows.attr(name)), {n});
   };
@@ -163,6 +160,13 @@ skerry::SampleArgs sample_args(const In<float>& logits, const nb::object& rows) 
   a.mask_row = ints("mask_row", count);
   a.top_n = nb::cast<int32_t>(rows.attr("top_n"));
   if (const std::string problem = skerry::check_sample(a); !problem.empty()) throw std::invalid_argument(problem);
+  return a;
+}
+
+skerry::SampleArgs sample_args(const In<float>& logits, const nb::object& rows) {
+  expect("dimensions of logits", logits.ndim(), 2);
+  skerry::SampleArgs a = sample_args(logits.shape(0), logits.shape(1), rows);
+  a.logits = logits.data();
   return a;
 }
 
@@ -270,7 +274,14 @@ NB_MODULE(_native, m) {
   m.def("gather_block", &gather_block, "ids"_a, "table"_a, "width"_a);
   m.def("sample", &sample, "logits"_a, "rows"_a, "threads"_a = 1);
   m.def("kept", &kept, "logits"_a, "rows"_a, "row"_a);
+  m.def(
+      "check_sample",
+      [](size_t vocabulary, const nb::object& rows) {
+        sample_args(nb::cast<In<float>>(rows.attr("temperature")).shape(0), vocabulary, rows);
+      },
+      "vocabulary"_a, "rows"_a);
   bind_program(m);
   bind_cuda(m);
+  bind_sample_cuda(m);
   m.def("philox4x32", &philox, "c0"_a, "c1"_a, "c2"_a, "c3"_a, "key0"_a, "key1"_a);
 }

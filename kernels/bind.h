@@ -13,6 +13,7 @@
 #include <string>
 #include <tuple>
 
+#include "include/launch.h"
 #include "include/matmul_block.h"
 
 namespace skerry::bind {
@@ -65,8 +66,11 @@ BlockSegment block_segment(const Segment& given, size_t width);
 
 // Adds the class Program to the module.
 void bind_program(nb::module_& m);
-
-// Adds the plans of GPU kernels.
+// Add the plans of GPU kernels.
 void bind_cuda(nb::module_& m);
+void bind_sample_cuda(nb::module_& m);
+
+// kernel, grid, block, shared_bytes, together, params
+nb::tuple as_tuple(const Launch& one);
 
 }  // namespace skerry::bind

@@ -3,16 +3,16 @@
 #include "include/paged_attention_cuda.h"
 
 namespace skerry::bind {
-namespace {
 
-using cuda::PagedAttentionTask;
-
-// kernel, grid, block, shared_bytes, together, params
 nb::tuple as_tuple(const Launch& one) {
   return nb::make_tuple(one.kernel, nb::make_tuple(one.grid[0], one.grid[1], one.grid[2]),
                         nb::make_tuple(one.block[0], one.block[1], one.block[2]), one.shared_bytes, one.together,
                         nb::bytes(one.params.data(), one.params.size()));
 }
+
+namespace {
+
+using cuda::PagedAttentionTask;
 
 nb::tuple plan(const PagedAttentionTask& task, bool bfloat16, int64_t most_query, int sm, int multiprocessors,
                uint32_t shared_bytes, uintptr_t scratch) {

@@ -6,6 +6,8 @@ import os
 
 from skerry.core.doctor import Check, package_check
 from skerry.core.errors import ConfigError, NotFound
+from skerry.kernels.cuda_library import cuda_kernels
+from skerry.kernels.devices import gpu_line, this_device
 from skerry.kernels.library import LOWERED, instruction_set, library_path
 
 
@@ -24,8 +26,19 @@ def checks() -> list[Check]:
         _instruction_set(),
         Check("custom-op library", True, f"{path.name}, {path.stat().st_size >> 10} KiB"),
         package_check("onnxruntime", "running engines"),
-        Check("CUDA kernels", None, "not built yet: engines run on the CPU"),
+        *_gpus(),
     ]
+
+
+def _gpus() -> list[Check]:
+    """Neither is needed: whatever an engine for GPUs lacks, one for the CPU runs."""
+    try:
+        kernels = cuda_kernels()
+        built = Check("CUDA kernels", True, f"for compute capability {', '.join(map(str, kernels.sms))}")
+    except NotFound as error:
+        built = Check("CUDA kernels", None, f"{error.cause}: engines run on the CPU", error.hint)
+    device = this_device()
+    return [built, Check("GPU", True if "ort-cuda" in device.backends else None, gpu_line(device))]
 
 
 def _instruction_set() -> Check:

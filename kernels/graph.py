@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -11,12 +11,15 @@ import numpy.typing as npt
 from skerry.core.bundle import AdapterLayout, Bundle, KvGroup, graph_problems
 from skerry.core.errors import IncompatibleError
 from skerry.core.target import OPS
+from skerry.kernels import cuda_pages
 from skerry.kernels.batch import Batch
+from skerry.kernels.device_arrays import DeviceArrays
 from skerry.kernels.library import instruction_set
 from skerry.kernels.onnx_file import OnnxGraph, Value, read_graph
-from skerry.kernels.pages import check_pages, page_bytes
+from skerry.kernels.pages import LAYOUTS, check_pages, page_bytes
 from skerry.kernels.program import NativeProgram
 from skerry.kernels.session import Session
+from skerry.kernels.session_cuda import CudaSession
 
 INT32, BYTES, HALVES = 6, 2, 10  # TensorProto.DataType
 _NAMES = {1: "float", BYTES: "uint8", INT32: "int32", HALVES: "float16"}
@@ -26,8 +29,9 @@ HINT = "export the bundle again with this version"
 class Executor(Protocol):
     """What runs the steps of one graph: a native program or an ONNX Runtime session."""
 
-    def bind_pages(self, kv: dict[int, npt.NDArray[np.uint8]]) -> None:
-        """Each layer's cache, uint8 [pages, bytes of a page], written in place by every run."""
+    def bind_pages(self, kv: dict[int, Any]) -> None:
+        """Each layer's cache, uint8 [pages, bytes of a page], written in place by every run. Arrays of the executor's
+        own device."""
 
     def bind_adapters(self, values: npt.NDArray[np.float16]) -> None:
         """The slots of all adapters, float16 [slots, rank, columns], for a graph that takes them."""
@@ -45,14 +49,15 @@ class Executor(Protocol):
     def close(self) -> None: ...
 
 
-def open_graph(bundle: Bundle, threads: int) -> Executor:
-    """A program where the products are our own, which leaves nothing to ONNX Runtime; else a session. Raises
+def open_graph(bundle: Bundle, threads: int, arrays: DeviceArrays | None = None) -> Executor:
+    """A program where the products are our own, which leaves nothing to ONNX Runtime; else a session, on a GPU with
+    `arrays` where the engine is made for one. Raises
     IncompatibleError: unknown ops, missing or unknown inputs, wrong types, other KV shapes than stated; and ConfigError
     where the kernels cannot run on what SKERRY_ISA asks for."""
     name = bundle.short
     instruction_set()
     _check_ops(bundle)
-    check_pages(bundle.manifest.kv, name)
+    check_pages(bundle.manifest.kv, name, LAYOUTS if arrays is None else cuda_pages.LAYOUTS)
     try:
         graph = read_graph(bundle.file("graph.onnx"))
         problems = _contract_problems(graph, bundle)
@@ -62,6 +67,10 @@ def open_graph(bundle: Bundle, threads: int) -> Executor:
         problems = [f"graph.onnx is refused: {error}"]
     if problems:
         raise IncompatibleError("open engine", name, "; ".join(problems[:4]), HINT)
+    if arrays is not None:
+        groups = bundle.manifest.kv
+        width = -(-bundle.manifest.max_context // groups[0].page_size)
+        return CudaSession(bundle.file("graph.onnx"), name, threads, arrays, len(groups), width)
     return Session(bundle.file("graph.onnx"), name, threads)
 
 

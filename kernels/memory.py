@@ -7,12 +7,16 @@ which are packed anew, took 636; 512 tokens in a step took 18 MiB besides pages 
 from __future__ import annotations
 
 from skerry.core.bundle import Manifest
-from skerry.core.memory import require_memory, total_memory
+from skerry.core.errors import IncompatibleError
+from skerry.core.memory import mib, require_memory, total_memory
 from skerry.core.model import ModelSpec
+from skerry.core.target import CONTEXT_BYTES, device_bytes, on_gpu
 from skerry.kernels.pages import check_pages, page_bytes
 
 DEFAULT_SEQUENCES = 4  # at full context, when neither pages nor bytes are given
 DEFAULT_MEMORY_SHARE = 0.25  # of the machine's memory, at most, for the same case
+DEVICE_SEQUENCES = 32
+DEVICE_MEMORY_SHARE = 0.45  # of a GPU's memory, weights and pages: two engines then fit while one follows the other
 PACKED_ANEW = 1.25
 STEP_TOKENS = 512  # in one step, at most, of what runs engines here
 STEP_LOGITS = 64  # rows of logits in one step, as many
@@ -44,8 +48,17 @@ def default_kv_bytes(manifest: Manifest) -> int:
     return min(DEFAULT_SEQUENCES * full, int(total_memory() * DEFAULT_MEMORY_SHARE))
 
 
-def needed_bytes(manifest: Manifest, kv_bytes: int = 0) -> int:
-    """Of an engine with `kv_bytes` for its pages, 0 for the default."""
+def default_device_kv_bytes(manifest: Manifest, gpu_bytes: int) -> int:
+    """The same for a GPU: enough sequences to be worth one, and room beside it for the engine that comes next."""
+    full = -(-manifest.max_context // manifest.kv[0].page_size) * bytes_of_pages(manifest)
+    left = int(gpu_bytes * DEVICE_MEMORY_SHARE) - device_bytes(manifest)
+    return max(bytes_of_pages(manifest), min(DEVICE_SEQUENCES * full, left))
+
+
+def needed_bytes(manifest: Manifest, kv_bytes: int = 0, gpu_bytes: int = 0) -> int:
+    """Of an engine with `kv_bytes` for its pages, 0 for the default; on a GPU of `gpu_bytes` where it runs on one."""
+    if on_gpu(manifest.target):
+        return device_bytes(manifest) + (kv_bytes or default_device_kv_bytes(manifest, gpu_bytes))
     return sum(fixed_parts(manifest).values()) + (kv_bytes or default_kv_bytes(manifest))
 
 
@@ -55,3 +68,14 @@ def check_memory(manifest: Manifest, name: str, pages: int, adapters: int = 0) -
     parts = {**fixed_parts(manifest), "KV pages": pages * bytes_of_pages(manifest)}
     parts |= {"adapters": adapters} if adapters else {}
     require_memory("open engine", name, parts, HINT)
+
+
+def check_device_memory(manifest: Manifest, name: str, pages: int, free: int) -> int:
+    """The bytes that engine and pages take on a GPU with `free` ones. Raises IncompatibleError where they are more."""
+    parts = {"weights": manifest.engine_bytes, "CUDA": CONTEXT_BYTES, "KV pages": pages * bytes_of_pages(manifest)}
+    needed = sum(parts.values())
+    if needed > free:
+        told = ", ".join(f"{part} {mib(size)}" for part, size in parts.items())
+        cause = f"needs {mib(needed)} MiB of GPU memory ({told}), {mib(free)} are free"
+        raise IncompatibleError("open engine", name, cause, HINT)
+    return needed

@@ -2,6 +2,8 @@
 
     f32.k16t   float32     f16.k16t   float16     i8.k16t   8-bit codes with float32 scales
 
+on the CPU; those of a GPU are told in cuda_pages.py.
+
 A region of keys is transposed, [head_size][16], so that a register holds one dimension of many keys and no sum crosses
 lanes; a region of values is [16][head_size].
 
@@ -22,12 +24,16 @@ import numpy.typing as npt
 
 from skerry.core.bundle import KvGroup
 from skerry.core.errors import IncompatibleError
+from skerry.kernels import cuda_pages
 
 PAGE_TOKENS, CODE_BLOCK = 16, 32
 FLOATS: dict[str, type[np.floating[Any]]] = {"f32.k16t": np.float32, "f16.k16t": np.float16}
 CODES = "i8.k16t"
-LAYOUTS = (*FLOATS, CODES)  # in the order of the op's attribute `kv_layout`
-DTYPES = {layout: np.dtype(kind).name for layout, kind in FLOATS.items()} | {CODES: "int8"}  # as a manifest says it
+CUDA_DTYPES = {"f16.t16": "float16", "bf16.t16": "bfloat16", "i8.t16": "int8", "e4m3.t16": "float8e4m3"}
+LAYOUTS = (*FLOATS, CODES)
+ALL_LAYOUTS = (*LAYOUTS, *cuda_pages.LAYOUTS)  # in the order of the op's attribute `kv_layout`
+# As a manifest says it.
+DTYPES = {layout: np.dtype(kind).name for layout, kind in FLOATS.items()} | {CODES: "int8"} | CUDA_DTYPES
 
 Logical = npt.NDArray[np.floating[Any]]
 Float32 = npt.NDArray[np.float32]
@@ -37,15 +43,18 @@ def page_bytes(layout: str, kv_heads: int, head_size: int) -> int:
     if layout == CODES:
         key = _up(head_size, CODE_BLOCK) + 4 * (_up(head_size, CODE_BLOCK) // CODE_BLOCK)
         return kv_heads * PAGE_TOKENS * (key + _up(head_size, 16) + 4)
+    if layout in cuda_pages.LAYOUTS:
+        return cuda_pages.strides(layout, kv_heads, head_size).page
     return 2 * kv_heads * PAGE_TOKENS * head_size * np.dtype(FLOATS[layout]).itemsize
 
 
-def check_pages(groups: tuple[KvGroup, ...], name: str) -> None:
-    """Raises IncompatibleError on pages that this runner cannot read: other layouts, other sizes, or none at all."""
+def check_pages(groups: tuple[KvGroup, ...], name: str, known: tuple[str, ...] = ALL_LAYOUTS) -> None:
+    """Raises IncompatibleError on pages that this runner cannot read: other layouts than those that are `known`, other
+    sizes, or none at all."""
     for group in groups:
-        if group.layout not in LAYOUTS or group.page_size != PAGE_TOKENS:
+        if group.layout not in known or group.page_size != PAGE_TOKENS:
             cause = (
-                f"KV layout {group.layout} in pages of {group.page_size}, this runner reads {' and '.join(LAYOUTS)} in "
+                f"KV layout {group.layout} in pages of {group.page_size}, this runner reads {' and '.join(known)} in "
                 f"pages of {PAGE_TOKENS}"
             )
             raise IncompatibleError("open engine", name, cause, "export the bundle again with this version")

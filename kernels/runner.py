@@ -6,9 +6,10 @@ at a time may use a Runner. Pages are numbered 0..pages-1 in every KV group; all
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,19 +17,30 @@ import numpy.typing as npt
 from skerry.core.bundle import Bundle, Manifest, open_bundle
 from skerry.core.errors import IncompatibleError, InputError, SkerryError, UsageError
 from skerry.core.memory import available_memory
-from skerry.core.target import usable_cores
+from skerry.core.target import on_gpu, usable_cores
 from skerry.kernels.adapters import AdapterSlots, Delta, adapter_bytes
 from skerry.kernels.batch import Batch, Row, pack_rows
+from skerry.kernels.device_arrays import DeviceArrays, GpuArrays
 from skerry.kernels.graph import open_graph
-from skerry.kernels.memory import bytes_of_pages, check_memory, default_kv_bytes, fixed_parts
+from skerry.kernels.memory import (
+    bytes_of_pages,
+    check_device_memory,
+    check_memory,
+    default_device_kv_bytes,
+    default_kv_bytes,
+    fixed_parts,
+)
 from skerry.kernels.pages import check_pages, page_bytes
 from skerry.kernels.sampling import Sampled, SampleParams, SampleRows
 from skerry.kernels.score import Scored, logits_of, score_sequences
+from skerry.kernels.session_cuda import CudaSession, DeviceLogits, refusal, short_of_memory
 
 __all__ = [
-    "Batch", "Delta", "Row", "Runner", "SampleParams", "SampleRows", "Sampled", "Scored", "StepError", "pack_rows",
+    "Batch", "Delta", "DeviceLogits", "Row", "Runner", "SampleParams", "SampleRows", "Sampled", "Scored", "StepError",
+    "pack_rows",
 ]  # fmt: skip
 
+T = TypeVar("T")
 Float32 = npt.NDArray[np.float32]
 LEAST_PAGES = 16  # with fewer an engine answers nothing worth having: better say that it does not fit
 
@@ -42,14 +54,18 @@ class StepError(SkerryError):
 class Runner:
     """Open with `Runner.open`; `close` lets go of weights and pages."""
 
-    def __init__(self, bundle: Bundle, threads: int, pages: int, adapter_slots: int = 0, adapter_rank: int = 1) -> None:
+    def __init__(
+        self, bundle: Bundle, threads: int, pages: int, adapter_slots: int = 0, adapter_rank: int = 1,
+        arrays: DeviceArrays | None = None,
+    ) -> None:  # fmt: skip
         self.bundle = bundle
         self.threads = threads
         self.pages = pages
-        self._graph = open_graph(bundle, threads)
+        self._arrays, self.needed_bytes = arrays, 0  # of a GPU's memory
+        self._graph = open_graph(bundle, threads, arrays)
         self.vocab_size = bundle.manifest.model.vocab_size
         self.graph_seconds = 0.0  # of the last step: what is beyond it is packing and binding
-        self._kv = _kv_arrays(bundle.manifest, pages)
+        self._kv = _kv_arrays(bundle.manifest, pages, arrays)
         self._graph.bind_pages(self._kv)
         layout = bundle.manifest.adapters
         self._adapters = None if layout is None else AdapterSlots(layout, adapter_slots, adapter_rank)
@@ -66,12 +82,16 @@ class Runner:
         memory_bytes: int | None = None,
         adapter_slots: int = 0,
         adapter_rank: int = 16,
+        arrays: DeviceArrays | None = None,
     ) -> Runner:
         """`pages` per KV group, or as many as fit in `memory_bytes`; besides them slots for adapters up to a rank.
-        Raises Bundle-, Incompatible- or UsageError; where memory is short, before anything is loaded."""
+        `arrays`: the memory of an engine for GPUs, the current CUDA device's by default. Raises Bundle-, Incompatible-
+        or UsageError; where memory is short, before anything is loaded."""
         if not isinstance(bundle, Bundle):
             bundle = open_bundle(bundle, verify=False)
         threads = usable_cores() if threads is None else threads
+        if on_gpu(bundle.manifest.target):
+            return cls._open_on_gpu(bundle, threads, pages, memory_bytes, arrays)
         count = _page_count(bundle.manifest, pages, memory_bytes)
         if threads < 1 or count < 1:
             raise UsageError("open engine", bundle.short, f"{threads} threads, {count} pages", "both at least 1")
@@ -79,6 +99,29 @@ class Runner:
         check_memory(bundle.manifest, bundle.short, count, adapters)
         runner = cls(bundle, threads, count, adapter_slots, adapter_rank)
         runner._try_last_position()
+        return runner
+
+    @classmethod
+    def _open_on_gpu(
+        cls, bundle: Bundle, threads: int, pages: int | None, memory_bytes: int | None, arrays: DeviceArrays | None
+    ) -> Runner:
+        """Whatever the device's memory refuses, when the engine is loaded or first run, is told in figures."""
+        arrays = GpuArrays() if arrays is None else arrays
+        manifest, free = bundle.manifest, arrays.free_bytes()
+        if pages is None and memory_bytes is None:
+            memory_bytes = max(default_device_kv_bytes(manifest, free), LEAST_PAGES * bytes_of_pages(manifest))
+        count = _page_count(manifest, pages, memory_bytes)
+        if threads < 1 or count < 1:
+            raise UsageError("open engine", bundle.short, f"{threads} threads, {count} pages", "both at least 1")
+        needed = check_device_memory(manifest, bundle.short, count, free)
+        try:
+            runner = cls(bundle, threads, count, arrays=arrays)
+            runner.needed_bytes = needed
+            runner._try_last_position()
+        except (MemoryError, IncompatibleError) as error:
+            if short_of_memory(error):
+                raise refusal(bundle.short, arrays, error, needed) from error
+            raise
         return runner
 
     @property
@@ -110,16 +153,27 @@ class Runner:
         """Logits [S, V] of the wanted rows; the pages behind `batch.slots` are written in place. `hidden` [S, D] gets
         what the head is given of the same rows, the last norm applied. Raises StepError."""
         logits = np.empty((len(batch.sample_rows), self.vocab_size), np.float32)
+        self.graph_seconds = self._guarded(batch, lambda: self._graph.run(batch, logits, hidden))
+        return logits
+
+    def _guarded(self, batch: Batch, run: Callable[[], T]) -> T:
         try:
             if len(batch.block_tables) != self.groups:
                 raise InputError("bind step", "", f"pages of {len(batch.block_tables)} KV groups, not of {self.groups}")
             self._check_adapters(batch)
-            self.graph_seconds = self._graph.run(batch, logits, hidden)
+            return run()
         except Exception as error:  # ONNX Runtime raises its own classes, none of them public
             cause = " ".join(str(error).split())[:600]
             tokens = f"{len(batch.input_ids)} tokens of {len(batch.context_len)} sequences"
             raise StepError("run step", f"{self.bundle.short} ({tokens})", cause) from error
-        return logits
+
+    def step_there(self, batch: Batch) -> Float32 | DeviceLogits:
+        """The same for who only samples from the logits: those of an engine on a GPU stay there. Good until the next
+        step."""
+        graph = self._graph
+        if not isinstance(graph, CudaSession):
+            return self.step(batch)
+        return self._guarded(batch, lambda: graph.run_there(batch))
 
     @property
     def page_bytes(self) -> int:
@@ -128,7 +182,7 @@ class Runner:
 
     def read_page(self, page: int) -> bytes:
         """What a page holds, layer after layer. Means something to an engine of the same digest alone."""
-        return b"".join(array[page].tobytes() for array in self._kv.values())
+        return b"".join(self._here(array[page]).tobytes() for array in self._kv.values())
 
     def write_page(self, page: int, content: bytes) -> None:
         """Raises InputError on content of another size."""
@@ -137,7 +191,11 @@ class Runner:
             raise InputError("write page", page, cause, "content of an engine of the same digest")
         flat, at = np.frombuffer(content, np.uint8), 0
         for array in self._kv.values():
-            array[page] = flat[at : at + array.shape[1]]
+            part = flat[at : at + array.shape[1]]
+            if self._arrays is None:
+                array[page] = part
+            else:
+                self._arrays.upload(array[page], part)
             at += array.shape[1]
 
     @property
@@ -154,14 +212,17 @@ class Runner:
         """Raises NotFound where nothing is loaded, InputError, IncompatibleError."""
         self._slots().drop(slot)
 
-    def sample(self, logits: Float32, rows: SampleRows) -> Sampled:
+    def sample(self, logits: Float32 | DeviceLogits, rows: SampleRows) -> Sampled:
         """Raises StepError where a parameter is out of range. Calls the op directly: its twenty inputs cost less than
         through a session (DESIGN.md)."""
         from skerry.kernels import _native
 
         try:
+            if isinstance(logits, DeviceLogits):
+                assert isinstance(self._graph, CudaSession)
+                return self._graph.sample(logits, rows)
             return Sampled(*_native.sample(logits, rows, self.threads))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, SkerryError) as error:
             raise StepError("sample", f"{len(rows)} rows", str(error)) from error
 
     def score(self, sequences: Sequence[tuple[Sequence[int], int]], batch_tokens: int = 512) -> list[Scored]:
@@ -178,6 +239,12 @@ class Runner:
         if not 1 <= len(ids) <= self.max_context:
             raise InputError("run sequence", "", f"{len(ids)} tokens with a context of {self.max_context}")
         return logits_of(self, ids, batch_tokens)
+
+    def rejected(self, error: SkerryError) -> IncompatibleError | None:
+        """What an error says of an engine being tried: a GPU's memory does not hold it. None: something else."""
+        if self._arrays is None or not short_of_memory(error):
+            return None
+        return refusal(self.bundle.short, self._arrays, error, self.needed_bytes)
 
     def close(self) -> None:
         self._graph.close()
@@ -202,6 +269,9 @@ class Runner:
             hint = "export the bundle again, with --max-context if the model's tables are shorter"
             raise IncompatibleError("open engine", self.bundle.short, cause, hint) from error
 
+    def _here(self, array: Any) -> npt.NDArray[np.uint8]:
+        return array if self._arrays is None else self._arrays.download(array)
+
     def _slots(self) -> AdapterSlots:
         if self._adapters is None:
             hint = "export it with --adapters"
@@ -216,16 +286,17 @@ class Runner:
 _LINE = 64  # bytes: kernels read pages by whole cache lines
 
 
-def _kv_arrays(manifest: Manifest, pages: int) -> dict[int, npt.NDArray[np.uint8]]:
+def _kv_arrays(manifest: Manifest, pages: int, arrays: DeviceArrays | None = None) -> dict[int, Any]:
     """Each layer's cache, uint8 [pages, bytes of a page], cut from one block of memory: it begins at a cache line, and
     one large block gets huge pages where the system gives them. calloc: memory is used once it is written."""
     sizes = {layer: page_bytes(g.layout, g.kv_heads, g.head_size) for g in manifest.kv for layer in g.layers}
-    whole = np.zeros(pages * sum(sizes.values()) + _LINE * (len(sizes) + 1), np.uint8)
-    arrays, at = {}, -whole.ctypes.data % _LINE
+    length = pages * sum(sizes.values()) + _LINE * (len(sizes) + 1)
+    whole = np.zeros(length, np.uint8) if arrays is None else arrays.zeros((length,), np.uint8)
+    found, at = {}, -(whole.ctypes.data if arrays is None else arrays.address(whole)) % _LINE
     for layer, size in sizes.items():
-        arrays[layer] = whole[at : at + pages * size].reshape(pages, size)
+        found[layer] = whole[at : at + pages * size].reshape(pages, size)
         at += -(-pages * size // _LINE) * _LINE
-    return arrays
+    return found
 
 
 def _page_count(manifest: Manifest, pages: int | None, memory_bytes: int | None) -> int:

@@ -67,12 +67,14 @@ class Lease:
 
 class Adapters:
     """`slots` None: an engine without any. `folder`: where clients may load from; None: nowhere. `after_step` calls
-    back, from any thread, when no step runs that began before."""
+    back, from any thread, when no step runs that began before. `on_change` hears of each name that stands for something
+    else from now on; of None, when it stands for nothing."""
 
     def __init__(self, slots: AdapterSlots | None = None, base: Base | None = None, folder: Path | None = None) -> None:
         self.folder = folder
         self.reserved: Collection[str] = ()  # names of the model itself
         self.after_step: Callable[[Callable[[], None]], None] = lambda callback: callback()
+        self.on_change: Callable[[str, Adapter | None], None] = lambda name, adapter: None
         self._slots, self._base = slots, base
         self._named: dict[str, Adapter] = {}
         self._held: dict[int, Adapter] = {}  # by slot, those that are on their way out among them
@@ -136,6 +138,7 @@ class Adapters:
         self._held[adapter.slot] = adapter
         if old is not None:
             self._leave(old)
+        self.on_change(name, adapter)
         return adapter
 
     def unload(self, name: str) -> int:
@@ -144,6 +147,7 @@ class Adapters:
         if adapter is None:
             raise NotFound(UNLOAD, name, "no such adapter is loaded")
         self._leave(adapter)
+        self.on_change(name, None)
         return adapter.users
 
     async def _take(self, name: str) -> int:

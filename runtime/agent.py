@@ -18,16 +18,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from skerry.core.bundle import Manifest
 from skerry.core.errors import AuthError, IncompatibleError, InputError, SkerryError, StorageError
 from skerry.core.files import read_json
-from skerry.core.target import Device, local_device
+from skerry.core.target import Device
 from skerry.core.wire import Desired
+from skerry.kernels.devices import gpu_line, this_device
 from skerry.kernels.memory import needed_bytes
 from skerry.runtime import identity
 from skerry.runtime.control import ControlPlane, Transport
+from skerry.runtime.gpus import GpuWatch
 from skerry.runtime.jobs import Jobs
 from skerry.runtime.journal import Journal, fault
+from skerry.runtime.lanes import Lanes
 from skerry.runtime.node_settings import NodeSettings
+from skerry.runtime.places import CPU, Place, places_of
 from skerry.runtime.process import Orphans, WorkerProcess
 from skerry.runtime.public import Responder, bind_public
 from skerry.runtime.reporter import Reporter
@@ -54,14 +59,18 @@ STALLED_SECONDS = 15.0
 
 
 class Agent:
-    """Opens everything a node owns; `run` serves until `stop`. Raises SkerryError when it cannot start."""
+    """Opens everything a node owns; `run` serves until `stop`. `device` None: this machine. Raises SkerryError when it
+    cannot start."""
 
-    def __init__(self, directory: Path, settings: NodeSettings) -> None:
+    def __init__(self, directory: Path, settings: NodeSettings, device: Device | None = None) -> None:
         self.directory, self.settings, self.policy = directory, settings, settings.policy()
         self.node = identity.load_node(directory)
         self._lock = identity.Lock(directory)
         self.started = time.monotonic()
-        self.device: Device = local_device(runtime_version=identity.runtime_version(), labels=self.node.labels)
+        self.device = device or this_device(identity.runtime_version(), self.node.labels)
+        log.info("GPUs: %s", gpu_line(self.device))
+        watched = frozenset(gpu.uuid for gpu in self.device.gpus)
+        self.gpus = GpuWatch(watched).start() if watched else None
         self.slots, self.quarantine = Slots(directory), Quarantine(directory)
         self.journal = Journal(directory / "journal.jsonl", time.time)
         self.progress = Progress.of(self.journal.last)
@@ -82,12 +91,8 @@ class Agent:
         orphans = Orphans(directory / "workers.json")
         self.public = bind_public(settings.host, settings.port, orphans)
         self.port = int(self.public.getsockname()[1])
-        self._needs: dict[Installed, int] = {}
-        self.supervisor = Supervisor(
-            Responder(self.public), self.public, orphans, self.slots.bundle_path, self._worker_options,
-            self._post_worker, settings.worker_command or None, settings.threads or self.device.cores,
-            settings.warm_seconds, settings.drain_seconds, needs=self._memory_needs,
-        )  # fmt: skip
+        self._manifests: dict[Installed, Manifest | None] = {}
+        self.supervisor = Lanes(Responder(self.public), orphans, self._places, self._make_lane)
         self._transport, self._fetch_transport = Transport(self.node.url), Transport(self.node.url)
         trusted = TrustedManifests(directory / "tuf", self._fetch_transport, (directory / "root.json").read_bytes())
         floor = functools.partial(getattr, self.director, "floor")
@@ -96,6 +101,16 @@ class Agent:
         self.reporter = Reporter(
             control, self.reports.events, self.reports.windows, self.reports.heartbeat, self._accept,
             self.node.poll_seconds, seed=self.boot,
+        )  # fmt: skip
+
+    def _make_lane(self, place: Place, responder: Responder, orphans: Orphans) -> Supervisor:
+        settings = self.settings
+        threads = settings.threads or max(1, self.device.cores // max(1, len(self.device.gpus) if place.gpu else 1))
+        memory = functools.partial(self._free_on_gpu, place.gpu) if place.gpu else None
+        return Supervisor(
+            responder, self.public, orphans, self.slots.bundle_path, functools.partial(self._worker_options, place),
+            self._post_worker, settings.worker_command or None, threads, settings.warm_seconds,
+            settings.drain_seconds, memory=memory, needs=self._memory_needs, place=place,
         )  # fmt: skip
 
     # News from other threads ---------------------------------------------------------------------------------------
@@ -304,7 +319,7 @@ class Agent:
 
     # Odds and ends -------------------------------------------------------------------------------------------------
 
-    def _worker_options(self, installed: Installed) -> list[str]:
+    def _worker_options(self, place: Place, installed: Installed) -> list[str]:
         """Windows are made with the seed of the bundle's own baseline, so that they can be compared with it."""
         desired = self.director.desired
         seed = _baseline_seed(self.slots.bundle_path(installed.slot))
@@ -312,25 +327,45 @@ class Agent:
             seed = desired.hash_seed if desired else 0
         window = desired.window_requests if desired else 16
         options = ["--window-requests", str(window), "--hash-seed", str(seed)]
-        return options + self.settings.worker_options()
+        return options + self.settings.worker_options(place)
+
+    def _manifest(self, installed: Installed) -> Manifest | None:
+        """Read once, as it can be megabytes. None where the slot holds nothing that can be run: its worker says so."""
+        if installed not in self._manifests:
+            bundle = self.slots.manifest_of(installed.slot)
+            known = {engine: self._manifests[engine] for engine in list(self._manifests)[-1:]}
+            self._manifests = {**known, installed: bundle.manifest if bundle else None}
+        return self._manifests[installed]
+
+    def _places(self, installed: Installed) -> tuple[Place, ...]:
+        manifest = self._manifest(installed)
+        return places_of(manifest, self.device) if manifest else (CPU,)
 
     def _memory_needs(self, installed: Installed) -> int:
-        """As the worker will count it; read once, as a manifest can be megabytes. 0 where the slot holds nothing that
-        can be run: its worker will say so."""
-        if installed not in self._needs:
-            bundle = self.slots.manifest_of(installed.slot)
-            try:
-                need = needed_bytes(bundle.manifest, self.settings.memory_bytes) if bundle else 0
-                need += self.settings.adapter_bytes(bundle.manifest.adapters) if bundle else 0
-            except IncompatibleError:
-                need = 0
-            self._needs = {installed: need}
-        return self._needs[installed]
+        """As the worker will count it, where it will run."""
+        manifest = self._manifest(installed)
+        if manifest is None:
+            return 0
+        try:
+            slots = self.settings.adapter_bytes(manifest.adapters)
+            return needed_bytes(manifest, self.settings.memory_bytes, self._largest_gpu()) + slots
+        except IncompatibleError:
+            return 0
+
+    def _largest_gpu(self) -> int:
+        return max((gpu.memory_bytes for gpu in self.device.gpus), default=0)
+
+    def _free_on_gpu(self, uuid: str) -> int:
+        """Nothing, while the driver does not tell: a second engine then waits for the first one to leave."""
+        free = self.gpus.free_bytes(uuid) if self.gpus else None
+        return free or 0
 
     def _shut_down(self) -> None:
         log.info("stopping: draining workers")
         self.jobs.cancel()
         self.supervisor.shut_down()
+        if self.gpus:
+            self.gpus.stop()
         self._wait(0.2)
         self.reports.say("agent.stopped", {})
         if not self._silent:

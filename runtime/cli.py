@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,6 +25,8 @@ def __getattr__(name: str) -> Any:
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--gpus", metavar="all|UUID,...", help="A worker on each of them, all behind the one port.")
+@click.option("--fd", type=int, hidden=True, help="A listening socket that is inherited.")
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="0: any free port.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Default: cores this process may use.")
@@ -63,6 +66,8 @@ def __getattr__(name: str) -> Any:
 @click.option("--otel-content", is_flag=True, help="Send prompts and answers to it as well.")
 def serve(
     bundle: Path,
+    gpus: str | None,
+    fd: int | None,
     host: str,
     port: int,
     threads: int | None,
@@ -110,7 +115,15 @@ def serve(
         adapter_slots=len(adapters) + (4 if adapter_dir else 0) if adapter_slots is None else adapter_slots,
     )  # fmt: skip
     set_up_process(log_format, log_level)
-    sock = bind(host, port)
+    sock = bind(host, port) if fd is None else socket.socket(fileno=fd)
+    if gpus is not None:
+        from skerry.runtime.serve_gpus import arguments_of, gpus_asked, serve_on
+
+        if adapter_dir or admin_key_file:
+            given = "--adapter-dir" if adapter_dir else "--admin-key-file"
+            raise UsageError("serve", given, "one worker of several would load an adapter", "--adapter NAME=DIR")
+        words = arguments_of(click.get_current_context(), without=("gpus", "prefix_cache"))
+        return serve_on(gpus_asked(bundle, gpus), words, sock, prefix_cache)
     shown = f"[{host}]" if ":" in host else host
     url = f"{'https' if tls_cert else 'http'}://{shown}:{sock.getsockname()[1]}"
 

@@ -190,6 +190,7 @@ def _describe(document: dict[str, Any]) -> str:
     ]
     if document["running"]:
         lines.append(f"requests    {document['requests']} ({document['failed']} failed)")
+        lines += [f"not taken   {reason}" for reason in document.get("passed_over", [])]
         contact = document["control_error"] or "in contact"
         lines.append(f"control     {document['control_plane']}: {contact}")
     lines += [f"quarantine  {d[:12]} {e.get('release')}: {e.get('reason')}" for d, e in document["quarantine"].items()]

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from skerry.core.errors import SkerryError
-from skerry.kernels.runner import Row, Runner, Sampled, SampleParams, SampleRows, pack_rows
+from skerry.kernels.runner import DeviceLogits, Row, Runner, Sampled, SampleParams, SampleRows, pack_rows
 from skerry.runtime.request import SampledToken, SamplingParams, StepRow
+
+if TYPE_CHECKING:
+    from skerry.kernels.tensorrt.runner import LinearRunner
 
 Mask = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
 
 
 class OrtEngine:
-    """Every KV group uses the same page numbers."""
+    """Every KV group uses the same page numbers. Over a runner of pages, or of a linear cache whose pages are slots."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner | LinearRunner) -> None:
         self._runner = runner
         self.page_size = runner.page_size
         self.pages = runner.pages
@@ -67,8 +71,8 @@ class OrtEngine:
         self._samplings = samplings if plain else []
         return self._built
 
-    def _logits(self, rows: list[StepRow]) -> Float32:
-        return self._runner.step(pack_rows([self._packed(row) for row in rows], self.page_size))
+    def _logits(self, rows: list[StepRow]) -> Float32 | DeviceLogits:
+        return self._runner.step_there(pack_rows([self._packed(row) for row in rows], self.page_size))
 
     def _pooled(self, rows: list[StepRow]) -> Float32:
         """Hands hidden states to those who pool them; answers the logits of the others."""

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from skerry.core.errors import AuthError, Conflict, InputError, NotFound, StorageError
 from skerry.core.files import read_json, write_atomic, write_json
-from skerry.core.target import local_device
 from skerry.core.wire import generate_key, load_key, public_hex, save_key
+from skerry.kernels.devices import this_device
 from skerry.runtime.control import Transport, clamp_poll, enrol
 from skerry.runtime.version import runtime_version
 
@@ -89,7 +89,7 @@ def join(
     key = load_key(key_path)
     transport = Transport(url)
     try:
-        device = local_device(runtime_version=runtime_version(), labels=labels or {}).to_json()
+        device = this_device(runtime_version=runtime_version(), labels=labels or {}).to_json()
         bought = enrol(transport, token, name, public_hex(key), device, labels or {})
     finally:
         transport.close()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +15,16 @@ from skerry.core.bundle import Bundle, open_bundle
 from skerry.core.chat import ChatTemplate
 from skerry.core.errors import BundleError, IncompatibleError, SkerryError
 from skerry.core.files import read_json
-from skerry.core.target import local_device, usable_cores
+from skerry.core.target import Gpu, incompatibility, local_device, on_gpu, usable_cores
 from skerry.core.tokenizer import Tokenizer
-from skerry.runtime.golden import GOLDEN, GoldenResult, check_golden
+from skerry.runtime.engine_tensorrt import BACKEND, open_proven, open_rtx
+from skerry.runtime.golden import GoldenResult
 from skerry.runtime.heap import give_back
 from skerry.runtime.protocol import Defaults
 from skerry.runtime.request import Request, SamplingParams
 
 if TYPE_CHECKING:
+    from skerry.kernels.tensorrt.runner import LinearRunner
     from skerry.runtime.engine import Engine
     from skerry.runtime.service import Model
 
@@ -38,6 +42,7 @@ class Loaded:
     generation: dict[str, Any]
     golden: GoldenResult | None
     seconds: float
+    gpus: tuple[Gpu, ...] = ()  # that it may run on
 
     def model(self) -> Model:
         from skerry.runtime.service import Model
@@ -70,13 +75,14 @@ def load(
 ) -> Loaded:
     """Raises SkerryError: the bundle is broken, does not fit this machine, or its engine cannot run. Slots that are
     optional are left out where the graph takes no adapters."""
-    from skerry.core.target import incompatibility
+    from skerry.kernels.devices import this_device
     from skerry.kernels.runner import Runner
     from skerry.runtime.engine_ort import OrtEngine
 
     began = time.monotonic()
     bundle = open_bundle(path, verify=True)
-    reason = incompatibility(bundle.manifest, local_device())
+    device = this_device() if on_gpu(bundle.manifest.target) else local_device()  # drivers are slow to ask
+    reason = incompatibility(bundle.manifest, device)
     if reason:
         raise IncompatibleError("serve bundle", bundle.short, reason, "export it for this machine's target")
     generation = read_json(bundle.file("generation.json"))
@@ -85,18 +91,26 @@ def load(
     special = (str(generation.get("bos_token") or ""), str(generation.get("eos_token") or ""))
     with ThreadPoolExecutor(1) as pool:  # a large tokenizer takes as long as the graph
         text = pool.submit(Tokenizer.open, bundle.file("tokenizer.json"))
-        runner = Runner.open(
-            bundle, threads=threads or usable_cores(), memory_bytes=memory_bytes, adapter_rank=adapter_rank,
-            adapter_slots=0 if adapters_optional and bundle.manifest.adapters is None else adapter_slots,
-        )  # fmt: skip
+
+        def graph() -> Runner:
+            return Runner.open(
+                bundle, threads=threads or usable_cores(), memory_bytes=memory_bytes, adapter_rank=adapter_rank,
+                adapter_slots=0 if adapters_optional and bundle.manifest.adapters is None else adapter_slots,
+            )  # fmt: skip
+
+        compiled: Callable[[], Runner | LinearRunner] | None = None
+        if bundle.manifest.target.backend == BACKEND:
+            compiled = partial(open_rtx, bundle, device, threads or usable_cores(), memory_bytes)
+        proven = open_proven(bundle, compiled, graph)
         tokenizer, template = text.result(), ChatTemplate.open(bundle.path, *special)
-    golden = None
-    if any(entry.name == GOLDEN for entry in bundle.manifest.files):
-        golden = check_golden(bundle, runner)
-    engine = OrtEngine(runner)
-    warm_up(engine)
+    engine = OrtEngine(proven.runner)
+    try:
+        warm_up(engine)
+    except SkerryError as error:
+        raise proven.runner.rejected(error) or error from error
     give_back()
-    return Loaded(bundle, engine, tokenizer, template, generation, golden, time.monotonic() - began)
+    gpus = device.gpus if on_gpu(bundle.manifest.target) else ()
+    return Loaded(bundle, engine, tokenizer, template, generation, proven.golden, time.monotonic() - began, gpus)
 
 
 def warm_up(engine: Engine) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from skerry.core.bundle import AdapterLayout
 from skerry.core.errors import ConfigError
+from skerry.runtime.places import CPU, Place
 from skerry.runtime.update import Policy
 
 
@@ -54,8 +55,8 @@ class NodeSettings:
         """What the slots of a worker's engine take."""
         return 2 * self.adapter_slots * self.adapter_rank * layout.columns if layout is not None else 0
 
-    def worker_options(self) -> list[str]:
-        """What a worker is told of these, where it is not the default."""
+    def worker_options(self, place: Place = CPU) -> list[str]:
+        """What a worker is told of these, where it is not the default. Each GPU's worker keeps prefixes of its own."""
         flags = {
             "--memory-bytes": self.memory_bytes, "--api-key-file": self.api_key_file,
             "--admin-key-file": self.admin_key_file, "--adapter-dir": self.adapter_dir,
@@ -65,5 +66,6 @@ class NodeSettings:
         if self.adapter_slots:
             given += ["--adapter-rank", str(self.adapter_rank)]
         if self.prefix_cache:
-            given += ["--prefix-cache", self.prefix_cache, "--prefix-cache-mib", str(self.prefix_cache_mib)]
+            kept = f"{self.prefix_cache}/{place.name}" if place != CPU else self.prefix_cache
+            given += ["--prefix-cache", kept, "--prefix-cache-mib", str(self.prefix_cache_mib)]
         return given

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from skerry.core.errors import SkerryError, StorageError
+from skerry.runtime.places import CPU, Place
 from skerry.runtime.slots import Installed
 
 LINE_BYTES = 4 << 20
@@ -56,6 +57,7 @@ class WorkerProcess:
     accepted_at: float = 0.0
     deadline: float = float("inf")
     reason: str = ""
+    place: Place = CPU
 
     @property
     def pid(self) -> int:
@@ -100,6 +102,7 @@ def start_worker(
     extra: Sequence[str],
     now: float,
     post: Post,
+    place: Place = CPU,
 ) -> WorkerProcess:
     """Starts the process and the thread that hears it; `post(worker, None)` says that it has exited."""
     ours, theirs = socket.socketpair()
@@ -114,6 +117,7 @@ def start_worker(
             stdout=2,
             pass_fds=(public.fileno(), theirs.fileno()),
             start_new_session=True,
+            env={**os.environ, **place.environment()},
         )
     except OSError as error:
         ours.close()
@@ -121,7 +125,7 @@ def start_worker(
     finally:
         theirs.close()
     ours.settimeout(5.0)
-    worker = WorkerProcess(installed, process, ours, now)
+    worker = WorkerProcess(installed, process, ours, now, place=place)
     threading.Thread(target=_read, args=(worker, post), name=f"worker-{process.pid}", daemon=True).start()
     return worker
 

@@ -78,8 +78,7 @@ class Reports:
     def heartbeat(self, seq: int) -> Heartbeat:
         """The digest is the running worker's own word; None while nothing accepts."""
         agent = self._agent
-        worker = agent.supervisor.active
-        active = worker if worker is not None and worker.state == "accepting" else None
+        active, accepting = agent.supervisor.observed(), agent.supervisor.accepting()
         totals = agent.supervisor.totals.get(active.installed.engine_digest) if active else None
         desired = agent.director.desired
         return Heartbeat(
@@ -89,9 +88,11 @@ class Reports:
             manifest_sha256=active.observed_manifest if active else None,
             release=active.installed.release if active else None,
             requests=totals.requests if totals else 0, failed=totals.failed if totals else 0,
-            ttft_p50=active.counts.ttft_p50 if active else None, running=active.counts.running if active else 0,
-            waiting=active.counts.waiting if active else 0, quarantined=tuple(sorted(agent.quarantine.digests)),
-            device=agent.device if seq == 1 else None,
+            ttft_p50=active.counts.ttft_p50 if active else None,
+            running=sum(worker.counts.running for worker in accepting),
+            waiting=sum(worker.counts.waiting for worker in accepting),
+            quarantined=tuple(sorted(agent.quarantine.digests)), device=agent.device if seq == 1 else None,
+            gpus=agent.gpus.readings() if agent.gpus else (),
         )  # fmt: skip
 
     def status(self) -> dict[str, Any]:
@@ -107,7 +108,12 @@ class Reports:
             "uptime_seconds": round(time.monotonic() - agent.started, 3),
             "requests": beat.requests, "failed": beat.failed, "requests_running": beat.running,
             "requests_waiting": beat.waiting, "ttft_p50": beat.ttft_p50,
-            "workers": [{"pid": w.pid, "state": w.state, "release": w.installed.release} for w in supervisor.workers()],
+            "workers": [
+                {"pid": w.pid, "state": w.state, "release": w.installed.release, "place": w.place.name}
+                for w in supervisor.workers()
+            ],
+            "device": agent.device.to_json(), "gpus": [gpu.to_json() for gpu in beat.gpus],
+            "passed_over": list(agent.director.desired.passed_over) if agent.director.desired else [],
             "journal": [entry.to_json() for entry in list(agent.journal.tail)],
             "journal_entries": agent.journal.last.n if agent.journal.last else 0,
             "quarantine": agent.quarantine.to_json(), "outcomes": dict(agent.outcomes),

@@ -54,6 +54,11 @@ class Limits:
     prefixes: bool = True
     wide_tokens: int = 64
 
+    @classmethod
+    def for_gpu(cls, queue: int) -> Limits:
+        """A GPU is filled by thousands of tokens, and its captured steps hold 64 sequences."""
+        return cls(prefill_tokens=2048, rows=64, queue=queue, wide_tokens=512)
+
 
 @dataclass(slots=True)
 class Planned:
@@ -248,8 +253,15 @@ class Scheduler:
         return fits
 
     def _has_room(self, pages: int) -> bool:
-        """For one sequence more that needs so many pages beyond those it holds."""
-        return len(self.running) < self.limits.rows and pages + len(self.running) <= self.pool.free
+        """For one sequence more that needs so many pages beyond those it holds. A page is left for each that may grow:
+        none does where a page is a whole context, as with a linear cache."""
+        if len(self.running) >= self.limits.rows or pages > self.pool.free:
+            return False
+        return pages + sum(self._may_grow(sequence) for sequence in self.running) <= self.pool.free
+
+    def _may_grow(self, sequence: Sequence) -> bool:
+        request = sequence.request
+        return self.pool.pages_for(len(request.prompt) + request.max_tokens) > len(sequence.pages)
 
     def _awaits(self, sequence: Sequence) -> bool:
         """Whether the next page of its prompt is being computed by another."""

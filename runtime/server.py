@@ -31,6 +31,7 @@ from skerry.runtime.trail import Trail, note_error
 log = logging.getLogger("skerry.server")
 BODY_LIMIT = 1 << 20
 BODY_SECONDS = 30
+READ_ON = 64  # so many times the limit of a body that is too long are read and thrown away
 MANY_SCORES = 1_000
 CLIENT_CLOSED = 499  # nginx's number; nobody is left to read it
 T = TypeVar("T")
@@ -151,13 +152,13 @@ async def read_body(request: Request, limit: int) -> bytes:
     size = 0
     try:
         async with asyncio.timeout(BODY_SECONDS):
-            if declared.isdecimal() and int(declared) > 8 * limit:
+            if declared.isdecimal() and int(declared) > READ_ON * limit:
                 raise _too_large(limit)
             async for part in request.stream():
                 size += len(part)
                 if size <= limit:
                     parts.append(part)
-                elif size > 8 * limit:
+                elif size > READ_ON * limit:
                     break
     except TimeoutError as error:
         raise ApiError(408, f"the body did not arrive within {BODY_SECONDS} s", code="timeout") from error

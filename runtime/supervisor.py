@@ -1,4 +1,4 @@
-"""Keeps the wished-for worker in front of the public socket: starts, swaps, restarts, drains.
+"""Keeps the wished-for worker of one place in front of the public socket: starts, swaps, restarts, drains.
 
 swap.plan is the rule, this is the hand. The agent only ever sets who should answer (`target`) and who is to be tried
 next (`trial`); starting, reverting and recovering from a crash are all the same reconciliation.
@@ -14,6 +14,7 @@ from typing import Any
 
 from skerry.core.errors import StorageError
 from skerry.core.memory import available_memory
+from skerry.runtime.places import CPU, Place
 from skerry.runtime.process import (
     Counts,
     Orphans,
@@ -67,6 +68,7 @@ class Supervisor:
         memory: Callable[[], int] | None = None,
         needs: Callable[[Installed], int] = lambda engine: 0,
         clock: Callable[[], float] = time.monotonic,
+        place: Place = CPU,
     ) -> None:
         self._responder, self._public, self._orphans = responder, public, orphans
         self._bundle_path, self._extra, self._post = bundle_path, extra, post
@@ -74,6 +76,7 @@ class Supervisor:
         self._threads, self._warm_seconds, self._drain_seconds = threads, warm_seconds, drain_seconds
         self._silence_seconds = silence_seconds
         self._memory, self._needs, self._clock = memory or available_memory, needs, clock
+        self._place = place
         self.target: Installed | None = None
         self.trial: Installed | None = None
         self.trial_failure = ""
@@ -83,9 +86,11 @@ class Supervisor:
         self.totals: dict[str, Totals] = {}
         self.crashes: dict[Installed, tuple[float, ...]] = {}
         self.notices: list[Notice] = []
+        self.adapters: dict[str, dict[str, Any]] = {}  # loaded over HTTP, by name, as the worker told it
         self._not_before = 0.0
         self._last_rss = 0
         self._room = False
+        self._gone_by = 0.0
 
     # What the agent asks for ---------------------------------------------------------------------------------------
 
@@ -101,6 +106,8 @@ class Supervisor:
         """The update's engine as the rules see it: loading, ready, in probation, failed, or not there at all."""
         if self.trial_failure and engine == self.trial:
             return Candidate("failed", self._clock(), reason=self.trial_failure)
+        if self._room and self.incoming is None and self.active is None and engine == self.trial:
+            return Candidate("starting", self._clock())  # as soon as who makes room has drained, which has a limit
         for worker in (self.incoming, self.active):
             if worker is None or worker.installed != engine:
                 continue
@@ -165,7 +172,7 @@ class Supervisor:
 
     def _needed(self) -> int:
         """Of a second worker: what its manifest tells, and not less than the first one takes."""
-        if self.active is not None:
+        if self.active is not None and self._place == CPU:
             self._last_rss = resident_bytes(self.active.pid) or self._last_rss
         answers = self.active is not None and self.active.installed == self.target
         wanted = self.trial if answers else self.target
@@ -196,11 +203,13 @@ class Supervisor:
         try:
             self.incoming = start_worker(
                 self._command, wanted, self._bundle_path(wanted.slot), self._public, self._threads,
-                self._extra(wanted), now, self._post,
+                self._extra(wanted), now, self._post, self._place,
             )  # fmt: skip
         except StorageError as error:
             self._failed(wanted, now, str(error))
             return
+        for adapter in self.adapters.values():
+            self.incoming.send(adapter)
         self._remember()
 
     def _swap(self, now: float) -> None:
@@ -246,6 +255,8 @@ class Supervisor:
         kind = message.get("type")
         if kind == "stats":
             self._count(worker, message)
+        elif kind == "adapter" and worker is not self.incoming:
+            self._keep_adapter(worker, message)
         elif kind == "ready" and worker.state == "starting":
             self._ready(worker, message)
         elif kind == "golden":
@@ -266,6 +277,18 @@ class Supervisor:
         worker.observed_manifest, worker.observed_digest = observed
         worker.state = "ready"
         self.notices.append(Notice("worker.ready", _short(message)))
+
+    def _keep_adapter(self, worker: WorkerProcess, message: dict[str, Any]) -> None:
+        """Remembered for the workers to come, those included whose engine has no place for it: the one after that may.
+        Who serves or is about to hears of it at once."""
+        name = str(message.get("name"))
+        if message.get("path") is None:
+            self.adapters.pop(name, None)
+        else:
+            self.adapters[name] = message
+        for other in (self.active, self.incoming):
+            if other is not None and other is not worker:
+                other.send(message)
 
     def _count(self, worker: WorkerProcess, message: dict[str, Any]) -> None:
         before, total = worker.counts, self.totals.setdefault(worker.installed.engine_digest, Totals())
@@ -310,20 +333,27 @@ class Supervisor:
 
     def shut_down(self) -> None:
         """Drains everything; whoever is not gone after the drain time and a little more is killed."""
+        self.leave()
+        self.wait_gone()
+        self._responder.off()
+
+    def leave(self) -> None:
+        """Everything begins to drain."""
         now = self._clock()
         self.target = self.trial = None
         for worker in [w for w in (self.active, self.incoming) if w is not None]:
             self._send_away(worker, now, self._drain_seconds)
         self.active = self.incoming = None
         self._responder.on("this node is stopping")
-        deadline = now + self._drain_seconds + 2.0
+        self._gone_by = now + self._drain_seconds + 2.0
+
+    def wait_gone(self) -> None:
         for worker in self.draining:
-            while worker.process.poll() is None and self._clock() < deadline:
+            while worker.process.poll() is None and self._clock() < self._gone_by:
                 time.sleep(0.02)
             if worker.process.poll() is None:
                 worker.kill()
                 worker.process.wait()
-        self._responder.off()
 
 
 def _whole(value: Any) -> int:

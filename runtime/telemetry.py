@@ -11,6 +11,7 @@ from typing import Any
 
 from skerry.core.errors import StorageError
 from skerry.core.files import canonical_json, write_atomic
+from skerry.core.report import GpuReading
 
 DOCUMENT_BYTES = 128 << 10
 
@@ -99,9 +100,12 @@ def render_metrics(status: dict[str, Any]) -> bytes:
     from prometheus_client.core import GaugeMetricFamily, Metric
     from prometheus_client.registry import Collector, CollectorRegistry
 
+    from skerry.runtime.gpus import families
+
     class Status(Collector):
         def collect(self) -> Iterable[Metric]:
             yield from _families(status, GaugeMetricFamily)
+            yield from families(GpuReading.from_json(gpu) for gpu in status.get("gpus", []))
 
     registry = CollectorRegistry()
     registry.register(Status())

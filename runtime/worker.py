@@ -18,6 +18,7 @@ import signal
 import socket
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,6 +35,8 @@ from skerry.runtime.tls import TlsFiles
 if TYPE_CHECKING:
     import ssl
 
+    from skerry.runtime.adapters import Adapter, Adapters
+    from skerry.runtime.gpus import GpuWatch
     from skerry.runtime.listener import Listener
     from skerry.runtime.otel import Telemetry
     from skerry.runtime.prefix_file import PrefixFile
@@ -97,8 +100,11 @@ class Worker:
         self._telemetry: Telemetry | None = None
         self._listener: Listener | None = None
         self._prefixes: PrefixFile | None = None
+        self._adapters: Adapters | None = None
+        self._inherited: deque[dict[str, Any]] = deque()
         self._access = Access()
         self._tls: ssl.SSLContext | None = None
+        self._gpus: GpuWatch | None = None
 
     async def run(self) -> int:
         """The exit code: 0 after a drain, 1 when loading or the engine failed."""
@@ -129,6 +135,8 @@ class Worker:
         finally:
             for task in tasks:
                 task.cancel()
+            if self._gpus:
+                self._gpus.stop(0.0)
             if self._telemetry:
                 await asyncio.to_thread(self._telemetry.close)
             if self._control:
@@ -200,15 +208,43 @@ class Worker:
         )  # fmt: skip
         adapters = Adapters(getattr(loaded.engine, "adapters", None), Base.of(manifest), options.adapter_dir)
         service = Service(
-            loaded.engine, loaded.model(), observer, limits=Limits(queue=options.max_queue), on_fatal=self._fatal,
-            adapters=adapters,
+            loaded.engine, loaded.model(), observer, on_fatal=self._fatal, adapters=adapters,
+            limits=Limits.for_gpu(options.max_queue) if loaded.gpus else Limits(queue=options.max_queue),
         )  # fmt: skip
+        if loaded.gpus:
+            from skerry.runtime.gpus import GpuMetrics, GpuWatch
+
+            self._gpus = GpuWatch(frozenset(gpu.uuid for gpu in loaded.gpus)).start()
+            service.metrics.registry.register(GpuMetrics(self._gpus))
         for name, path in options.adapters:
             await adapters.load(name, path)
+        adapters.on_change = self._tell_of
+        await self._adopt(adapters)
+        self._adapters = adapters  # what the agent tells from now on is done at once
         if options.prefix_directory is not None:
             self._prefixes = PrefixFile(options.prefix_directory, manifest.engine_digest, options.prefix_bytes)
             log.info("%d pages of prefixes read", self._prefixes.restore(loaded.engine, service.loop.scheduler.pool))
         return service
+
+    def _tell_of(self, name: str, adapter: Adapter | None) -> None:
+        path = None if adapter is None else str(adapter.path)
+        self._send("adapter", name=name, path=path, digest=adapter.digest if adapter else None)
+
+    async def _adopt(self, adapters: Adapters) -> None:
+        """Loads and drops what the agent knows from other workers. What does not fit this engine is left out; the next
+        one hears of it again."""
+        while self._inherited:
+            told = self._inherited.popleft()
+            name, path, digest = str(told.get("name")), told.get("path"), told.get("digest")
+            try:
+                if path is not None:
+                    adapter = await adapters.load(name, Path(path), root=adapters.folder, replace=True)
+                    if adapter.digest != digest:
+                        log.warning("adapter %s: its files are others than those that were loaded before", name)
+                elif adapters.get(name) is not None:
+                    adapters.unload(name)
+            except SkerryError as error:
+                log.warning("adapter %s is no longer served: %s", name, error)
 
     def _open_listener(self, service: Service) -> None:
         from skerry.runtime.connections import guarded
@@ -261,6 +297,10 @@ class Worker:
             match message.get("type"):
                 case "accept":
                     self._accept.set()
+                case "adapter":
+                    self._inherited.append(message)
+                    if self._adapters is not None:
+                        await self._adopt(self._adapters)
                 case "drain":
                     self.leave(_seconds(message.get("deadline_seconds"), self.options.drain_seconds))
                 case "stop":

@@ -59,6 +59,7 @@ class Case:
     work: float = 0.0
     ceiling: Shot | None = None
     ceiling_work: float = 0.0
+    ceiling_name: str = "read-sum"
     seconds: dict[str, list[float]] = field(default_factory=dict)  # contestant -> seconds a call, by repeat
 
     def contestants(self) -> dict[str, Shot]:
@@ -87,7 +88,7 @@ class Case:
             return None
         pairs = zip(self.seconds[OURS], self.seconds["ceiling"])
         values = tuple((self.work / ours) / (self.ceiling_work / top) for ours, top in pairs)
-        return Figure(f"{self.label}: bytes/s, share of read-sum", "share", "higher", values)
+        return Figure(f"{self.label}: bytes/s, share of {self.ceiling_name}", "share", "higher", values)
 
     def rows(self) -> list[dict[str, Any]]:
         return [self._row(peer) for peer in self.peers if self.seconds.get(peer.name)]
@@ -103,11 +104,14 @@ class Case:
         }  # fmt: skip
 
 
-def compete(cases: Sequence[Case], repeats: int, seed: int, report: Report) -> list[str]:
-    """Fills `seconds` of each case. Returns notes: which peer broke off and why. Raises what one of ours raises."""
+def compete(
+    cases: Sequence[Case], repeats: int, seed: int, report: Report, calls: int | None = None
+) -> list[str]:  # fmt: skip
+    """Fills `seconds` of each case. Returns notes: which peer broke off and why. Raises what one of ours raises.
+    `calls` a shot; None: as many as last SHOT_SECONDS."""
     order, notes = random.Random(seed), []
     alive = {(index, who): shot for index, case in enumerate(cases) for who, shot in case.contestants().items()}
-    calls: dict[tuple[int, str], int] = {}
+    counts: dict[tuple[int, str], int] = {}
     for number in range(repeats + 1):  # the first is to warm up, and says how many calls a shot needs
         report("warm-up" if number == 0 else f"repeat {number} of {repeats}")
         turn = list(alive)
@@ -117,9 +121,11 @@ def compete(cases: Sequence[Case], repeats: int, seed: int, report: Report) -> l
             time.sleep(PAUSE_SECONDS)
             try:
                 if number == 0:
-                    calls[key] = calibrate(alive[key])
+                    counts[key] = calls or calibrate(alive[key])
+                    if calls:
+                        alive[key](calls)
                 else:
-                    seconds = alive[key](calls[key]) / calls[key]
+                    seconds = alive[key](counts[key]) / counts[key]
                     cases[index].seconds.setdefault(who, []).append(seconds)
             except SkerryError as error:
                 if who in (OURS, "ceiling"):

@@ -115,7 +115,7 @@ int new_fiber() {
     return found;
   }
   machine->fibers.push_back(std::make_unique<Fiber>());
-  machine->fibers.back()->stack = std::make_unique<char[]>(kStack);
+  machine->fibers.back()->stack = std::make_unique_for_overwrite<char[]>(kStack);
   return static_cast<int>(machine->fibers.size()) - 1;
 }
 

@@ -5,8 +5,14 @@
 
 namespace skerry {
 
+#if defined(__CUDACC__)
+#  define SKERRY_ANYWHERE __host__ __device__
+#else
+#  define SKERRY_ANYWHERE
+#endif
+
 // One block: counter and key in, four words out (in place of the counter).
-inline void philox4x32(uint32_t counter[4], uint32_t key0, uint32_t key1) {
+SKERRY_ANYWHERE inline void philox4x32(uint32_t counter[4], uint32_t key0, uint32_t key1) {
   for (int round = 0; round < 10; ++round) {
     const uint64_t a = uint64_t{0xD2511F53u} * counter[0];
     const uint64_t b = uint64_t{0xCD9E8D57u} * counter[2];

@@ -4,8 +4,13 @@
 find_path(SKERRY_ORT_INCLUDE onnxruntime_cxx_api.h
   PATHS ${CMAKE_SOURCE_DIR}/build/ort/include /usr/include/onnxruntime /usr/local/include/onnxruntime
   PATH_SUFFIXES onnxruntime onnxruntime/core/session)
+if(NOT SKERRY_ORT_INCLUDE AND SKERRY_ORT STREQUAL "FOUND")
+  set(SKERRY_ORT OFF)
+  message(STATUS "ONNX Runtime headers: none found, so its library of ops is left out")
+  return()
+endif()
 if(NOT SKERRY_ORT_INCLUDE)
-  set(SKERRY_ORT_INCLUDE ${CMAKE_BINARY_DIR}/ort/include CACHE PATH "ONNX Runtime headers" FORCE)
+  set(fetched ${CMAKE_BINARY_DIR}/ort/include)
   set(upstream https://raw.githubusercontent.com/microsoft/onnxruntime/v1.21.0/include/onnxruntime/core/session)
   foreach(pair
       onnxruntime_c_api.h=7783e9664bdb0b1b36145b5c8587dd1bc9a399aa000edf2e3dd03003cafc6882
@@ -15,12 +20,13 @@ if(NOT SKERRY_ORT_INCLUDE)
     string(REPLACE "=" ";" pair ${pair})
     list(GET pair 0 name)
     list(GET pair 1 hash)
-    file(DOWNLOAD ${upstream}/${name} ${SKERRY_ORT_INCLUDE}/${name} EXPECTED_HASH SHA256=${hash} STATUS status)
+    file(DOWNLOAD ${upstream}/${name} ${fetched}/${name} EXPECTED_HASH SHA256=${hash} STATUS status)
     list(GET status 0 code)
     if(NOT code EQUAL 0)
       message(FATAL_ERROR "ONNX Runtime headers: no packaged copy found and ${name} could not be fetched. "
         "Install libonnxruntime-dev or set -DSKERRY_ORT_INCLUDE=<directory of onnxruntime_cxx_api.h>.")
     endif()
   endforeach()
+  set(SKERRY_ORT_INCLUDE ${fetched} CACHE PATH "ONNX Runtime headers" FORCE)
 endif()
 message(STATUS "ONNX Runtime headers: ${SKERRY_ORT_INCLUDE}")

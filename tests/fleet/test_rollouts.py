@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 
 from skerry.core.errors import Conflict
+from skerry.core.target import OPS, Device, Gpu, Offer
 from skerry.fleet import audit
 
 POLICY = {"waves": "1,100%", "soak_requests": 8, "soak_seconds": 0.0, "wave_deadline_seconds": 20.0, "min_requests": 4}
@@ -137,3 +139,20 @@ def test_failures_of_the_canary_turn_it_back(server, client, join, bundle):
             node.step(requests=8, failed=6 if on_bad else 0)
     done = client.rollout(started)
     assert done["state"] == "ROLLED_BACK" and "failed" in done["reason"]
+
+
+def test_each_node_gets_the_best_bundle_that_fits_and_is_told_why_no_better_one(server, client, join, bundle):
+    gpus = (Gpu("NVIDIA L4", 89, 24 << 30, "GPU-1"),)
+    offers = {"ort-cuda": Offer(OPS, ("f32.k16t",), (89,))}
+    plain = Device("x86_64", "Linux", 2, 8 << 30, missing={"ort-cuda": "no NVIDIA driver"})
+    fitted = Device("x86_64", "Linux", 2, 8 << 30, gpus, ("ort-cuda", "ort-cpu"), offers=offers)
+    small = replace(fitted, gpus=(replace(gpus[0], memory_bytes=1 << 20),))
+    nodes = [join(name, device=device) for name, device in (("plain", plain), ("gpu", fitted), ("small", small))]
+    server.publish([bundle(b"cpu"), bundle(b"gpu", target="ort-cuda")], "v1")
+    assert drive(client, nodes, client.start_rollout("v1", POLICY)["rollout"])["state"] == "SUCCEEDED"
+    assert [node.desired.manifest_path for node in nodes] == [
+        "v1/ort-cpu.manifest.json", "v1/ort-cuda.manifest.json", "v1/ort-cpu.manifest.json",
+    ]  # fmt: skip
+    told = [node.desired.passed_over for node in nodes]
+    assert told[0] == ("ort-cuda: needs backend ort-cuda, the node has ort-cpu (no NVIDIA driver)",)
+    assert told[1] == () and "MiB of GPU memory, the node's largest has 1" in told[2][0]

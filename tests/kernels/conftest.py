@@ -221,3 +221,15 @@ def make_bundle(tmp_path: Path) -> Callable[..., Bundle]:
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return tiny_bundle(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(params=["emulated", "gpu"])
+def device(request: pytest.FixtureRequest) -> Any:
+    """Where GPU kernels run: on the emulator, and on the GPU at hand. Skips what is not there."""
+    from skerry.core.errors import NotFound
+    from skerry.kernels.cuda_device import Emulated, Gpu
+
+    try:
+        return Emulated() if request.param == "emulated" else Gpu()
+    except NotFound as error:
+        pytest.skip(str(error))

@@ -183,6 +183,7 @@ def check_stored(case: Case, pages: np.ndarray) -> None:
     assert np.array_equal(before, after, equal_nan=True)
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("size", [64, 128, 256])
 @pytest.mark.parametrize(
     ("layout", "bfloat16"),
@@ -217,6 +218,7 @@ def test_padding_gives_zeros_and_slots_of_minus_one_write_nothing(device):
     check_stored(case, pages)
 
 
+@pytest.mark.sanitized
 def test_numbers_out_of_range_read_zeros_and_write_nothing(device):
     case = case_of(3, shape_of(2, 64, 1), [(20, 1)])
     wild = replace(case, slot=np.array([1 << 20], np.int32), block_table=np.full_like(case.block_table, 1 << 20))

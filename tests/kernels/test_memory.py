@@ -8,11 +8,11 @@ import pytest
 
 from skerry.core import memory
 from skerry.core.errors import IncompatibleError
-from skerry.core.target import KV_LAYOUTS, local_device
+from skerry.core.target import CUDA_KV_LAYOUTS, KV_LAYOUTS, local_device
 from skerry.core.target import incompatibility as refusal
 from skerry.kernels import runner
 from skerry.kernels.memory import bytes_of_pages, default_kv_bytes, fixed_parts, needed_bytes
-from skerry.kernels.pages import LAYOUTS
+from skerry.kernels.pages import ALL_LAYOUTS, LAYOUTS
 from skerry.kernels.runner import LEAST_PAGES, Runner
 
 PAGE_BYTES = 2 * 2 * 2 * 16 * 8 * 4
@@ -78,3 +78,4 @@ def test_pages_of_another_version_are_refused_by_name_wherever_they_are_met(bund
 
 def test_layouts_are_the_ones_that_core_knows():
     assert LAYOUTS == KV_LAYOUTS
+    assert ALL_LAYOUTS[len(LAYOUTS) :] == CUDA_KV_LAYOUTS

@@ -10,7 +10,7 @@ import ssl
 import threading
 import time
 from array import array
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -384,7 +384,7 @@ class Supervised:
     """A supervisor and its workers over bundles in slots, without a fleet: who should answer is set here. `turn` lets
     it work until something has come about."""
 
-    def __init__(self, directory: Path, paths: dict[str, Path], **options: Any) -> None:
+    def __init__(self, directory: Path, paths: dict[str, Path], extra: Sequence[str] = (), **options: Any) -> None:
         from skerry.core.bundle import read_manifest
         from skerry.runtime.process import Orphans
         from skerry.runtime.public import Responder, bind_public
@@ -400,7 +400,7 @@ class Supervised:
         self.public = bind_public("127.0.0.1", 0, orphans)
         self.url = f"http://127.0.0.1:{self.public.getsockname()[1]}"
         self.supervisor = Supervisor(
-            Responder(self.public), self.public, orphans, paths.__getitem__, lambda _: [],
+            Responder(self.public), self.public, orphans, paths.__getitem__, lambda _: extra,
             lambda *news: self._inbox.put(news), **options,
         )  # fmt: skip
 

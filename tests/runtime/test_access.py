@@ -54,6 +54,7 @@ def bearer(key: str) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"}
 
 
+@pytest.mark.faults("wrong and missing keys")
 def test_keys_are_tenants_and_the_admin_key_opens_both(start, run):
     async def scenario() -> None:
         access = Access((b"one", b"two", "sch\u00f6n".encode()), (b"root",))
@@ -186,6 +187,7 @@ def error_of(answer: bytes) -> dict[str, Any]:
     return json.loads(body)["error"] | {"status": int(head.split()[1])}
 
 
+@pytest.mark.faults("a client that sends its head byte by byte")
 def test_a_head_that_never_ends_is_given_up(start, run):
     async def scenario() -> None:
         async with start(protocol=guarded(head_seconds=0.4)) as server:
@@ -203,6 +205,7 @@ def test_a_head_that_never_ends_is_given_up(start, run):
     run(scenario())
 
 
+@pytest.mark.faults("a slow second head on a kept-alive connection")
 def test_a_kept_alive_connection_is_watched_too(start, run):
     async def scenario() -> None:
         async with start(protocol=guarded(head_seconds=0.4)) as server:
@@ -219,6 +222,7 @@ def test_a_kept_alive_connection_is_watched_too(start, run):
     run(scenario())
 
 
+@pytest.mark.faults("a body that goes on after its refusal")
 def test_a_body_that_nobody_reads_any_more_is_not_waited_for(start, run):
     async def scenario() -> None:
         options = Options(Access((b"one",)))
@@ -235,6 +239,7 @@ def test_a_body_that_nobody_reads_any_more_is_not_waited_for(start, run):
     run(scenario())
 
 
+@pytest.mark.faults("a client that reads nothing of its stream")
 def test_a_client_that_does_not_read_is_cut(start, run):
     async def scenario() -> None:
         async with start(protocol=guarded(write_seconds=0.4)) as server:
@@ -266,6 +271,7 @@ def test_slow_answers_are_no_slow_heads(start, fake, run):
     run(scenario())
 
 
+@pytest.mark.faults("bytes that are no HTTP")
 def test_what_is_no_http_gets_json(start, run):
     async def scenario() -> None:
         async with start() as server:
@@ -278,6 +284,7 @@ def test_what_is_no_http_gets_json(start, run):
     run(scenario())
 
 
+@pytest.mark.faults("more connections than the limit")
 def test_beyond_the_limit_newcomers_are_told(start, run):
     async def scenario() -> None:
         async with start(protocol=guarded(limit=3)) as server:

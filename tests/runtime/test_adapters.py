@@ -201,6 +201,7 @@ def test_adapters_share_no_prefix(start, run, tmp_path):
     run(scenario())
 
 
+@pytest.mark.faults("adapters that cannot be loaded")
 @pytest.mark.parametrize(
     ("fields", "status", "words"),
     [
@@ -353,6 +354,7 @@ def test_eight_requests_of_different_adapters_answer_as_each_alone(roomy, tmp_pa
     assert len({tuple(run_to_completion(engine, [one])[0]) for one in crossed}) == 5  # or the test would see nothing
 
 
+@pytest.mark.faults("adapters loaded, replaced and dropped under load")
 def test_adapters_come_and_go_under_load(roomy, start, tokenizer, run, tmp_path):
     """Twelve clients, each with its own adapter or none, while others are loaded, replaced and dropped."""
     engine = open_engine(roomy, slots=4)

@@ -280,6 +280,7 @@ def test_the_real_engine_scores_as_its_scorer_does(bundles):
     assert sequences[3].tokens[len(requests[3].prompt) :] == text
 
 
+@pytest.mark.faults("logits that are no numbers")
 def test_a_prompt_whose_logits_are_no_numbers_is_an_error(bundles):
     engine = OrtEngine(Runner.open(bundles(spoiled=64), threads=1, pages=16))
     pages, targets = [0, 1, 2, 3, 4], (97,) * 69

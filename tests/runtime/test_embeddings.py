@@ -169,6 +169,7 @@ def test_a_full_queue_is_429_and_later_parts_wait(start, fake, run):
     run(scenario())
 
 
+@pytest.mark.faults("a client that hangs up and one whose time is over, amid a list")
 def test_a_lost_client_and_a_deadline_free_everything(start, fake, run):
     engine = fake()
     engine.gate.clear()
@@ -321,6 +322,7 @@ def test_the_real_engine_pools_its_own_hidden_states(bundles, precision):
     assert run_to_completion(OrtEngine(runner), [Request((97, 98), 20, SamplingParams(seed=1))]) == generated
 
 
+@pytest.mark.faults("hidden states that are no numbers")
 def test_hidden_states_that_are_no_numbers_are_an_error(bundles):
     engine = OrtEngine(Runner.open(bundles(spoiled=64), threads=1, pages=16))
     for mean in (False, True):

@@ -53,6 +53,7 @@ def test_tokens_arrive_once_and_pages_come_back(fake):
     loop.close()
 
 
+@pytest.mark.faults("a request cancelled within a step")
 def test_cancelling_in_the_middle_of_a_step_frees_pages_before_it_ends(fake):
     engine = fake()
     engine.gate.clear()
@@ -69,6 +70,7 @@ def test_cancelling_in_the_middle_of_a_step_frees_pages_before_it_ends(fake):
     loop.close()
 
 
+@pytest.mark.faults("a request that makes its batch's step fail")
 def test_a_poisoned_request_costs_only_itself(fake):
     loop, inbox = start(fake(rows=10))
     good = loop.submit(*[request(output=3) for _ in range(4)])
@@ -89,6 +91,7 @@ def test_closing_ends_what_is_left_as_aborted(fake):
         loop.submit(request())
 
 
+@pytest.mark.faults("an engine that never gives a token")
 @pytest.mark.parametrize("broken", ["fails", "lies"])
 def test_an_engine_of_no_use_is_fatal_and_leaves_nobody_waiting(fake, broken):
     causes: list[str] = []

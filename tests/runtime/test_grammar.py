@@ -141,6 +141,7 @@ def test_a_mixed_batch_says_what_each_says_alone(make, fake):
     assert together == alone and [text[:40] for text in alone] == crowded
 
 
+@pytest.mark.faults("grammars that cannot compile")
 def test_what_is_no_grammar_is_refused_with_the_compilers_words(make):
     cases: list[tuple[str, Any, str]] = [
         ("regex", "(", "unclosed"), ("json", {"type": "nothing"}, "nothing"), ("json", {"not": {}}, "not"),
@@ -154,6 +155,7 @@ def test_what_is_no_grammar_is_refused_with_the_compilers_words(make):
         assert len(caught.value.cause) <= 300
 
 
+@pytest.mark.faults("a grammar whose compilation takes too long")
 def test_a_grammar_that_takes_too_long_is_refused_and_others_go_on(make, monkeypatch):
     monkeypatch.setattr("skerry.runtime.grammar.COMPILE_SECONDS", 0.05)
     make("regex", "ab")
@@ -179,6 +181,7 @@ def test_what_fails_inside_fails_at_masks_alone(make):
             constraint.masks()
 
 
+@pytest.mark.faults("a matcher that breaks while its request runs")
 def test_a_failed_grammar_costs_only_its_own_request(start, fake, run):
     async def scenario() -> None:
         async with start(fake()) as server:
@@ -241,6 +244,7 @@ SCHEMAS = st.recursive(
 )  # fmt: skip
 
 
+@pytest.mark.faults("any JSON schema (hypothesis)")
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(schema=SCHEMAS, seed=st.integers(0, 99))
 def test_any_schema_is_refused_or_its_texts_validate(make, schema: Any, seed: int):

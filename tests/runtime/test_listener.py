@@ -44,6 +44,7 @@ async def serve_on(sock: socket.socket, model: Model, engine: Any) -> tuple[List
     return listener, service
 
 
+@pytest.mark.faults("listeners swapped under kept-alive clients")
 @pytest.mark.slow
 def test_swaps_under_kept_alive_clients_lose_no_request(fake, tokenizer, run):
     from skerry.core.chat import ChatTemplate

@@ -205,6 +205,7 @@ def test_every_line_of_a_request_carries_its_id_also_from_its_threads(start, run
     assert "request_id" not in lines(out)[-1]
 
 
+@pytest.mark.faults("input that tries to forge log lines")
 @pytest.mark.parametrize("form", logs.FORMATS)
 def test_hostile_input_stays_within_its_line(captured, form):
     out = captured(form)
@@ -259,6 +260,7 @@ def test_text_is_readable_and_a_traceback_in_it_cannot_pass_for_a_line(start, ru
     assert [line for line in told if "forged" in line] and not [line for line in told if line.startswith("2026-01-31")]
 
 
+@pytest.mark.faults("a log that nobody reads")
 @pytest.mark.parametrize("size", [100, 1900])
 def test_a_reader_that_stalls_costs_lines_and_never_waits(captured, size):
     reader, writer = os.pipe()
@@ -302,6 +304,7 @@ def test_a_line_cut_short_ends_before_the_next_begins():
         ]  # fmt: skip
 
 
+@pytest.mark.faults("a log whose reader is gone")
 def test_a_reader_that_is_gone_fails_nothing(capsys):
     reader, writer = os.pipe()
     os.close(reader)

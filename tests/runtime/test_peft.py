@@ -204,6 +204,7 @@ OVERLAP = {
 }
 
 
+@pytest.mark.faults("weights with hostile headers")
 @pytest.mark.parametrize(
     "write",
     [
@@ -222,6 +223,7 @@ def test_hostile_weights(tmp_path, write):
         read(write(tmp_path / "a"))
 
 
+@pytest.mark.faults("an adapter's files cut anywhere")
 def test_files_cut_anywhere_are_refused(tmp_path):
     folder = write_peft(tmp_path / "a", pair(Q))
     for file in ("adapter_model.safetensors", "adapter_config.json"):
@@ -234,6 +236,7 @@ def test_files_cut_anywhere_are_refused(tmp_path):
     assert read(folder).rank == 4
 
 
+@pytest.mark.faults("an adapter's files with bytes flipped")
 def test_flipped_bytes_never_crash(tmp_path):
     folder = write_peft(tmp_path / "a", pair(Q))
     path = folder / "adapter_model.safetensors"
@@ -315,6 +318,7 @@ def test_links_do_not_lead_out_of_the_directory(tmp_path):
         read(root / "files", root=root)
 
 
+@pytest.mark.faults("adapters that do not fit the base")
 def test_an_adapter_of_another_base(tmp_path):
     base = Base("a" * 64, "Org/Model-1B")
     for changes in ({}, {"base_model_name_or_path": "org/model-1b"}, {"base_model_name_or_path": "/tmp/somewhere/else"},

@@ -73,6 +73,7 @@ def filled(fake: Any, directory: Path) -> PagePool:
     return pool
 
 
+@pytest.mark.faults("a damaged file of prefixes")
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_damaged_file_costs_pages_and_never_a_text(fake, tmp_path, data):

@@ -36,6 +36,7 @@ FIELDS = st.sampled_from([*sorted(CHAT | COMPLETION | HARMLESS | set(UNIMPLEMENT
 GOOD = {"messages": [{"role": "user", "content": "hi"}]}
 
 
+@pytest.mark.faults("any JSON as a request (hypothesis)")
 @settings(max_examples=400, deadline=None)
 @given(st.dictionaries(FIELDS, VALUES, max_size=5), st.booleans())
 def test_any_body_is_a_call_or_a_refusal(body: dict[str, Any], chat: bool):
@@ -50,6 +51,7 @@ def test_any_body_is_a_call_or_a_refusal(body: dict[str, Any], chat: bool):
         assert isinstance(call, Call) and 0 <= call.sampling.seed < 1 << 64
 
 
+@pytest.mark.faults("any bytes as a body (hypothesis)")
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=60))
 def test_any_bytes_are_an_object_or_a_refusal(raw: bytes):

@@ -62,6 +62,7 @@ def test_never_fits_is_refused_and_later_waits():
     assert second.state is State.RUNNING
 
 
+@pytest.mark.faults("a queue with room for one of two choices")
 def test_a_full_queue_refuses_all_choices_of_a_request_together():
     scheduler = Scheduler(PagePool(100, 4), 400, Limits(rows=1, queue=2))
     scheduler.submit(request(), request())
@@ -71,6 +72,7 @@ def test_a_full_queue_refuses_all_choices_of_a_request_together():
     scheduler.submit(request())
 
 
+@pytest.mark.faults("KV pages for fewer sequences than run")
 def test_the_youngest_is_preempted_and_its_text_does_not_change(fake):
     requests = [Request(tuple(range(i, i + 5)), 20, SamplingParams(seed=i)) for i in range(4)]
     alone = [run_to_completion(fake(), [r])[0] for r in requests]
@@ -86,6 +88,7 @@ def test_the_youngest_is_preempted_and_its_text_does_not_change(fake):
     assert scheduler.totals.preemptions > 0 and sequences[0].preemptions == 0 and scheduler.pool.used == 0
 
 
+@pytest.mark.faults("requests cancelled in every state")
 def test_cancel_frees_pages_at_once_in_every_state():
     scheduler = Scheduler(PagePool(100, 4), 400, Limits(rows=2, prefill_tokens=8))
     decoding, prefilling, waiting = scheduler.submit(request(prompt=4), request(prompt=50), request())
@@ -99,6 +102,7 @@ def test_cancel_frees_pages_at_once_in_every_state():
     assert scheduler.pool.used == 0 and not scheduler.has_work
 
 
+@pytest.mark.faults("random traffic with cancellations on 9, 17 and 64 pages")
 def test_random_traffic_never_loses_a_page_and_always_ends(fake):
     rng = random.Random(5)
     for pages in (9, 17, 64):

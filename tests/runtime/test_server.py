@@ -161,6 +161,7 @@ BAD_FIELDS = [
 ]  # fmt: skip
 
 
+@pytest.mark.faults("every parameter of the API at and beyond its edges")
 def test_bad_and_unimplemented_fields_are_refused_by_name(start, run):
     async def scenario() -> None:
         async with start() as server:
@@ -177,6 +178,7 @@ def test_bad_and_unimplemented_fields_are_refused_by_name(start, run):
     run(scenario())
 
 
+@pytest.mark.faults("broken JSON and UTF-8, deep nesting, numbers of thousands of digits")
 @pytest.mark.parametrize(
     "body",
     [
@@ -200,6 +202,7 @@ def test_malformed_bodies_are_400(start, run, body):
     run(scenario())
 
 
+@pytest.mark.faults("bodies beyond the limit, with a length and in chunks")
 def test_large_bodies_are_413_declared_or_chunked(start, run):
     async def scenario() -> None:
         async with start(options=Options(body_limit=2000)) as server:
@@ -218,6 +221,7 @@ def test_large_bodies_are_413_declared_or_chunked(start, run):
     run(scenario())
 
 
+@pytest.mark.faults("prompts longer than the context and than all KV pages")
 def test_what_can_never_fit_is_400_and_what_fits_later_waits(start, fake, run):
     async def scenario() -> None:
         async with start(fake(pages=8, page_size=4)) as server:  # 32 tokens in all
@@ -236,6 +240,7 @@ def test_what_can_never_fit_is_400_and_what_fits_later_waits(start, fake, run):
     run(scenario())
 
 
+@pytest.mark.faults("a full queue")
 def test_a_full_queue_answers_429_with_retry_after(start, fake, run):
     async def scenario() -> None:
         engine = fake()
@@ -253,6 +258,7 @@ def test_a_full_queue_answers_429_with_retry_after(start, fake, run):
     run(scenario())
 
 
+@pytest.mark.faults("clients that hang up while they run and while they wait")
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_lost_client_frees_its_pages_running_or_queued(start, fake, say, run, stream):
     async def scenario() -> None:
@@ -273,6 +279,7 @@ def test_a_lost_client_frees_its_pages_running_or_queued(start, fake, say, run, 
     run(scenario())
 
 
+@pytest.mark.faults("clients that hang up in the middle of their body")
 def test_a_client_that_leaves_within_its_body_is_no_failure(start, run):
     async def scenario() -> None:
         async with start() as server:
@@ -292,6 +299,7 @@ def test_a_client_that_leaves_within_its_body_is_no_failure(start, run):
     run(scenario())
 
 
+@pytest.mark.faults("a step that fails for one request of a batch")
 def test_a_failing_request_gets_500_and_the_engine_goes_on(start, fake, run):
     async def scenario() -> None:
         async with start(fake(rows=20)) as server:
@@ -311,6 +319,7 @@ def test_a_failing_request_gets_500_and_the_engine_goes_on(start, fake, run):
     run(scenario())
 
 
+@pytest.mark.faults("an engine of which every step fails")
 def test_an_engine_that_always_fails_is_fatal(start, fake, run):
     async def scenario() -> None:
         async with start(fake(fail_all=True)) as server:
@@ -379,6 +388,7 @@ def test_health_models_metrics_and_unknown_paths(start, run):
     run(scenario())
 
 
+@pytest.mark.faults("a drain while requests run")
 def test_draining_without_a_successor_refuses_and_finishes_what_runs(start, fake, say, run):
     async def scenario() -> None:
         engine = fake(script=say("x" * 40), delay=0.01)
@@ -399,6 +409,7 @@ def test_draining_without_a_successor_refuses_and_finishes_what_runs(start, fake
     run(scenario())
 
 
+@pytest.mark.faults("a drain whose deadline passes while an answer streams")
 def test_the_deadline_aborts_with_a_final_error_event(start, fake, say, run):
     async def scenario() -> None:
         engine = fake(script=say("x", end=False), delay=0.01, max_context=100_000, pages=30_000)
@@ -415,6 +426,7 @@ def test_the_deadline_aborts_with_a_final_error_event(start, fake, say, run):
     run(scenario())
 
 
+@pytest.mark.faults("timeouts while waiting, in prefill and in decode")
 def test_a_deadline_ends_a_request_wherever_it_is(start, run, fake):
     """In the queue, before its first token, and in the middle of a stream."""
 
@@ -433,6 +445,7 @@ def test_a_deadline_ends_a_request_wherever_it_is(start, run, fake):
     run(scenario())
 
 
+@pytest.mark.faults("a request that waits longer than the queue's patience")
 def test_the_queues_patience_ends_with_503(start, run, fake):
     async def scenario() -> None:
         async with start(fake(delay=0.05), limits=Limits(rows=1, queue_seconds=0.2)) as server:

@@ -80,6 +80,7 @@ def swap_to(node: Any, slot: str) -> None:
     node.turn(lambda: not supervisor.draining)
 
 
+@pytest.mark.faults("swaps and reverts under load")
 @pytest.mark.slow
 @pytest.mark.timeout(60 + 6 * SWAPS)
 def test_swaps_and_reverts_under_load_fail_no_request(bundles: Callable[..., Path], supervised: Any) -> None:
@@ -101,6 +102,7 @@ def test_swaps_and_reverts_under_load_fail_no_request(bundles: Callable[..., Pat
     assert len(list(Path("/proc/self/fd").iterdir())) <= open_files + 8, "descriptors are not left behind"
 
 
+@pytest.mark.faults("SIGKILL of a worker under load")
 def test_a_worker_killed_under_load_is_replaced_and_costs_only_what_it_held(
     bundles: Callable[..., Path], supervised: Any
 ) -> None:

@@ -123,6 +123,7 @@ def test_ready_accept_serve_report_drain(agent, bundles):
     assert worker.process.wait(10) == 0
 
 
+@pytest.mark.faults("a swap of workers under load")
 def test_a_swap_under_load_fails_no_request(agent, bundles):
     first = agent.start(bundles()).serving()
     stop, failures, count = threading.Event(), [], [0]
@@ -155,6 +156,7 @@ def test_a_swap_under_load_fails_no_request(agent, bundles):
     assert second.process.wait(10) == 0
 
 
+@pytest.mark.faults("SIGTERM, and an agent that is gone, while a request runs")
 @pytest.mark.parametrize("how", ["sigterm", "agent gone"])
 def test_it_drains_on_sigterm_and_when_orphaned(agent, bundles, how):
     worker = agent.start(bundles()).serving()
@@ -169,6 +171,7 @@ def test_it_drains_on_sigterm_and_when_orphaned(agent, bundles, how):
     assert worker.process.wait(15) == 0
 
 
+@pytest.mark.faults("an engine that misses its golden prompts; a damaged bundle")
 def test_a_failed_golden_check_or_a_broken_bundle_is_fatal(agent, bundles, tmp_path):
     worker = agent.start(bundles(golden_offset=2.0))
     assert worker.wait_for("golden")["ok"] is False
@@ -184,6 +187,7 @@ def test_a_failed_golden_check_or_a_broken_bundle_is_fatal(agent, bundles, tmp_p
     assert worker.process.wait(10) == 1
 
 
+@pytest.mark.faults("an engine that needs more memory than there is")
 def test_an_engine_too_large_or_too_short_is_fatal_and_says_why(agent, bundles):
     worker = agent.start(bundles(), "--memory-bytes", str(1 << 50))
     error = worker.wait_for("fatal")["error"]
@@ -195,6 +199,7 @@ def test_an_engine_too_large_or_too_short_is_fatal_and_says_why(agent, bundles):
     assert worker.process.wait(10) == 1
 
 
+@pytest.mark.faults("rotary tables that hold no numbers beyond a position")
 def test_a_defect_beyond_a_context_length_costs_that_request_only(agent, bundles):
     worker = agent.start(bundles(spoiled=64), "--window-requests", "4").serving()
     assert ask(agent.url).status_code == 200
@@ -302,6 +307,7 @@ def test_interrupted_before_it_was_ready_is_130(bundles):
     assert process.returncode == (0 if "Serving" in out else 130)
 
 
+@pytest.mark.faults("a step that never ends")
 def test_an_engine_whose_step_never_ends_ends_the_process(monkeypatch, tmp_path):
     """The step itself cannot be stopped from within, so the process goes, and the agent starts another."""
     import asyncio
@@ -356,6 +362,7 @@ def test_a_variable_that_cannot_be_met_stops_serve_and_no_worker_of_an_agent(age
     assert process.returncode == 2 and "'grpc' is not spoken here" in errors
 
 
+@pytest.mark.faults("a log pipe that is full")
 def test_a_worker_serves_on_while_nobody_reads_its_log(bundles):
     process = start_serve(bundles(), "--port", "0")  # a pipe holds 64 KiB
     try:

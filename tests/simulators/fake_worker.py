@@ -1,9 +1,9 @@
 """A worker that speaks the agent's contract without an engine. Its bundle's graph.onnx says how it behaves (JSON):
 
-    {"load": seconds, "golden": bool, "fatal": bool, "lie": bool, "mute": bool}
+    {"load": seconds, "golden": bool, "fatal": bool or the GPU it is fatal on, "lie": bool, "mute": bool}
 
-and its HTTP paths what it does: GET / answers {"version", "pid"}; /fail answers 500 and counts as failed; /crash dies
-if {"crash": true}; /slow takes a second; /window reports one window. Standard library only: it starts in 50 ms.
+and its HTTP paths what it does: GET / answers {"version", "pid", "gpu"}; /fail answers 500 and counts as failed; /crash
+dies if {"crash": true}; /slow takes a second; /window reports one window. Standard library only: it starts in 50 ms.
 """
 
 import argparse
@@ -46,7 +46,7 @@ class Worker:
     def run(self) -> None:
         threading.Thread(target=self.listen, daemon=True).start()
         time.sleep(self.behaviour.get("load", 0.0))
-        if self.behaviour.get("fatal"):
+        if self.behaviour.get("fatal") in (True, os.environ.get("CUDA_VISIBLE_DEVICES", "cpu")):
             self.send("fatal", error={"code": "engine_error", "message": "weights are of the wrong shape"})
             sys.exit(1)
         if self.behaviour.get("mute"):
@@ -98,7 +98,8 @@ class Worker:
             if path == "/window":
                 self.window()
             status = 500 if path == "/fail" and self.behaviour.get("fails", True) else 200
-            body = json.dumps({"version": self.manifest["version"], "pid": os.getpid()}).encode()
+            gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+            body = json.dumps({"version": self.manifest["version"], "pid": os.getpid(), "gpu": gpu}).encode()
             text = f"HTTP/1.1 {status} X\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
             connection.sendall(text.encode() + body)
         with self.lock:

@@ -203,13 +203,13 @@ def make_agent(tmp_path: Path, control: Any) -> Iterator[Callable[..., LocalAgen
 
     made: list[LocalAgent] = []
 
-    def make(name: str = "edge", **settings: Any) -> LocalAgent:
+    def make(name: str = "edge", device: Any = None, **settings: Any) -> LocalAgent:
         directory = tmp_path / name
         if not (directory / "node.json").exists():
             identity.join(directory, control.url, "good-token", name)
         defaults = {"port": 0, "worker_command": FAKE_WORKER, "probation_seconds": 0.2, "drain_seconds": 2.0,
                     "warm_seconds": 10.0, "probation_requests": 1000}  # fmt: skip
-        made.append(LocalAgent(Agent(directory, NodeSettings(**{**defaults, **settings}))))
+        made.append(LocalAgent(Agent(directory, NodeSettings(**{**defaults, **settings}), device)))
         return made[-1]
 
     yield make

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from skerry.core.wire import generate_key, sign_document
+from skerry.runtime.places import CPU
 from skerry.runtime.update import Step
 
 
@@ -90,6 +91,7 @@ def test_the_digest_reported_is_the_workers_own(control: Any, make_bundle: Any, 
     assert version(agent) == "v1" and wish["engine_digest"] in agent.quarantine
 
 
+@pytest.mark.faults("an update whose worker dies, hangs or fails while it loads")
 @pytest.mark.parametrize(
     ("behaviour", "reason"),
     [
@@ -112,6 +114,7 @@ def test_an_engine_that_does_not_warm_up_is_turned_back(
     assert control.beat["engine_digest"] == control.v1["engine_digest"]
 
 
+@pytest.mark.faults("a first engine that does not start")
 def test_a_first_engine_that_is_no_good_leaves_a_clear_answer(
     control: Any, make_bundle: Any, make_agent: Any, until: Any
 ) -> None:
@@ -134,7 +137,7 @@ def test_an_engine_that_cannot_be_started_is_retried_with_patience(
     verified = []
     held = agent.slots.held
     monkeypatch.setattr(agent.slots, "held", lambda *a, **k: verified.append(a) or held(*a, **k))
-    monkeypatch.setattr(agent.supervisor, "_command", ["/bin/false"])
+    monkeypatch.setattr(agent.supervisor.lanes[CPU], "_command", ["/bin/false"])
     os.kill(ask(agent)[1]["pid"], signal.SIGKILL)
     until(lambda: agent.reports.crashes >= 4)
     assert len(verified) <= 2 * agent.reports.crashes and not agent.quarantine.digests
@@ -144,6 +147,7 @@ def test_an_engine_that_cannot_be_started_is_retried_with_patience(
     until(lambda: version(agent) == "v1")
 
 
+@pytest.mark.faults("a worker that dies in probation")
 def test_a_crash_in_probation_reverts_and_the_digest_never_comes_back_by_itself(
     control: Any, make_bundle: Any, serving: Any, make_agent: Any, until: Any
 ) -> None:
@@ -165,6 +169,7 @@ def test_a_crash_in_probation_reverts_and_the_digest_never_comes_back_by_itself(
     until(lambda: not agent.supervisor.workers() or all(w.state == "gone" for w in agent.supervisor.workers()))
 
 
+@pytest.mark.faults("an engine that fails requests in probation")
 def test_too_many_failures_in_probation_revert_while_the_old_engine_is_brought_back(
     control: Any, make_bundle: Any, serving: Any, until: Any
 ) -> None:
@@ -203,6 +208,7 @@ def test_going_back_after_commit_fetches_nothing_again(
     assert version(agent) == "v1" and len(control.blob_requests) == fetched
 
 
+@pytest.mark.faults("a committed engine that dies again and again")
 def test_a_crash_loop_after_commit_falls_back_to_the_other_slot(
     control: Any, make_bundle: Any, serving: Any, until: Any
 ) -> None:
@@ -219,6 +225,7 @@ def test_a_crash_loop_after_commit_falls_back_to_the_other_slot(
     assert agent.slots.current().release == "v1"
 
 
+@pytest.mark.faults("a worker that dies once")
 def test_a_crashed_worker_is_started_again(control: Any, serving: Any, until: Any) -> None:
     agent = serving()
     before = ask(agent)[1]["pid"]
@@ -228,6 +235,7 @@ def test_a_crashed_worker_is_started_again(control: Any, serving: Any, until: An
     assert until(lambda: control.of_kind("worker.crashed"))[0]["reason"] == "killed by SIGKILL"
 
 
+@pytest.mark.faults("replayed and forged desired states")
 def test_replayed_and_forged_desired_states_change_nothing(
     control: Any, make_bundle: Any, serving: Any, until: Any
 ) -> None:
@@ -246,6 +254,7 @@ def test_replayed_and_forged_desired_states_change_nothing(
     assert version(agent) == "v2" and agent.director.desired.generation == 2
 
 
+@pytest.mark.faults("expired metadata")
 def test_expired_metadata_blocks_installs_but_not_serving(
     control: Any, make_bundle: Any, serving: Any, until: Any
 ) -> None:
@@ -274,6 +283,7 @@ def test_a_bundle_for_another_device(control: Any, make_bundle: Any, serving: An
     assert control.blob_requests == [] and version(agent) == "v1"
 
 
+@pytest.mark.faults("a tampered chunk")
 def test_a_tampered_chunk_is_never_installed(control: Any, make_bundle: Any, serving: Any, until: Any) -> None:
     agent = serving()
     wish = control.publish(make_bundle("v2"))
@@ -285,6 +295,7 @@ def test_a_tampered_chunk_is_never_installed(control: Any, make_bundle: Any, ser
     until(lambda: version(agent) == "v2")
 
 
+@pytest.mark.faults("a full disk in the middle of a download")
 def test_a_full_disk_leaves_nothing_half_installed(
     control: Any, make_bundle: Any, serving: Any, until: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,6 +316,7 @@ def test_a_full_disk_leaves_nothing_half_installed(
     until(lambda: version(agent) == "v2")
 
 
+@pytest.mark.faults("a control plane that is gone, slow, or answers nonsense")
 @pytest.mark.parametrize("mode", ["down", "garbage", "hang"])
 def test_serving_goes_on_whatever_the_control_plane_does(
     control: Any, make_bundle: Any, serving: Any, until: Any, mode: str

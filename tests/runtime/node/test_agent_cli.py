@@ -112,6 +112,7 @@ def test_one_agent_per_directory_and_a_clean_stop(
     until(lambda: "agent.stopped" in control.kinds())
 
 
+@pytest.mark.faults("SIGKILL of the agent")
 @pytest.mark.slow
 @pytest.mark.e2e
 def test_a_killed_agents_worker_neither_lives_on_nor_blocks_the_port(

@@ -41,6 +41,7 @@ def version(agent: Any) -> str | None:
     return answers(agent).get("version")
 
 
+@pytest.mark.faults("a disk that refuses the journal")
 def test_a_journal_that_cannot_be_written_begins_nothing(
     control: Any, make_bundle: Any, installed: Any, until: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,6 +60,7 @@ def test_a_journal_that_cannot_be_written_begins_nothing(
     assert len(control.of_kind("disk.error")) == 1
 
 
+@pytest.mark.faults("a crash in probation on a disk that refuses the journal")
 def test_a_crash_in_probation_goes_back_even_when_it_cannot_be_recorded(
     control: Any, make_bundle: Any, installed: Any, until: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,6 +96,7 @@ def test_without_a_boot_number_it_serves_and_keeps_silent(
     assert "Read-only" in agent.status()["control_error"] and control.heartbeats == [] and control.last == {}
 
 
+@pytest.mark.faults("an installed bundle that is damaged")
 def test_a_damaged_bundle_is_replaced_by_the_other_slot_and_fetched_again(
     control: Any, make_bundle: Any, installed: Any, until: Any
 ) -> None:
@@ -121,6 +124,7 @@ def test_a_damaged_only_bundle_is_fetched_again(control: Any, installed: Any, un
     assert control.beat and len(control.blob_requests) == 1
 
 
+@pytest.mark.faults("a file size limit of the process")
 @pytest.mark.slow
 @pytest.mark.e2e
 def test_a_file_size_limit_in_a_real_process(

@@ -38,6 +38,7 @@ def survive(point: str, node: Any, until: Callable[..., Any], want: Callable[[],
     assert node.stop() == 0, point
 
 
+@pytest.mark.faults("SIGKILL of the agent at every step of an update")
 @pytest.mark.slow
 @pytest.mark.e2e
 def test_killed_at_every_step_of_a_good_update(
@@ -48,6 +49,7 @@ def test_killed_at_every_step_of_a_good_update(
     run_all(FORWARD, "v2", control, (v1, old, new), make_node, install_bundle, until)
 
 
+@pytest.mark.faults("SIGKILL of the agent at every step of a reverted update")
 @pytest.mark.slow
 @pytest.mark.e2e
 def test_killed_at_every_step_of_an_update_that_is_reverted(

@@ -89,6 +89,7 @@ def follow(view: View, move: str) -> View:
     return replace(view, incoming_ready=view.incoming is not None)
 
 
+@pytest.mark.faults("memory for one worker only, during a swap")
 @pytest.mark.parametrize(("free", "needs"), [(1 << 20, 0), (1 << 40, 1 << 41)])
 def test_with_memory_for_one_the_old_worker_goes_first_and_clients_wait(
     supervised: Any, make_bundle: Callable[..., Path], fake_worker: tuple[str, ...], free: int, needs: int
@@ -113,6 +114,7 @@ def test_with_memory_for_one_the_old_worker_goes_first_and_clients_wait(
     assert "swap.drain_first" in [notice.kind for notice in supervisor.notices]
 
 
+@pytest.mark.faults("SIGSTOP of a worker")
 def test_a_worker_that_hangs_is_ended_and_replaced(
     supervised: Any, make_bundle: Callable[..., Path], fake_worker: tuple[str, ...]
 ) -> None:
