@@ -26,6 +26,11 @@ std::string check(const PagedAttentionTask& t, bool bfloat16, const CudaDevice& 
   if (t.tokens < 0 || t.sequences < 1 || t.table_width < 0 || t.pages < 0) return "negative sizes, or no sequence";
   if (t.pages > std::numeric_limits<int32_t>::max() / kPage)
     return number(t.pages) + " pages: slots are 32-bit numbers";
+  if (t.table_width > std::numeric_limits<int32_t>::max() / kPage)
+    return "a block table of " + number(t.table_width) + " pages";
+  for (const void* at : {t.q, t.k, t.v, static_cast<const void*>(t.out), static_cast<const void*>(t.kv)})
+    if (reinterpret_cast<uintptr_t>(at) % 16 != 0)
+      return "q, k, v, the result and pages begin at multiples of 16 bytes";
   for (const int64_t stride : {t.page_stride, t.head_stride, t.token_stride, t.value_offset, t.scale_offset})
     if (stride < 0 || stride % 16 != 0) return "a stride of " + number(stride) + " bytes, multiples of 16 are needed";
   if (t.token_stride > std::numeric_limits<int32_t>::max() / kPage)

@@ -337,6 +337,14 @@ def test_blocks_are_as_many_as_run_at_once_however_long_the_tables_are():
     assert blocks == device.multiprocessors * (device.shared_bytes // shared)
 
 
+def test_addresses_between_multiples_of_16_are_refused():
+    case = case_of(14, shape_of(2, 64, 1), [(3, 1)])
+    step = Step(out=case.q, **{name: getattr(case, name) for name in cuda_attention.POINTERS if name != "out"})
+    between = np.empty(case.q.size + 1, np.float16)[1:].reshape(case.q.shape)
+    with pytest.raises(InputError, match="multiples of 16 bytes"):
+        cuda_attention.plan(opened(Emulated), case.shape, case.layout, False, replace(step, q=between), 1, 256)
+
+
 def test_addresses_have_64_bits(monkeypatch):
     """Pages that lie 1.5 GiB apart; what nobody touches of it takes no memory."""
     device = opened(Emulated)
