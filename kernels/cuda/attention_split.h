@@ -5,10 +5,7 @@
 
 namespace skerry::cuda {
 
-// Of one tile over some keys: maxima [16], sums [16], weighted values [16][D], in floats.
-template <int D>
-inline constexpr int kPartFloats = static_cast<int>(part_floats(D));
-
+// What a warp found, as the maxima of 16 rows, their sums, their weighted values [16][D].
 template <class E, int D>
 DEVICE void keep_part(const Rows<E, D, 1>& rows, float* part) {
   const int lane = static_cast<int>(threadIdx.x % 32), row = lane / 4;
@@ -26,19 +23,41 @@ DEVICE void keep_part(const Rows<E, D, 1>& rows, float* part) {
   }
 }
 
+// Four elements of a row over some keys.
 struct Merged {
-  float max, sum, value;
+  float max, sum;
+  float4 value;
+
+  DEVICE void add(float other_max, float other_sum, const float4& other) {
+    const float top = fmaxf(max, other_max), keep = weight(max, top), take = weight(other_max, top);
+    max = top;
+    sum = fmaf(other_sum, take, sum * keep);
+    value.x = fmaf(other.x, take, value.x * keep);
+    value.y = fmaf(other.y, take, value.y * keep);
+    value.z = fmaf(other.z, take, value.z * keep);
+    value.w = fmaf(other.w, take, value.w * keep);
+  }
 };
 
-// Element d of a row over `count` parts that lie `stride` floats apart.
-DEVICE Merged merged(const float* parts, int count, int64_t stride, int row, int d, int head_size) {
-  Merged all = {-INFINITY, 0, 0};
-  for (int i = 0; i < count; ++i) all.max = fmaxf(all.max, parts[i * stride + row]);
-  for (int i = 0; i < count; ++i) {
-    const float* part = parts + i * stride;
-    const float share = weight(part[row], all.max);
-    all.sum = fmaf(part[kTile + row], share, all.sum);
-    all.value = fmaf(part[2 * kTile + row * head_size + d], share, all.value);
+// Elements d to d + 3 of a row over `count` parts of `rows` rows, `stride` floats apart. Eight are fetched at a time:
+// one after the other, 128 splits would take longer to merge than to compute.
+template <int D>
+DEVICE Merged merged(const float* parts, int count, int64_t stride, int rows, int row, int d) {
+  constexpr int kAtOnce = 8;
+  Merged all = {-INFINITY, 0, {0, 0, 0, 0}};
+  for (int first = 0; first < count; first += kAtOnce) {
+    float max[kAtOnce], sum[kAtOnce];
+    float4 value[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const float* part = parts + min(first + i, count - 1) * stride;
+      max[i] = part[row];
+      sum[i] = part[rows + row];
+      value[i] = *reinterpret_cast<const float4*>(part + 2 * rows + row * D + d);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i)
+      if (first + i < count) all.add(max[i], sum[i], value[i]);
   }
   return all;
 }

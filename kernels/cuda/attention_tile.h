@@ -49,8 +49,8 @@ struct Rows {
   }
 };
 
-// exp2 of what lies below a maximum; a row that has seen nothing has no maximum, and its weights are 0.
-DEVICE float weight(float score, float max) { return exp2f(score - (max == -INFINITY ? 0.0f : max)); }
+// 2 to the power of what lies below a maximum; a row that has seen nothing has no maximum, and its weights are 0.
+DEVICE float weight(float score, float max) { return exp2_approx(score - (max == -INFINITY ? 0.0f : max)); }
 
 struct Scores {
   float scale;    // of q.k, times log2(e)
@@ -129,10 +129,12 @@ DEVICE void attend(Rows<E, D, kTiles>& rows, const unsigned char* q, const unsig
         s[t][n][i] = weight(s[t][n][i], top[i / 2]);
         rows.sum[t][i / 2] += s[t][n][i];
       }
+    if (__any_sync(~0u, !(shrink[0] == 1 && shrink[1] == 1))) {  // rare, once the first keys have been seen
 #pragma unroll
-    for (int d = 0; d < D / 8; ++d)
+      for (int d = 0; d < D / 8; ++d)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) rows.o[t][d][i] *= shrink[i / 2];
+        for (int i = 0; i < 4; ++i) rows.o[t][d][i] *= shrink[i / 2];
+    }
   }
   const unsigned char* v_at = v + (lane % 16) * kRow + (lane / 16) * 16;
 #pragma unroll

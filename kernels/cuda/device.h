@@ -33,6 +33,13 @@ DEVICE uint32_t load_acquire(const uint32_t* p) {
 
 DEVICE void pause() { __nanosleep(20); }
 
+// 2^x within 2 ulp, below 2^-126 zero.
+DEVICE float exp2_approx(float x) {
+  float value;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+  return value;
+}
+
 DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
 // Four 8x8 matrices of 16-bit elements: lane i names row i % 8 of matrix i / 8 (16 bytes, aligned); register m of lane

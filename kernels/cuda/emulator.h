@@ -214,6 +214,7 @@ DEVICE uint32_t load_acquire(const uint32_t* p) {
   return *p;
 }
 DEVICE void pause() { emulator::yield(); }
+DEVICE float exp2_approx(float x) { return std::exp2(x); }
 DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
   std::memcpy(r, emulator::load_matrices(row, false).r, sizeof r);
 }

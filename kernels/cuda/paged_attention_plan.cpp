@@ -7,7 +7,8 @@
 namespace skerry::cuda {
 namespace {
 
-constexpr int kStages = 3, kMostWarps = 4;
+constexpr int kStages = 3;
+constexpr int64_t kMostThreads = 2'048;  // of a multiprocessor
 
 std::string check(const PagedAttentionTask& t, bool bfloat16, const CudaDevice& device) {
   const auto number = [](int64_t n) { return std::to_string(n); };
@@ -25,26 +26,32 @@ std::string check(const PagedAttentionTask& t, bool bfloat16, const CudaDevice& 
   if (t.tokens < 0 || t.sequences < 1 || t.table_width < 0 || t.pages < 0) return "negative sizes, or no sequence";
   if (t.pages > std::numeric_limits<int32_t>::max() / kPage)
     return number(t.pages) + " pages: slots are 32-bit numbers";
-  for (const int64_t stride : {t.page_stride, t.head_stride, t.token_stride, t.value_offset})
+  if (t.table_width > std::numeric_limits<int32_t>::max() / kPage)
+    return "a block table of " + number(t.table_width) + " pages";
+  for (const void* at : {t.q, t.k, t.v, static_cast<const void*>(t.out), static_cast<const void*>(t.kv)})
+    if (reinterpret_cast<uintptr_t>(at) % 16 != 0)
+      return "q, k, v, the result and pages begin at multiples of 16 bytes";
+  for (const int64_t stride : {t.page_stride, t.head_stride, t.token_stride, t.value_offset, t.scale_offset})
     if (stride < 0 || stride % 16 != 0) return "a stride of " + number(stride) + " bytes, multiples of 16 are needed";
-  if (t.scale_offset % 4 != 0) return "scales at " + number(t.scale_offset) + " bytes";
+  if (t.token_stride > std::numeric_limits<int32_t>::max() / kPage)
+    return "a token's stride of " + number(t.token_stride) + " bytes";
   return "";
 }
 
 struct Bytes {
   int64_t row, page;  // of E, padded
-  int64_t codes;      // of a page's keys and values as codes
+  int64_t codes;      // of a page as codes, with their scales
   bool wide;
 
   explicit Bytes(const PagedAttentionTask& t)
       : row(t.head_size * 2 + kRowPadding),
         page(2 * kPage * row),
-        codes(2 * kPage * t.head_size),
+        codes(2 * kPage * t.head_size + kScaleBytes),
         wide(t.stored == Stored::kWide) {}
   int64_t few(int warps) const { return 16 + kTile * row + warps * (wide ? kStages * page : kStages * codes + page); }
   int64_t many(int tiles, int keys) const {
     const int64_t steps = keys / kPage;
-    return kMostWarps * tiles * kTile * row + steps * (wide ? 2 * page : 2 * codes + page);
+    return kWarps * tiles * kTile * row + steps * (wide ? 2 * page : 2 * codes + page);
   }
 };
 
@@ -73,7 +80,10 @@ std::string plan_paged_attention(PagedAttentionTask task, bool bfloat16, int64_t
   task.splits = std::max(1, (task.table_width * kPage + kSplit - 1) / kSplit);
   const int64_t places = int64_t{task.sequences} * task.kv_heads * task.tiles;
   const int64_t counts = (places * static_cast<int64_t>(sizeof(uint32_t)) + 15) / 16 * 16;
-  const int64_t parts = task.splits > 1 ? places * task.splits * part_floats(task.head_size) : 0;
+  task.part_rows =
+      static_cast<int32_t>(std::min<int64_t>(most_rows + most_rows % 2, kTile));  // even: float4 after them
+  task.part_floats = task.part_rows * (2 + task.head_size);
+  const int64_t parts = task.splits > 1 ? places * task.splits * task.part_floats : 0;
   scratch_bytes = counts + parts * static_cast<int64_t>(sizeof(float));
   if (scratch == nullptr) return "";
   task.arrived = static_cast<uint32_t*>(scratch);
@@ -83,17 +93,19 @@ std::string plan_paged_attention(PagedAttentionTask task, bool bfloat16, int64_t
   const std::string kind = (bfloat16 ? "bf16_" : "f16_") + std::to_string(task.head_size);
   const int64_t warps = int64_t{task.tokens} * task.kv_heads;
   launches.push_back(launch(bfloat16 ? "rope_append_bf16" : "rope_append_f16", task,
-                            std::max<int64_t>(1, (warps + kMostWarps - 1) / kMostWarps), 1, 1, kMostWarps, 0));
-  int few = kMostWarps;
+                            std::max<int64_t>(1, (warps + kWarps - 1) / kWarps), 1, 1, kWarps, 0));
+  int few = kWarps;
   while (few > 1 && bytes.few(few) > device.shared_bytes) few /= 2;
-  launches.push_back(launch("paged_attention_few_" + kind, task, int64_t{task.sequences} * task.tiles, task.kv_heads,
-                            task.splits, few, bytes.few(few)));
+  const int64_t at_once = std::clamp<int64_t>(device.shared_bytes / bytes.few(few), 1, kMostThreads / (32 * few));
+  launches.push_back(launch("paged_attention_few_" + kind, task,
+                            std::min(places * task.splits, at_once * std::max(1, device.multiprocessors)), 1, 1, few,
+                            bytes.few(few)));
   if (most_rows > kFewRows) {
     const int keys = task.head_size == 256 ? 16 : 32;
     const int tiles = task.head_size < 256 && bytes.many(2, keys) <= device.shared_bytes ? 2 : 1;
-    const int64_t blocks = task.tokens * group / (kMostWarps * tiles * kTile) + task.sequences;
+    const int64_t blocks = task.tokens * group / (kWarps * tiles * kTile) + task.sequences;
     launches.push_back(launch("paged_attention_many" + std::to_string(tiles) + "_" + kind, task, blocks, task.kv_heads,
-                              1, kMostWarps, bytes.many(tiles, keys)));
+                              1, kWarps, bytes.many(tiles, keys)));
   }
   for (const Launch& one : launches)
     if (one.shared_bytes > device.shared_bytes)

@@ -8,18 +8,21 @@ namespace {
 
 constexpr int kPairs = 4;  // of a lane: heads have at most 256 elements
 
-// What lane `lane` holds of a head: elements 2 lane, 2 lane + 1 and those 64, 128 and 192 on.
+// What lane `lane` holds of a head: elements 2 lane, 2 lane + 1 and those 64, 128 and 192 on; turned unless `turn` is
+// -1.
 struct Head {
   float x[2 * kPairs];
 };
 
 template <class E>
-DEVICE Head read_head(const PagedAttentionTask& task, const E* head, int token, bool turn, int lane) {
+DEVICE Head read_head(const PagedAttentionTask& task, const E* head, int64_t turn, int lane) {
   Head found = {};
   for (int p = 0; p < kPairs; ++p) {
     const int i = 64 * p + 2 * lane;
     if (i >= task.head_size) break;
-    for (int e = 0; e < 2; ++e) found.x[2 * p + e] = turn ? turned(task, head, i + e, token) : to_float(head[i + e]);
+    const Two x = turn < 0 ? two(head + i) : turned_two(task, head, i, turn);
+    found.x[2 * p] = x.a;
+    found.x[2 * p + 1] = x.b;
   }
   return found;
 }
@@ -71,9 +74,9 @@ DEVICE void append(const PagedAttentionTask& task, unsigned char*) {
   uint8_t* key = begin + slot % kPage * task.token_stride;
   float* scales = reinterpret_cast<float*>(begin + task.scale_offset) + slot % kPage;
   const int64_t from = (token * task.kv_heads + head) * task.head_size;
-  const int t = static_cast<int>(token);
-  write_head<E>(task, read_head(task, static_cast<const E*>(task.k) + from, t, true, lane), key, scales, lane);
-  write_head<E>(task, read_head(task, static_cast<const E*>(task.v) + from, t, false, lane), key + task.value_offset,
+  const int64_t turn = turn_of(task, static_cast<int>(token));
+  write_head<E>(task, read_head(task, static_cast<const E*>(task.k) + from, turn, lane), key, scales, lane);
+  write_head<E>(task, read_head(task, static_cast<const E*>(task.v) + from, -1, lane), key + task.value_offset,
                 scales + kPage, lane);
 }
 

@@ -14,7 +14,9 @@ inline constexpr int kPage = 16;        // tokens
 inline constexpr int kSplit = 256;      // tokens of a sequence that one block of few rows walks
 inline constexpr int kFewRows = 64;     // up to here (tokens x heads of a KV head) a sequence's keys are split
 inline constexpr int kTile = 16;        // rows of one tensor-core tile
+inline constexpr int kWarps = 4;        // of a block; of few rows fewer, where shared memory is short
 inline constexpr int kRowPadding = 16;  // bytes behind a row in shared memory: eight rows then lie in all 32 banks
+inline constexpr int kScaleBytes = 2 * kPage * 4;  // of a page of codes and a KV head
 
 // How a key or value lies in a page.
 enum class Stored : int32_t { kWide = 0, kInt8 = 1, kE4m3 = 2 };  // kWide: as q does
@@ -36,14 +38,13 @@ struct PagedAttentionTask {
   int32_t heads, kv_heads, head_size, rotary, interleaved, window;
   float scale, softcap;
   Stored stored;
-  // Of few rows, filled by the plan: tiles of 16 rows a sequence and KV head, splits at most, their results
-  // [sequence][kv_head][tile][split] of (16 maxima, 16 sums, [16][head_size]), and how many are there.
-  int32_t tiles, splits;
+  // Of few rows, filled by the plan: at most so many tiles of 16 rows a sequence and KV head, splits, and rows of a
+  // tile; the splits' results [sequence][kv_head][tile][split], each of part_floats: the rows' maxima, their sums,
+  // their weighted values [part_rows][head_size]; and how many are there.
+  int32_t tiles, splits, part_rows, part_floats;
   float* partial;
   uint32_t* arrived;
 };
-
-inline constexpr int64_t part_floats(int64_t head_size) { return 2 * kTile + kTile * head_size; }
 
 // Launches of one PagedAttention: append, then attention of sequences with few rows and, unless `most_query` says that
 // none has many, with many. `task` has its pointers and sizes; `most_query`: tokens of a sequence's query at most.

@@ -321,7 +321,52 @@ def test_launches_of_a_bucket_depend_on_its_size_alone():
     step = Step(out=case.q, **{name: getattr(case, name) for name in cuda_attention.POINTERS if name != "out"})
     launches, scratch_bytes = cuda_attention.plan(device, case.shape, case.layout, False, step, 1, 256)
     assert [one.kernel for one in launches] == ["rope_append_f16", "paged_attention_few_f16_64"]
-    assert [one.grid for one in launches] == [(1, 1, 1), (2, 2, 2)]  # 19 pages a sequence may have: two splits
-    assert scratch_bytes == 16 + 2 * 2 * 2 * 4 * (2 * 16 + 16 * 64)
+    assert [one.grid for one in launches] == [(1, 1, 1), (2 * 2 * 2, 1, 1)]  # 19 pages a sequence: two splits
+    assert scratch_bytes == 16 + 2 * 2 * 2 * 4 * (4 * (2 + 64))
     launches, _ = cuda_attention.plan(device, case.shape, case.layout, False, step, 40, 256)
     assert [one.kernel for one in launches][2:] == []  # 40 tokens: no sequence of a step of 2 has them
+
+
+def test_blocks_are_as_many_as_run_at_once_however_long_the_tables_are():
+    device = opened(Emulated)
+    case = case_of(11, shape_of(4, 64), [(300, 1)])
+    step = Step(out=case.q, **{name: getattr(case, name) for name in cuda_attention.POINTERS if name != "out"})
+    long = replace(step, block_table=np.full((64, 2048), -1, np.int32), context_len=np.ones(64, np.int32))
+    launches, _ = cuda_attention.plan(device, case.shape, case.layout, False, long, 1, 256)
+    (blocks, *_), shared = launches[1].grid, launches[1].shared_bytes
+    assert blocks == device.multiprocessors * (device.shared_bytes // shared)
+
+
+def test_addresses_between_multiples_of_16_are_refused():
+    case = case_of(14, shape_of(2, 64, 1), [(3, 1)])
+    step = Step(out=case.q, **{name: getattr(case, name) for name in cuda_attention.POINTERS if name != "out"})
+    between = np.empty(case.q.size + 1, np.float16)[1:].reshape(case.q.shape)
+    with pytest.raises(InputError, match="multiples of 16 bytes"):
+        cuda_attention.plan(opened(Emulated), case.shape, case.layout, False, replace(step, q=between), 1, 256)
+
+
+def test_addresses_have_64_bits(monkeypatch):
+    """Pages that lie 1.5 GiB apart; what nobody touches of it takes no memory."""
+    device = opened(Emulated)
+    case = case_of(12, shape_of(2, 64, 1), [(40, 1)])
+    expected, pages = case.run(device)
+    apart, each = 3 << 29, strides(case.layout, 1, 64)
+    assert int(case.block_table.max()) * apart > 1 << 32
+    room = np.zeros(apart * (len(case.kv) - 1) + each.page, np.uint8)
+    far = np.lib.stride_tricks.as_strided(room, case.kv.shape, (apart, 1))
+    far[...] = case.kv
+    put = {name: device.put(case.narrow(getattr(case, name))) for name in ("q", "k", "v")}
+    put |= {name: device.put(getattr(case, name)) for name in cuda_attention.POINTERS[5:]}
+    out = device.put(np.zeros(case.q.shape, np.float16))
+    monkeypatch.setattr(cuda_attention, "strides", lambda *_: replace(each, page=apart))
+    cuda_attention.paged_attention(device, case.shape, case.layout, False, Step(out=out, kv=far, **put), 1)
+    assert np.array_equal(device.get(out), expected) and np.array_equal(far, pages, equal_nan=True)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_a_stored_nan_is_not_taken_for_nothing(device, rows):
+    case = case_of(13, shape_of(2, 64, 1), [(60, 3), (60, rows)])
+    v = case.v.copy()
+    v[-1, 5] = np.nan
+    out, _ = replace(case, v=v).run(device)
+    assert np.isnan(out[-1].reshape(2, 64)[:, 5]).all() and np.isfinite(out[:3]).all()
