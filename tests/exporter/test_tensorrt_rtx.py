@@ -240,6 +240,7 @@ def test_on_a_gpu_the_engine_is_its_network(make_model: Make, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # 70 s of processor time, most of it TensorRT-RTX's
 def test_smollm2_becomes_an_engine(tmp_path: Path) -> None:
     from importlib.metadata import files
 
