@@ -25,6 +25,8 @@ DECODE, MIXED = 0, 1
 NEEDS_SM = {"bfloat16": 80, "int4": 80, "float32": 80}
 # Times the weights that the engine holds: SmolLM2-135M int8 (144 MB) took 444 MB written and 873 more compiled.
 CONSTANT_COPIES, BUILD_COPIES = 3.1, 6.1
+# An engine for several has the kernels of the least of them: with 75 among them, Turing's for all.
+COMMON_SM = 80
 INSTALL = "pip install 'skerry[tensorrt]'"
 
 
@@ -92,12 +94,12 @@ def import_rtx() -> Any:
 
 
 def sms_for(asked: int | None, dtype: str, int4: bool) -> tuple[int, ...]:
-    """The compute capabilities to build for; all that can run the network where none is asked for. Raises
+    """The compute capabilities to build for; where none is asked for, all from COMMON_SM on. Raises
     IncompatibleError."""
     least = max(NEEDS_SM.get(dtype, 0), NEEDS_SM["int4"] if int4 else 0)
     fit = tuple(sm for sm in RTX_SMS if sm >= least)
     if asked is None:
-        return fit
+        return tuple(sm for sm in fit if sm >= COMMON_SM)
     if asked not in RTX_SMS:
         known = ", ".join(map(str, RTX_SMS))
         raise IncompatibleError("build engine for", f"sm {asked}", "TensorRT-RTX has no such target", f"one of {known}")

@@ -256,6 +256,13 @@ def test_smollm2_becomes_an_engine(tmp_path: Path) -> None:
         assert (logits.argmax(-1) == expected.logits_for(ids).argmax(-1)).mean() > 0.9
 
 
+def test_head_room_is_asked_for_first(make_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = graph_of(make_model(), tmp_path / "graph")
+    monkeypatch.setattr("skerry.core.memory.available_memory", lambda: 1 << 20)
+    with pytest.raises(IncompatibleError, match=r"needs \d+ MiB of memory \(constants \d+, building or evaluating"):
+        tensorrt_rtx.add_engine(bundle, Target("tensorrt-rtx"))
+
+
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, make_model: Make, tmp_path: Path) -> None:
     import sys
 
