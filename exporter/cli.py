@@ -153,6 +153,8 @@ def export(
         if manifest.unqualified
         else "quality not measured, unqualified"
     )
+    if parity and manifest.unqualified:
+        quality = f"its graph: {quality}; unqualified: {manifest.unqualified}"
     text = (
         f"{manifest.name} {manifest.version} {manifest.target} {manifest.precision}: {bundle.short}, "
         f"{size / 1e6:.0f} MB, {quality}\n{out}"

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from skerry.core.bundle import Bundle
-from skerry.core.errors import SkerryError
 from skerry.core.target import Device, gpus_for
 from skerry.kernels.tensorrt.engine_file import EngineFile
 from skerry.kernels.tensorrt.key import EngineKey
@@ -39,23 +38,23 @@ class Proven:
     fell_back: str = ""
 
 
-def open_proven(
-    bundle: Bundle, compiled: Callable[[], Runner | LinearRunner] | None, graph: Callable[[], Runner | LinearRunner]
-) -> Proven:
+def open_proven(bundle: Bundle, compiled: Callable[[], LinearRunner] | None, graph: Callable[[], Runner]) -> Proven:
     """The compiled engine, where there is one, if it opens and its golden answers are right. Raises what opening the
     graph raises."""
     if compiled is None:
         runner = graph()
         return Proven(runner, _golden(bundle, runner))
+    reason = ""
     try:
-        runner = compiled()
-        golden = _golden(bundle, runner)
+        engine = compiled()
+        golden = _golden(bundle, engine)
         if golden is None or golden.ok:
-            return Proven(runner, golden)
-        runner.close()
+            engine.keep()
+            return Proven(engine, golden)
+        engine.close()
         reason = f"its golden log-probabilities are off by {golden.mean_error:.3g} on average"
-    except SkerryError as error:
-        reason = str(error)
+    except Exception as error:  # noqa: BLE001 - whatever a GPU's libraries throw rejects the engine, no more
+        reason = " ".join(str(error).split())[:600] or repr(error)
     log.warning("%s is served by its graph on the CPU: %s", bundle.short, reason)
     runner = graph()
     return Proven(runner, _golden(bundle, runner), reason)

@@ -98,7 +98,7 @@ def load(
                 adapter_slots=0 if adapters_optional and bundle.manifest.adapters is None else adapter_slots,
             )  # fmt: skip
 
-        compiled: Callable[[], Runner | LinearRunner] | None = None
+        compiled: Callable[[], LinearRunner] | None = None
         if bundle.manifest.target.backend == BACKEND:
             compiled = partial(open_rtx, bundle, device, threads or usable_cores(), memory_bytes)
         proven = open_proven(bundle, compiled, graph)

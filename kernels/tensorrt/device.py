@@ -92,9 +92,12 @@ class RtxExecutor:
             self._arrays.upload(there, flat[at : at + there.size].reshape(there.shape))
             at += there.size
 
-    def close(self) -> None:
-        """Keeps the kernels that were finished here, so that the next start need not wait for them."""
+    def keep(self) -> None:
+        """Saves the kernels that were finished here, so that the next start need not wait for them."""
         self._save(bytes(self._kernels.serialize()))
+
+    def close(self) -> None:
+        self.keep()
         self._contexts.clear()
         self._caches.clear()
         del self._engine

@@ -47,5 +47,8 @@ class Evaluated:
             cache[slot] = np.frombuffer(content[at : at + size], np.float32).reshape(cache[slot].shape)
             at += size
 
+    def keep(self) -> None:
+        """Nothing was compiled."""
+
     def close(self) -> None:
         self.caches.clear()

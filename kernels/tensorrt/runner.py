@@ -37,6 +37,10 @@ class LinearExecutor(Protocol):
 
     @property
     def slot_bytes(self) -> int: ...
+    def keep(self) -> None:
+        """Saves what was compiled on this machine, for its next start."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -115,6 +119,9 @@ class LinearRunner:
     def load_adapter(self, slot: int, deltas: object) -> None:
         """Raises IncompatibleError: adapters are not lowered to TensorRT's own layers."""
         raise IncompatibleError("use adapters", self.bundle.short, "its engine takes none", "--target ort-cpu")
+
+    def keep(self) -> None:
+        self._executor.keep()
 
     def rejected(self, error: SkerryError) -> SkerryError | None:
         """As Runner's; an executor says so itself where a GPU's memory does not hold the engine."""

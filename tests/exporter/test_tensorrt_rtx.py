@@ -12,18 +12,21 @@ import pytest
 from click.testing import CliRunner
 
 from skerry.core.bundle import Bundle, find_problems, open_bundle
-from skerry.core.errors import BundleError, GateFailed, IncompatibleError, SkerryError
+from skerry.core.errors import BundleError, GateFailed, IncompatibleError, NotFound, SkerryError
 from skerry.core.target import Target, incompatibility
 from skerry.exporter import doctor, tensorrt_rtx
 from skerry.exporter.cli import export as command
 from skerry.exporter.export import Options, export
 from skerry.exporter.rounding import Rounding
+from skerry.kernels.device_arrays import GpuArrays
 from skerry.kernels.devices import this_device
 from skerry.kernels.runner import Runner
-from skerry.kernels.tensorrt.build import Limits, compile_network, sms_for, write_network
+from skerry.kernels.tensorrt.build import Limits, Messages, Network, compile_network, sms_for, write_network
 from skerry.kernels.tensorrt.device import RtxExecutor
 from skerry.kernels.tensorrt.engine_file import EngineFile
 from skerry.kernels.tensorrt.evaluated import Evaluated
+from skerry.kernels.tensorrt.interpret import NetworkValues
+from skerry.kernels.tensorrt.layers import Layers
 from skerry.kernels.tensorrt.runner import LinearRunner
 from tests.simulators.rtx_runtime import Arrays, Engine, simulated
 
@@ -101,10 +104,49 @@ def test_layers_are_as_many_as_the_model_has(make_model: Make, tmp_path: Path) -
     assert outputs == {"logits", "hidden", *(f"{part}_out.{i}" for part in ("keys", "values") for i in range(3))}
 
 
+def test_layers_mean_what_onnx_means_by_their_names() -> None:
+    """Rotation and attention as they are evaluated here, against ONNX Runtime's RotaryEmbedding and Attention."""
+    onnx, ort = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    rng, sizes = np.random.default_rng(5), (2, 4, 3, 16)
+    q = rng.normal(size=sizes).astype(np.float32)
+    keys, values = (rng.normal(size=(2, 2, 7, 16)).astype(np.float32) for _ in range(2))
+    cos, sin = (table.astype(np.float32) for table in (np.cos(np.arange(56.0)), np.sin(np.arange(56.0))))
+    at = np.array([[4, 5, 6], [2, 3, 4]], np.int32)
+    mask = np.arange(7) <= at[:, None, :, None]
+    flat = q.swapaxes(1, 2).reshape(6, 4, 1, 16)
+
+    built = trt.Builder(Messages(trt).logger)
+    layers = Layers(trt, built.create_network(1), "float32")
+    shapes = {"x": flat.shape, "q": sizes, "k": keys.shape, "v": values.shape}
+    inputs = {name: layers.input(name, trt.float32, shape) for name, shape in shapes.items()}
+    inputs["at"] = layers.input("at", trt.int32, (6, 1))
+    inputs["mask"] = layers.input("mask", trt.bool, mask.shape)
+    inputs["lengths"] = layers.input("lengths", trt.int32, (2,))
+    tables = (layers.floats(name, table.reshape(7, 8)) for name, table in (("cos", cos), ("sin", sin)))
+    layers.output(layers.rotary("rotary", inputs["x"], *tables, inputs["at"], 0), "turned")
+    attended = layers.attention("core", *(inputs[name] for name in ("q", "k", "v", "mask", "lengths")))
+    layers.output(attended, "attended")
+    network = Network(built, layers.network, layers, Messages(trt))
+    lengths = np.array([7, 5], np.int32)
+    given = {"x": flat, "q": q, "k": keys, "v": values, "at": at.reshape(6, 1), "mask": mask, "lengths": lengths}
+    found = NetworkValues(trt, network).run(given)
+
+    text = """<ir_version: 10, opset_import: ["" : 23]>
+    g (float[2,4,3,16] q, float[2,2,7,16] k, float[2,2,7,16] v, bool[2,1,3,7] mask, float[7,8] cos, float[7,8] sin,
+       int64[2,3] at) => (float[2,4,3,16] turned, float[2,4,3,16] attended) {
+        turned = RotaryEmbedding (q, cos, sin, at)
+        attended = Attention <scale: float = 1.0> (q, k, v, mask)
+    }"""
+    session = ort.InferenceSession(onnx.parser.parse_model(text).SerializeToString())
+    feeds = {"q": q, "k": keys, "v": values, "mask": mask, "at": at.astype(np.int64)}
+    expected = session.run(None, {**feeds, "cos": cos.reshape(7, 8), "sin": sin.reshape(7, 8)})
+    turned = found["turned"].reshape(2, 3, 4, 16).swapaxes(1, 2)
+    np.testing.assert_allclose(turned, expected[0], atol=1e-5)
+    np.testing.assert_allclose(found["attended"], expected[1], atol=1e-5)
+
+
 def test_a_wrong_network_is_not_published(make_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The golden answers are those of the graph; a lowering that turned positions the other way is caught by them."""
-    from skerry.kernels.tensorrt.layers import Layers
-
     rotary = Layers.rotary
     swapped = lambda self, name, x, cos, sin, at, size: rotary(self, name, x, sin, cos, at, size)  # noqa: E731
     monkeypatch.setattr(Layers, "rotary", swapped)
@@ -182,7 +224,23 @@ def test_builds_are_the_same_network_and_not_the_same_bytes(make_model: Make, tm
     assert differ < 0.001 * len(built[0])
 
 
+def test_on_a_gpu_the_engine_is_its_network(make_model: Make, tmp_path: Path) -> None:
+    """The one thing that the others cannot show. Runs where TensorRT-RTX, CuPy and a GPU that it compiles for are."""
+    try:
+        arrays = GpuArrays()
+    except NotFound as error:
+        pytest.skip(str(error))
+    options = Options(threads=1, unmeasured=True)
+    bundle = export(make_model(peaked=True), Target("tensorrt-rtx"), "int8", tmp_path / "out", options)
+    executor = RtxExecutor(trt, bundle, arrays)
+    with LinearRunner(bundle, executor, executor.limits) as found, linear(bundle, "float16", True) as expected:
+        for chunk in (256, 1):
+            a, b = found.logits_for(IDS, chunk), expected.logits_for(IDS, chunk)
+            assert np.abs(a - b).max() < 0.02 * np.abs(b).max()
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # 70 s of processor time, most of it TensorRT-RTX's
 def test_smollm2_becomes_an_engine(tmp_path: Path) -> None:
     from importlib.metadata import files
 
@@ -196,6 +254,13 @@ def test_smollm2_becomes_an_engine(tmp_path: Path) -> None:
         logits = runner.logits_for(ids)
     with Runner.open(bundle, threads=2, pages=8) as expected:
         assert (logits.argmax(-1) == expected.logits_for(ids).argmax(-1)).mean() > 0.9
+
+
+def test_head_room_is_asked_for_first(make_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = graph_of(make_model(), tmp_path / "graph")
+    monkeypatch.setattr("skerry.core.memory.available_memory", lambda: 1 << 20)
+    with pytest.raises(IncompatibleError, match=r"needs \d+ MiB of memory \(constants \d+, building or evaluating"):
+        tensorrt_rtx.add_engine(bundle, Target("tensorrt-rtx"))
 
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, make_model: Make, tmp_path: Path) -> None:

@@ -95,9 +95,13 @@ def test_an_engine_that_is_refused_leaves_the_graph(bundle: Bundle) -> None:
     def refused() -> LinearRunner:
         raise IncompatibleError("open engine", bundle.short, "TensorRT-RTX refuses the engine here: OLD_CUDA_DRIVER")
 
-    found = open_proven(bundle, refused, lambda: Runner.open(bundle, threads=1, pages=64))
-    assert isinstance(found.runner, Runner) and "OLD_CUDA_DRIVER" in found.fell_back
-    assert found.golden is not None and found.golden.ok
+    def full() -> LinearRunner:
+        raise MemoryError("out of memory allocating 3,145,728 bytes")
+
+    for failing, why in ((refused, "OLD_CUDA_DRIVER"), (full, "out of memory")):
+        found = open_proven(bundle, failing, lambda: Runner.open(bundle, threads=1, pages=64))
+        assert isinstance(found.runner, Runner) and why in found.fell_back
+        assert found.golden is not None and found.golden.ok
 
 
 def test_without_a_gpu_serving_says_what_to_do(bundles: Callable[..., Path], tmp_path: Path, nvml: object) -> None:
