@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from skerry.core.bundle import Bundle
+from skerry.core.errors import SkerryError
 from skerry.core.target import Device, gpus_for
 from skerry.kernels.tensorrt.engine_file import EngineFile
 from skerry.kernels.tensorrt.key import EngineKey

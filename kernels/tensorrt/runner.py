@@ -13,7 +13,7 @@ import numpy.typing as npt
 from skerry.core.bundle import Bundle, Manifest
 from skerry.core.errors import IncompatibleError, InputError, SkerryError
 from skerry.kernels.batch import Batch
-from skerry.kernels.runner import StepError
+from skerry.kernels.runner import DeviceLogits, StepError
 from skerry.kernels.sampling import Sampled, SampleRows
 from skerry.kernels.score import Scored, logits_of, score_sequences
 from skerry.kernels.tensorrt.build import Limits
@@ -94,7 +94,11 @@ class LinearRunner:
         self.graph_seconds = perf_counter() - began
         return logits
 
-    def sample(self, logits: Float32, rows: SampleRows) -> Sampled:
+    def step_there(self, batch: Batch) -> Float32:
+        """As Runner's; logits of this engine come back with the call."""
+        return self.step(batch)
+
+    def sample(self, logits: Float32 | DeviceLogits, rows: SampleRows) -> Sampled:
         """Raises StepError where a parameter is out of range."""
         from skerry.kernels import _native
 
