@@ -26,8 +26,8 @@ from skerry.kernels.tensorrt.runner import LinearRunner
 BACKEND = "tensorrt-rtx"
 GRAPH = Target("ort-cpu")  # what the bundle's graph is lowered to
 UNQUALIFIED = "TensorRT-RTX's engine runs on a GPU alone: only its network was evaluated where it was built"
-# Evaluated in halves, against answers of the engine with 8-bit activations or in float32, as the golden check has them.
 Progress = Callable[[str, int, int], None]
+# Nats: as wide as a node's golden check. The network rounds to halves, the graph's products activations to 8 bits.
 MEAN_ERROR, MAX_ERROR = 0.1, 1.0
 GOLDEN_TOKENS = 256
 

@@ -23,7 +23,7 @@ CUDA_PROVIDER = "libonnxruntime_providers_cuda.so"
 def this_device(runtime_version: str = "", labels: dict[str, str] | None = None, found: Found | None = None) -> Device:
     """Asks the NVIDIA driver, for seconds at most, unless told what was `found`. Never raises for want of GPUs."""
     found = discover() if found is None else found
-    asked = {"tensorrt-rtx": _tensorrt_rtx(found), "ort-cuda": _ort_cuda(found)}
+    asked = {"ort-cuda": _ort_cuda(found), "tensorrt-rtx": _tensorrt_rtx(found)}
     offers = {backend: offer for backend, offer in asked.items() if isinstance(offer, Offer)}
     return replace(
         local_device(runtime_version, labels),

@@ -337,6 +337,16 @@ def test_blocks_are_as_many_as_run_at_once_however_long_the_tables_are():
     assert blocks == device.multiprocessors * (device.shared_bytes // shared)
 
 
+def test_multiprocessors_change_no_bit():
+    """More sequences than a warp has lanes; blocks take one piece, or all of them one after the other."""
+    case = case_of(15, shape_of(2, 64, 2), [(5, 1)] * 33 + [DECODE, EMPTY, VERIFY, (1, 1)])
+    opened(Emulated)
+    verify(case, Emulated(multiprocessors=1))
+    expected, _ = case.run(Emulated(multiprocessors=1))
+    for seed, multiprocessors in ((1, 5), (2, 1000)):
+        assert np.array_equal(case.run(Emulated(seed=seed, multiprocessors=multiprocessors))[0], expected)
+
+
 def test_addresses_between_multiples_of_16_are_refused():
     case = case_of(14, shape_of(2, 64, 1), [(3, 1)])
     step = Step(out=case.q, **{name: getattr(case, name) for name in cuda_attention.POINTERS if name != "out"})
