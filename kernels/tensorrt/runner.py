@@ -103,7 +103,7 @@ class LinearRunner:
         from skerry.kernels import _native
 
         try:
-            return Sampled(*_native.sample(logits, rows, self.threads))
+            return Sampled(*_native.sample(logits, rows, self.threads))  # type: ignore[arg-type]  # on a device: refused
         except (ValueError, TypeError) as error:
             raise StepError("sample", f"{len(rows)} rows", str(error)) from error
 
