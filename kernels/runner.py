@@ -17,7 +17,7 @@ import numpy.typing as npt
 from skerry.core.bundle import Bundle, Manifest, open_bundle
 from skerry.core.errors import IncompatibleError, InputError, SkerryError, UsageError
 from skerry.core.memory import available_memory
-from skerry.core.target import on_gpu, usable_cores
+from skerry.core.target import usable_cores
 from skerry.kernels.adapters import AdapterSlots, Delta, adapter_bytes
 from skerry.kernels.batch import Batch, Row, pack_rows
 from skerry.kernels.device_arrays import DeviceArrays, GpuArrays
@@ -90,7 +90,7 @@ class Runner:
         if not isinstance(bundle, Bundle):
             bundle = open_bundle(bundle, verify=False)
         threads = usable_cores() if threads is None else threads
-        if on_gpu(bundle.manifest.target):
+        if bundle.manifest.target.backend == "ort-cuda":  # the graph of tensorrt-rtx is ort-cpu's
             return cls._open_on_gpu(bundle, threads, pages, memory_bytes, arrays)
         count = _page_count(bundle.manifest, pages, memory_bytes)
         if threads < 1 or count < 1:
