@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,7 @@ Message = Mapping[str, Any]
 FAULTS = (TypeError, ValueError, KeyError, AttributeError, RecursionError, OverflowError, MemoryError)  # of a template
 MAX_TEMPLATE = 256 << 10
 MAX_FORM = 200
+ROWS_AT = datetime(2025, 1, 1)  # when rows and prompts of files are said: the same checkpoint gives the same bytes
 
 
 class ChatTemplate:
@@ -36,10 +38,10 @@ class ChatTemplate:
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _generation_blocks()]
         )
         environment.globals["raise_exception"] = self._refuse
-        environment.globals["strftime_now"] = _now
         environment.filters["tojson"] = _to_json
         self.source = source
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
+        self._now: Callable[[], datetime] = datetime.now
         try:
             self._template = environment.from_string(source)
         except TemplateSyntaxError as error:
@@ -57,23 +59,30 @@ class ChatTemplate:
         except (OSError, UnicodeDecodeError) as error:
             raise InputError("read chat template", path, str(error)) from error
 
+    def at(self, moment: datetime) -> ChatTemplate:
+        """The same at a moment that stays: what is rendered for a file must not depend on when that was."""
+        fixed = copy(self)
+        fixed._now = lambda: moment
+        return fixed
+
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any) -> str:
         """`variables`: the template's own, and `tools`. Raises InputError when it refuses the messages or fails on
         them."""
         from jinja2 import TemplateError
 
-        given = {"tools": None, **self._tokens, **variables}
+        moment = self._now()
+        given = {"tools": None, **self._tokens, **variables, "strftime_now": lambda form: _spelled(moment, form)}
         try:
             return self._template.render(messages=list(messages), add_generation_prompt=add_generation_prompt, **given)
         except (TemplateError, *FAULTS) as error:
             raise InputError("render chat template", "", str(error)) from error
 
 
-def _now(form: str) -> str:
-    """The local time, which some templates put into the system prompt."""
+def _spelled(moment: datetime, form: str) -> str:
+    """`strftime_now`, by which some templates put the local time into the system prompt."""
     if len(form) > MAX_FORM:
         raise InputError("render chat template", "", f"strftime_now with a format of more than {MAX_FORM} characters")
-    return datetime.now().strftime(form)
+    return moment.strftime(form)
 
 
 @cache
@@ -114,7 +123,7 @@ def last_user_text(messages: Sequence[Message]) -> str:
 
 
 def encode_prompt(messages: Sequence[Message], tokenizer: Tokenizer, template: ChatTemplate) -> list[int]:
-    return tokenizer.encode(template.render(messages, add_generation_prompt=True))
+    return tokenizer.encode(template.at(ROWS_AT).render(messages, add_generation_prompt=True))
 
 
 def encode_row(row: Mapping[str, Any], tokenizer: Tokenizer, template: ChatTemplate) -> tuple[list[int], int]:
@@ -126,6 +135,7 @@ def encode_row(row: Mapping[str, Any], tokenizer: Tokenizer, template: ChatTempl
     messages = row.get("messages") or []
     if len(messages) < 2 or messages[-1].get("role") != "assistant":
         raise InputError("encode row", "", "messages must end with the assistant's answer")
+    template = template.at(ROWS_AT)
     prompt = template.render(messages[:-1], add_generation_prompt=True)
     whole = template.render(messages, add_generation_prompt=False)
     if not whole.startswith(prompt):

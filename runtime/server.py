@@ -31,7 +31,7 @@ from skerry.runtime.trail import Trail, note_error
 log = logging.getLogger("skerry.server")
 BODY_LIMIT = 1 << 20
 BODY_SECONDS = 30
-READ_ON = 64  # so many times the limit of a body that is too long are read and thrown away
+READ_ON = 64 << 20  # bytes of a body that is too long are read and thrown away, where 8 times the limit are not more
 MANY_SCORES = 1_000
 CLIENT_CLOSED = 499  # nginx's number; nobody is left to read it
 T = TypeVar("T")
@@ -147,18 +147,18 @@ async def read_body(request: Request, limit: int) -> bytes:
     What is too long is read on for a while and thrown away: a client that is still writing when the connection closes
     sees a broken pipe instead of the answer.
     """
-    declared = request.headers.get("content-length", "0")
+    declared, most = request.headers.get("content-length", "0"), max(8 * limit, READ_ON)
     parts: list[bytes] = []
     size = 0
     try:
         async with asyncio.timeout(BODY_SECONDS):
-            if declared.isdecimal() and int(declared) > READ_ON * limit:
+            if declared.isdecimal() and int(declared) > most:
                 raise _too_large(limit)
             async for part in request.stream():
                 size += len(part)
                 if size <= limit:
                     parts.append(part)
-                elif size > READ_ON * limit:
+                elif size > most:
                     break
     except TimeoutError as error:
         raise ApiError(408, f"the body did not arrive within {BODY_SECONDS} s", code="timeout") from error

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from datetime import datetime
+from typing import cast
 
 import pytest
 
-from skerry.core.chat import ChatTemplate
+from skerry.core.chat import ChatTemplate, encode_prompt, encode_row
 from skerry.core.errors import InputError
+from skerry.core.tokenizer import Tokenizer
 
 # The parts that are peculiar to SmolLM3's and to Granite 3.1's templates.
 SMOLLM3 = """\
@@ -49,6 +51,21 @@ def test_the_text_is_transformers_own(source: str, prompt: bool) -> None:
     utils = pytest.importorskip("transformers.utils.chat_template_utils")
     theirs, _ = utils.render_jinja_template([CHAT], chat_template=source, add_generation_prompt=prompt)
     assert ChatTemplate(source).render(CHAT, add_generation_prompt=prompt) == theirs[0]
+
+
+class Letters:
+    """A tokenizer whose tokens are characters."""
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) for letter in text]
+
+
+def test_rows_of_files_are_said_at_one_moment() -> None:
+    """Else a bundle exported tomorrow would differ, and at midnight a prompt would not begin its conversation."""
+    template, letters = ChatTemplate(SMOLLM3), cast(Tokenizer, Letters())
+    ids, start = encode_row({"messages": CHAT}, letters, template)
+    assert "01 January 2025" in "".join(map(chr, ids[:start]))
+    assert encode_prompt(CHAT[:1], letters, template) == ids[:start]
 
 
 def test_the_time_is_local() -> None:
