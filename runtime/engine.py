@@ -183,16 +183,19 @@ class EngineLoop:
             began = time.monotonic()
             sampled, errors = self._step(planned)
             seconds = time.monotonic() - began
+            fatal = self._failed_in_a_row >= FATAL_STEPS
             with self._changed:
                 updates = self._commit(planned, sampled, errors)
+                if fatal:  # before anybody hears of this step: who asks then is told that nothing is accepted
+                    self._closing = f"{FATAL_STEPS} steps failed in a row: {next(iter(errors.values()))}"
             self._step_is_over()
             if updates:
                 self._deliver(updates)
             prompt_tokens = sum(item.count for item in planned if not item.decodes)
             kept = sum(update.token is not None for update in updates)
             self._on_step(StepDone(seconds, len(planned), prompt_tokens, kept))
-            if self._failed_in_a_row >= FATAL_STEPS:
-                return self._end(f"{FATAL_STEPS} steps failed in a row: {next(iter(errors.values()))}")
+            if fatal:
+                return self._end(self._closing)
 
     def _step_is_over(self) -> None:
         with self._changed:
