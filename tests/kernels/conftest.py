@@ -223,13 +223,18 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return tiny_bundle(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.fixture(params=["emulated", "gpu"])
-def device(request: pytest.FixtureRequest) -> Any:
-    """Where GPU kernels run: on the emulator, and on the GPU at hand. Skips what is not there."""
+def opened(kind: str, **options: int) -> Any:
+    """What runs GPU kernels, "Emulated" or "Gpu" of cuda_device.py. Skips where it is not there."""
     from skerry.core.errors import NotFound
-    from skerry.kernels.cuda_device import Emulated, Gpu
+    from skerry.kernels import cuda_device
 
     try:
-        return Emulated() if request.param == "emulated" else Gpu()
+        return getattr(cuda_device, kind)(**options)
     except NotFound as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(params=["emulated", "gpu"])
+def device(request: pytest.FixtureRequest) -> Any:
+    """Where GPU kernels run: on the emulator, and on the GPU at hand."""
+    return opened(request.param.capitalize())

@@ -7,28 +7,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from skerry.core.errors import InputError, NotFound
+from skerry.core.errors import InputError
 from skerry.kernels import cuda_attention
 from skerry.kernels.cuda_attention import Step
-from skerry.kernels.cuda_device import CudaDevice, Emulated, Gpu
+from skerry.kernels.cuda_device import CudaDevice
 from skerry.kernels.cuda_pages import LARGEST, from_bfloat16, from_pages, strides, to_bfloat16, to_pages
 from skerry.kernels.reference import AttentionShape, paged_attention, rotate
+from tests.kernels.conftest import opened
 
 PAGE = 16
 DECODE, VERIFY, PREFILL, EMPTY = (300, 1), (270, 5), (75, 75), (0, 0)
 MIXED = [DECODE, VERIFY, PREFILL, EMPTY, (1, 1)]
-
-
-@pytest.fixture(params=["emulated", "gpu"])
-def device(request: pytest.FixtureRequest) -> CudaDevice:
-    return opened(Emulated if request.param == "emulated" else Gpu)
-
-
-def opened(kind: type) -> CudaDevice:
-    try:
-        return kind()
-    except NotFound as error:
-        pytest.skip(str(error))
 
 
 def shape_of(group: int, size: int, kv_heads: int = 2, **more: float) -> AttentionShape:
@@ -233,8 +222,8 @@ def rows_of(case: Case, b: int) -> slice:
 def test_neighbours_pages_and_schedules_change_no_bit():
     shape = shape_of(2, 64, 1)
     whole = case_of(4, shape, [DECODE, (90, 70), VERIFY])
-    expected, _ = whole.run(opened(Emulated))
-    again, _ = case_of(4, shape, [DECODE, (90, 70), VERIFY], order=7).run(Emulated(seed=5))
+    expected, _ = whole.run(opened("Emulated"))
+    again, _ = case_of(4, shape, [DECODE, (90, 70), VERIFY], order=7).run(opened("Emulated", seed=5))
     assert np.array_equal(expected, again)
     for b in range(3):
         at = rows_of(whole, b)
@@ -243,7 +232,7 @@ def test_neighbours_pages_and_schedules_change_no_bit():
             query_start=np.array([0, at.stop - at.start], np.int32), context_len=whole.context_len[b : b + 1],
             block_table=whole.block_table[b : b + 1],
         )  # fmt: skip
-        assert np.array_equal(alone.run(Emulated(seed=b))[0], expected[at])
+        assert np.array_equal(alone.run(opened("Emulated", seed=b))[0], expected[at])
 
 
 def test_a_larger_bucket_changes_no_bit(device):
@@ -302,21 +291,21 @@ def test_no_less_exact_than_torch(device, bfloat16):
 def test_shapes_that_no_kernel_has_are_refused(change, said):
     case = case_of(8, shape_of(2, 64), [(3, 1)])
     with pytest.raises(InputError, match=said):
-        replace(case, shape=replace(case.shape, **change)).run(opened(Emulated))
+        replace(case, shape=replace(case.shape, **change)).run(opened("Emulated"))
 
 
 def test_devices_that_are_too_small_are_refused():
     case = case_of(9, shape_of(2, 64), [(3, 1)], "bf16.t16", True)
     with pytest.raises(InputError, match="bfloat16 on compute capability 75"):
-        case.run(Emulated(sm=75))
+        case.run(opened("Emulated", sm=75))
     with pytest.raises(InputError, match="bytes of shared memory"):
-        case.run(Emulated(shared_bytes=12 << 10))
+        case.run(opened("Emulated", shared_bytes=12 << 10))
     with pytest.raises(InputError, match="no pages for queries of float16"):
-        replace(case, bfloat16=False).run(Emulated())
+        replace(case, bfloat16=False).run(opened("Emulated"))
 
 
 def test_launches_of_a_bucket_depend_on_its_size_alone():
-    device = opened(Emulated)
+    device = opened("Emulated")
     case = case_of(10, shape_of(4, 64), [(300, 1), (5, 1)])
     step = Step(out=case.q, **{name: getattr(case, name) for name in cuda_attention.POINTERS if name != "out"})
     launches, scratch_bytes = cuda_attention.plan(device, case.shape, case.layout, False, step, 1, 256)
@@ -328,7 +317,7 @@ def test_launches_of_a_bucket_depend_on_its_size_alone():
 
 
 def test_blocks_are_as_many_as_run_at_once_however_long_the_tables_are():
-    device = opened(Emulated)
+    device = opened("Emulated")
     case = case_of(11, shape_of(4, 64), [(300, 1)])
     step = Step(out=case.q, **{name: getattr(case, name) for name in cuda_attention.POINTERS if name != "out"})
     long = replace(step, block_table=np.full((64, 2048), -1, np.int32), context_len=np.ones(64, np.int32))
@@ -340,11 +329,10 @@ def test_blocks_are_as_many_as_run_at_once_however_long_the_tables_are():
 def test_multiprocessors_change_no_bit():
     """More sequences than a warp has lanes; blocks take one piece, or all of them one after the other."""
     case = case_of(15, shape_of(2, 64, 2), [(5, 1)] * 33 + [DECODE, EMPTY, VERIFY, (1, 1)])
-    opened(Emulated)
-    verify(case, Emulated(multiprocessors=1))
-    expected, _ = case.run(Emulated(multiprocessors=1))
+    verify(case, opened("Emulated", multiprocessors=1))
+    expected, _ = case.run(opened("Emulated", multiprocessors=1))
     for seed, multiprocessors in ((1, 5), (2, 1000)):
-        assert np.array_equal(case.run(Emulated(seed=seed, multiprocessors=multiprocessors))[0], expected)
+        assert np.array_equal(case.run(opened("Emulated", seed=seed, multiprocessors=multiprocessors))[0], expected)
 
 
 def test_addresses_between_multiples_of_16_are_refused():
@@ -352,12 +340,12 @@ def test_addresses_between_multiples_of_16_are_refused():
     step = Step(out=case.q, **{name: getattr(case, name) for name in cuda_attention.POINTERS if name != "out"})
     between = np.empty(case.q.size + 1, np.float16)[1:].reshape(case.q.shape)
     with pytest.raises(InputError, match="multiples of 16 bytes"):
-        cuda_attention.plan(opened(Emulated), case.shape, case.layout, False, replace(step, q=between), 1, 256)
+        cuda_attention.plan(opened("Emulated"), case.shape, case.layout, False, replace(step, q=between), 1, 256)
 
 
 def test_addresses_have_64_bits(monkeypatch):
     """Pages that lie 1.5 GiB apart; what nobody touches of it takes no memory."""
-    device = opened(Emulated)
+    device = opened("Emulated")
     case = case_of(12, shape_of(2, 64, 1), [(40, 1)])
     expected, pages = case.run(device)
     apart, each = 3 << 29, strides(case.layout, 1, 64)

@@ -7,18 +7,10 @@ import struct
 import numpy as np
 import pytest
 
-from skerry.core.errors import NotFound
-from skerry.kernels.cuda_device import CudaDevice, Emulated, Gpu, Launch, LaunchError, fat_binaries
+from skerry.kernels.cuda_device import CudaDevice, Launch, LaunchError, fat_binaries
+from tests.kernels.conftest import opened
 
 NO_BARRIER, PAST_SHARED, HALF_BARRIER, SPLIT_WARP, NO_WAIT = range(1, 6)
-
-
-@pytest.fixture(params=["emulated", "gpu"])
-def device(request: pytest.FixtureRequest) -> CudaDevice:
-    try:
-        return Emulated() if request.param == "emulated" else Gpu()
-    except NotFound as error:
-        pytest.skip(str(error))
 
 
 def run(device: CudaDevice, kernel: str, given: np.ndarray, out: np.ndarray, threads: int, shared: int, fault: int = 0):
@@ -47,7 +39,7 @@ def test_products_of_tensor_cores_lie_as_the_isa_says(device):
 
 
 def test_a_missing_barrier_shows_in_every_order():
-    emulated = opened()
+    emulated = opened("Emulated")
     for seed in range(5):
         emulated.seed = seed
         assert np.isnan(exchange(emulated, NO_BARRIER)).any()
@@ -55,7 +47,9 @@ def test_a_missing_barrier_shows_in_every_order():
 
 def test_a_copy_that_nobody_waited_for_is_not_there():
     given = np.ones(384, np.float16)
-    assert np.isnan(run(opened(), "selftest_product", given, np.zeros((16, 8), np.float32), 32, 1024, NO_WAIT)).all()
+    assert np.isnan(
+        run(opened("Emulated"), "selftest_product", given, np.zeros((16, 8), np.float32), 32, 1024, NO_WAIT)
+    ).all()
 
 
 @pytest.mark.parametrize(
@@ -68,7 +62,7 @@ def test_a_copy_that_nobody_waited_for_is_not_there():
 )
 def test_what_is_wrong_is_said(fault, said):
     with pytest.raises(LaunchError, match=said):
-        exchange(opened(), fault)
+        exchange(opened("Emulated"), fault)
 
 
 def test_launches_that_no_kernel_fits_are_refused():
@@ -79,19 +73,12 @@ def test_launches_that_no_kernel_fits_are_refused():
         Launch("selftest_product", (1, 1, 1), (20, 1, 1), 0, False, bytes(24)),
     ):
         with pytest.raises(LaunchError, match=launch.kernel):
-            opened().run([launch])
+            opened("Emulated").run([launch])
 
 
 def test_fat_binaries_hold_every_kernel_for_every_device_they_are_built_for():
-    emulated = opened()
+    emulated = opened("Emulated")
     held = b"".join(path.read_bytes() for path in fat_binaries())
     assert held
     for kernel in emulated._module.kernels():
         assert held.count(f".text.{kernel}\0".encode()) >= 3, kernel
-
-
-def opened() -> Emulated:
-    try:
-        return Emulated()
-    except NotFound as error:
-        pytest.skip(str(error))

@@ -13,6 +13,8 @@ from skerry.kernels import _native, reference
 from skerry.kernels.cuda_device import Emulated
 from skerry.kernels.sample_cuda import CudaSampler
 from skerry.kernels.sampling import Sampled, SampleParams, SampleRows
+from tests.kernels.conftest import opened
+from tests.kernels.test_sample import random_params
 
 SMALL = 28_000  # bytes of shared memory that leave a block 512 ids
 TINY = 25_000  # ... and none at all: parts lie in device memory
@@ -60,23 +62,6 @@ def same_bits(a: Sampled, b: Sampled) -> None:
         assert value.tobytes() == getattr(b, name).tobytes(), name
 
 
-def random_params(rng: np.random.Generator, vocabulary: int) -> SampleParams:
-    def ids(most: int) -> list[int]:
-        return rng.choice(vocabulary, min(vocabulary, int(rng.integers(0, most))), replace=False).tolist()
-
-    mask = rng.integers(-(2**31), 2**31, -(-vocabulary // 32)).astype(np.int32)
-    return SampleParams(
-        temperature=float(rng.choice([0.0, 0.3, 0.7, 1.0, 1.7, 50.0])),
-        top_k=int(rng.choice([0, 0, 1, 2, 40, vocabulary, vocabulary + 5])),
-        top_p=float(rng.choice([0.0, 1e-8, 0.1, 0.5, 0.9, 0.999, 1.0, 1.0])),
-        min_p=float(rng.choice([0.0, 0.0, 0.05, 0.5, 1.0])),
-        repetition=float(rng.choice([1.0, 1.1, 0.8])), frequency=float(rng.choice([0.0, 0.4, -0.2])),
-        presence=float(rng.choice([0.0, 0.6])), seed=int(rng.integers(0, 2**63)), token_index=int(rng.integers(0, 99)),
-        history={i: int(rng.integers(0, 4)) for i in ids(60)}, bias={i: float(rng.normal() * 3) for i in ids(20)},
-        mask=mask if rng.random() < 0.3 else None, target=int(rng.choice([-1, -1, -1, vocabulary - 1])),
-    )  # fmt: skip
-
-
 def random_logits(rng: np.random.Generator, kind: str, rows: int, vocabulary: int) -> np.ndarray:
     logits = rng.normal(size=(rows, vocabulary)).astype(np.float32) * 3
     if kind == "ties":
@@ -103,10 +88,10 @@ def test_a_row_is_the_same_however_it_is_shared(device, kind):
     rng = np.random.default_rng(8)
     logits = random_logits(rng, kind, 5, 3000)
     rows = rows_of(*(random_params(rng, 3000) for _ in range(5)), top_n=7)
-    expected = compare(Emulated(multiprocessors=1), logits, rows)
+    expected = compare(opened("Emulated", multiprocessors=1), logits, rows)
     for multiprocessors, shared_bytes in ((6, SMALL), (7, SMALL), (14, SMALL), (2, TINY), (3, TINY)):
         for seed in (0, 1):
-            other = Emulated(seed, multiprocessors=multiprocessors, shared_bytes=shared_bytes)
+            other = opened("Emulated", seed=seed, multiprocessors=multiprocessors, shared_bytes=shared_bytes)
             same_bits(run(other, logits, rows).outcome(), expected)
 
 
