@@ -22,7 +22,8 @@ MANIFEST = "manifest.json"
 MANIFEST_LIMIT = 16 << 20
 CHUNK_BYTES = 1 << 20
 ENGINE_FILES = ("graph.onnx", "weights.bin", "tokenizer.json", "chat_template.jinja", "generation.json")
-COMPILED_FILES = ("engine.rtx", "engine.json")  # of targets that are compiled ahead of time, beside those above
+# Of targets that are compiled, beside those above.
+COMPILED_FILES = ("engine.rtx", "engine.json", "build.json", "timing.cache", "engine.plan")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "mixed", "int4", "stored")
 MAX_FILES, MAX_FILE_BYTES = 64, 1 << 40
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")

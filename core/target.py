@@ -168,6 +168,11 @@ def local_device(runtime_version: str = "", labels: dict[str, str] | None = None
     )  # fmt: skip
 
 
+def graph_backend(target: Target) -> str:
+    """What runs the graph of a bundle: of a compiled engine, what serves where that is refused."""
+    return {"tensorrt": "ort-cuda", "tensorrt-rtx": "ort-cpu"}.get(target.backend, target.backend)
+
+
 def on_gpu(target: Target) -> bool:
     return target.backend != "ort-cpu" or target.sm is not None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from skerry.core.doctor import Check, package_check
 from skerry.core.errors import IncompatibleError
 from skerry.core.target import Target
-from skerry.exporter.targets import MISSING, cannot_run
+from skerry.exporter.targets import cannot_run
 from skerry.kernels.tensorrt.build import import_rtx
 
 NEEDED = ("onnx", "onnx-ir", "onnxruntime", "safetensors", "gguf", "torch", "transformers", "tokenizers")
@@ -14,12 +14,14 @@ NEEDED = ("onnx", "onnx-ir", "onnxruntime", "safetensors", "gguf", "torch", "tra
 def checks() -> list[Check]:
     found = [package_check(name, "skerry export") for name in NEEDED]
     found.append(Check("target ort-cpu", True, "fp32, int8, int4, stored"))
-    reason = cannot_run(Target("ort-cuda"))
-    kinds = "fp16, bf16, int8, int4"
+    found += [on_gpu("ort-cuda", "fp16, bf16, int8, int4"), on_gpu("tensorrt", "fp16, bf16"), tensorrt_rtx()]
+    return found
+
+
+def on_gpu(backend: str, kinds: str) -> Check:
+    reason = cannot_run(Target(backend))
     told = f"{kinds}; built here, but not measured, so unqualified: {reason}" if reason else kinds
-    found.append(Check("target ort-cuda", None if reason else True, told))
-    found.append(tensorrt_rtx())
-    return found + [Check(f"target {name}", None, f"not built yet: needs {what}") for name, what in MISSING.items()]
+    return Check(f"target {backend}", None if reason else True, told)
 
 
 def tensorrt_rtx() -> Check:

@@ -24,9 +24,12 @@ SPARE_PAGES = 96
 def open_runner(bundle: Bundle, threads: int | None, longest: int) -> Runner:
     """A runner with the pages that a row of `longest` tokens, or a batch of short ones, needs."""
     from skerry.kernels.runner import Runner
+    from skerry.kernels.tensorrt.paged_engine import open_built
 
-    page_size = bundle.manifest.kv[0].page_size
-    return Runner.open(bundle, threads=threads, pages=-(-longest // page_size) + SPARE_PAGES)
+    pages = -(-longest // bundle.manifest.kv[0].page_size) + SPARE_PAGES
+    if bundle.manifest.target.backend == "tensorrt":
+        return open_built(bundle, threads, pages)
+    return Runner.open(bundle, threads=threads, pages=pages)
 
 
 def pages_for(tokens: int, page_size: int) -> int:

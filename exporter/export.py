@@ -13,14 +13,14 @@ from skerry.core.files import write_json
 from skerry.core.memory import require_memory
 from skerry.core.target import Target
 from skerry.core.tokenizer import Tokenizer
-from skerry.exporter import gate, provenance, tensorrt_rtx
+from skerry.exporter import gate, provenance, tensorrt, tensorrt_rtx
 from skerry.exporter.adapters import check_precision, layout_of
 from skerry.exporter.baseline import HASH_SEED, WINDOW_REQUESTS, measure_baseline
 from skerry.exporter.engine import open_runner
 from skerry.exporter.golden import measure_golden
 from skerry.exporter.graph import emit, skerry_ops
 from skerry.exporter.kv_cache import KvLoss, layouts, set_layout
-from skerry.exporter.lower import Lowering, check_target, lower, rules_for
+from skerry.exporter.lower import Lowering, lower, rules_for
 from skerry.exporter.lower_cuda import kv_layout
 from skerry.exporter.parity import Parity, measure
 from skerry.exporter.placement import WeightFile
@@ -88,12 +88,11 @@ def export(checkpoint: Path, target: Target, precision: str, out: Path, options:
     """Raises InputError (checkpoint), IncompatibleError (target), GateFailed (quality), StorageError (disk)."""
     options = options or Options()
     check_out(out)
-    check_target(target)
     compiled, sealed_for = target.backend == tensorrt_rtx.BACKEND, target
     if compiled:
         target = tensorrt_rtx.GRAPH  # which is measured; the engine is compiled from it
     subject = open_subject(checkpoint, options.max_context)
-    precision = subject.precision(precision, blocks=target.backend == "ort-cpu")
+    precision = precision_of(subject, target, precision)
     rules_for(target, precision)
     kv_layouts(subject, target, options, precision)
     if compiled:
@@ -111,6 +110,10 @@ def export(checkpoint: Path, target: Target, precision: str, out: Path, options:
         engine = build_engine(
             subject, target, precision, staging, options.progress, options.rounding, texts, options.adapters
         )
+        if target.backend == tensorrt.BACKEND:
+            engine = with_kv_cache(engine, staging, kv_layouts(subject, target, options, engine.precision)[0])
+            sealed = seal_engine(subject, texts, engine, target, staging, options, qualified=False)
+            tensorrt.add_build(sealed, engine.precision, not unqualified, options.progress)
         parity: Parity | None = None
         refused: list[str] = []
         if options.unmeasured:
@@ -126,6 +129,13 @@ def export(checkpoint: Path, target: Target, precision: str, out: Path, options:
         seal_engine(subject, texts, engine, sealed_for, staging, options, qualified, unqualified)
     gate.refuse(f"{bundle_name(subject, options)} (kept at {out}, unqualified)", refused)
     return open_bundle(out, verify=False)
+
+
+def precision_of(subject: Subject, target: Target, asked: str) -> str:
+    """`auto` decided. Raises InputError, IncompatibleError."""
+    if target.backend == tensorrt.BACKEND:
+        return tensorrt.precision_of(subject.spec, asked)
+    return subject.precision(asked, blocks=target.backend == "ort-cpu")
 
 
 def kv_layouts(subject: Subject, target: Target, options: Options, precision: str) -> list[str]:
@@ -157,7 +167,7 @@ def build_engine(
     import onnx_ir as ir
 
     on_cpu = target.backend == "ort-cpu"
-    precision = subject.precision(precision, blocks=on_cpu)
+    precision = precision_of(subject, target, precision)
     settings = write_text_files(subject, out)
     rules_for(target, precision)
     if not on_cpu:

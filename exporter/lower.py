@@ -17,14 +17,13 @@ import onnx_ir as ir
 from skerry.core.bundle import AdapterLayout
 from skerry.core.errors import IncompatibleError, SkerryError
 from skerry.core.model import ModelSpec
-from skerry.core.target import Target
+from skerry.core.target import Target, graph_backend
 from skerry.exporter.adapters import add_adapters
 from skerry.exporter.graph import COS, SIN, Emitted
 from skerry.exporter.placement import WeightFile
 from skerry.exporter.quantize import check_width, quantize
 from skerry.exporter.rope import rope_tables
 from skerry.exporter.rounding import Plan, plain_plan
-from skerry.exporter.targets import MISSING
 from skerry.exporter.weights import Source
 from skerry.kernels.blocks import BlockFormat, Blocks, pack
 from skerry.kernels.reference import Activation
@@ -104,20 +103,12 @@ def lower(emitted: Emitted, target: Target, lowering: Lowering) -> ir.Model:
     return emitted.model
 
 
-def check_target(target: Target) -> None:
-    """Raises IncompatibleError for a target that nothing is lowered to."""
-    if target.backend in MISSING:
-        cause = f"not built yet: it needs {MISSING[target.backend]}"
-        raise IncompatibleError("export for", target, cause, "--target ort-cpu or ort-cuda")
-
-
 def rules_for(target: Target, precision: str) -> list[Rule]:
     """Raises IncompatibleError for a target or precision without rules."""
-    if target.backend == "ort-cuda":
+    if graph_backend(target) == "ort-cuda":
         from skerry.exporter import lower_cuda
 
         return lower_cuda.rules(precision)
-    check_target(target)
     if precision == "fp32":
         return [
             Rule("fuse-silu", lambda e: sum(layer.mlp.activation == "silu" for layer in e.decoder.layers), fuse_silu),

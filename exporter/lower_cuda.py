@@ -42,11 +42,15 @@ LARGE_ACTIVATIONS = ("gemma2", "gemma3")
 
 def half_type(spec: ModelSpec, precision: str) -> ir.DataType:
     """Of activations and of what is not quantized. Raises IncompatibleError for fp16 where it would overflow."""
-    large = spec.family.startswith(LARGE_ACTIVATIONS)
+    large = large_activations(spec)
     if precision == "fp16" and large:
         cause = f"activations of {spec.family} are beyond the range of float16"
         raise IncompatibleError("export for", "ort-cuda", cause, "--precision bf16")
     return ir.DataType.BFLOAT16 if precision == "bf16" or large else ir.DataType.FLOAT16
+
+
+def large_activations(spec: ModelSpec) -> bool:
+    return spec.family.startswith(LARGE_ACTIVATIONS)
 
 
 def kv_layout(spec: ModelSpec, precision: str, asked: str = "auto") -> str:

@@ -1,13 +1,9 @@
-"""Targets that have no lowering yet, and what each of them needs first; and which engines can be run here."""
+"""Which engines can be run, and so be measured, on this machine."""
 
 from __future__ import annotations
 
 from skerry.core.target import Target, local_device, on_gpu
 from skerry.kernels.devices import this_device
-
-MISSING = {
-    "tensorrt": "PagedAttention as a CUDA kernel for a plugin to launch, and libnvinfer with a GPU to build on",
-}
 
 
 def cannot_run(target: Target) -> str:

@@ -20,9 +20,18 @@ POINTERS = (
 
 
 @dataclass(frozen=True)
+class Placed:
+    """An array of somebody else's, by its address on the device."""
+
+    address: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Step:
-    """Arrays of one packed step, as the device handed them out: q [T, H * D], k and v [T, G * D] and out like q, 16-bit
-    floats; kv uint8 [pages, bytes]; cos, sin float32 [R, r / 2]; the rest int32, as in include/paged_attention.h."""
+    """Arrays of one packed step, as the device handed them out, or Placed: q [T, H * D], k and v [T, G * D] and out
+    like q, 16-bit floats; kv uint8 [pages, bytes]; cos, sin float32 [R, r / 2]; the rest int32, as in
+    include/paged_attention.h."""
 
     q: Any
     k: Any
@@ -48,7 +57,8 @@ def plan(
         raise InputError("plan attention", layout, f"no pages for queries of {kind}", f"one of {', '.join(LAYOUTS)}")
     task = _native.PagedAttentionTask()
     for name in POINTERS:
-        setattr(task, name, device.address(getattr(step, name)))
+        there = getattr(step, name)
+        setattr(task, name, there.address if isinstance(there, Placed) else device.address(there))
     each = strides(layout, shape.num_kv_heads, shape.head_size)
     numbers = {
         "page_stride": each.page, "head_stride": each.head, "token_stride": each.token, "value_offset": each.value,

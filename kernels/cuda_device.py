@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -58,6 +59,10 @@ class CudaDevice(Protocol):
         """Raises LaunchError."""
         ...
 
+    def on(self, stream: int) -> AbstractContextManager[Any]:
+        """Around `run`: launches go to the stream at this address."""
+        ...
+
 
 class Emulated:
     """NumPy arrays, and the kernels as fibers on this processor, in an order drawn from `seed`. Raises NotFound where
@@ -93,6 +98,9 @@ class Emulated:
                 self._module.run(one.kernel, one.grid, one.block, one.shared_bytes, one.together, one.params, self.seed)
             except (RuntimeError, ValueError) as error:
                 raise LaunchError("run kernel", one.kernel, str(error)) from error
+
+    def on(self, stream: int) -> AbstractContextManager[Any]:
+        return nullcontext()
 
 
 class Gpu:
@@ -130,6 +138,10 @@ class Gpu:
     def run(self, launches: Iterable[Launch]) -> None:
         for one in launches:
             self._launch(one)
+
+    def on(self, stream: int) -> AbstractContextManager[Any]:
+        there: AbstractContextManager[Any] = self._cupy.cuda.ExternalStream(stream)
+        return there
 
     def function(self, kernel: str) -> Any:
         """A kernel by its name, from the fat binary that holds it."""

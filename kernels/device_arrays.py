@@ -5,6 +5,7 @@ The second is how the ort-cuda engine is tested without a GPU: the same session 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -24,6 +25,11 @@ class DeviceArrays(Protocol):
     device: str
     provider: str
     library: str
+
+    @property
+    def stream(self) -> int:
+        """Its address, for libraries that enqueue work of their own."""
+        ...
 
     def options(self, capture: bool) -> dict[str, str]:
         """Of the provider; `capture`: CUDA graphs of runs that are given a graph's number."""
@@ -57,11 +63,20 @@ class DeviceArrays(Protocol):
         """Around launches: they come after the session's work before them."""
         ...
 
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """What `work` enqueues, to be enqueued again by one call (a CUDA graph). Raises what CuPy raises."""
+        ...
+
+    def wait(self) -> None:
+        """Until all work before it is done."""
+        ...
+
 
 class HostArrays:
     """For tests: kernels run on the emulator, products on ONNX Runtime's CPU provider."""
 
     device, provider, library = "cpu", "CPUExecutionProvider", "libskerry_ort_emulated.so"
+    stream = 0
 
     def options(self, capture: bool) -> dict[str, str]:
         return {}
@@ -89,6 +104,12 @@ class HostArrays:
 
     def in_order(self) -> AbstractContextManager[Any]:
         return nullcontext()
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        return work
+
+    def wait(self) -> None:
+        """It is done when it is asked for."""
 
 
 class GpuArrays:
@@ -147,3 +168,15 @@ class GpuArrays:
     def in_order(self) -> AbstractContextManager[Any]:
         stream: AbstractContextManager[Any] = self._stream
         return stream
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        with self._stream:
+            self._stream.begin_capture()
+            try:
+                work()
+            finally:
+                graph = self._stream.end_capture()
+        return lambda: graph.launch(self._stream)
+
+    def wait(self) -> None:
+        self._stream.synchronize()

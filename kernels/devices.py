@@ -6,6 +6,7 @@ what an operator wants to read where an engine for GPUs was passed over.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,13 +18,15 @@ from skerry.kernels.nvml import Found, discover
 
 # What TensorRT-RTX compiles for.
 RTX_SMS = (75, 80, 86, 89, 120, 121)
+NO_CUPY = "CuPy is not installed (pip install 'skerry[cuda]')"
+INSTALL = "NVIDIA's TensorRT 10.16 or 11 with its Python module, tensorrt"
 CUDA_PROVIDER = "libonnxruntime_providers_cuda.so"
 
 
 def this_device(runtime_version: str = "", labels: dict[str, str] | None = None, found: Found | None = None) -> Device:
     """Asks the NVIDIA driver, for seconds at most, unless told what was `found`. Never raises for want of GPUs."""
     found = discover() if found is None else found
-    asked = {"ort-cuda": _ort_cuda(found), "tensorrt-rtx": _tensorrt_rtx(found)}
+    asked = {"ort-cuda": _ort_cuda(found), "tensorrt": _tensorrt(found), "tensorrt-rtx": _tensorrt_rtx(found)}
     offers = {backend: offer for backend, offer in asked.items() if isinstance(offer, Offer)}
     return replace(
         local_device(runtime_version, labels),
@@ -44,6 +47,15 @@ def gpu_line(device: Device) -> str:
 
 def _ort_cuda(found: Found) -> Offer | str:
     """The offer, or why there is none: in the order in which somebody would mend it."""
+    return _our_kernels(found, _missing_packages)
+
+
+def _tensorrt(found: Found) -> Offer | str:
+    """Its bundles are those of ort-cuda, built by TensorRT on the node: ops and pages are the same."""
+    return _our_kernels(found, _missing_tensorrt)
+
+
+def _our_kernels(found: Found, missing: Callable[[], str]) -> Offer | str:
     if not found.gpus:
         return found.reason
     try:
@@ -53,7 +65,7 @@ def _ort_cuda(found: Found) -> Offer | str:
     return (
         kernels.driver_problem(found.cuda)
         or _unbuilt(kernels, found)
-        or _missing_packages()
+        or missing()
         or Offer(OPS_ON_CUDA, CUDA_KV_LAYOUTS, tuple(sorted({g.sm for g in found.gpus if kernels.runs_on(g.sm)})))
     )
 
@@ -70,7 +82,7 @@ def _tensorrt_rtx(found: Found) -> Offer | str:
     if not find_spec("tensorrt_rtx_bindings"):
         return "TensorRT-RTX is not installed (pip install 'skerry[tensorrt]')"
     if not find_spec("cupy"):
-        return "CuPy is not installed (pip install 'skerry[cuda]')"
+        return NO_CUPY
     return Offer(OPS, KV_LAYOUTS, sms)
 
 
@@ -79,6 +91,12 @@ def _unbuilt(kernels: CudaKernels, found: Found) -> str:
         return ""
     known = ", ".join(map(str, kernels.sms))
     return f"the CUDA kernels are built for compute capability {known}, the GPU is {found.gpus[0].sm}"
+
+
+def _missing_tensorrt() -> str:
+    if not find_spec("tensorrt"):
+        return f"TensorRT is not installed ({INSTALL})"
+    return "" if find_spec("cupy") else NO_CUPY
 
 
 def _missing_packages() -> str:
@@ -90,4 +108,4 @@ def _missing_packages() -> str:
             "the installed onnxruntime has no CUDA provider (pip uninstall onnxruntime; "
             "pip install --force-reinstall onnxruntime-gpu)"
         )
-    return "" if find_spec("cupy") else "CuPy is not installed (pip install 'skerry[cuda]')"
+    return "" if find_spec("cupy") else NO_CUPY

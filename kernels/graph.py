@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,10 +16,11 @@ from skerry.kernels.batch import Batch
 from skerry.kernels.device_arrays import DeviceArrays
 from skerry.kernels.library import instruction_set
 from skerry.kernels.onnx_file import OnnxGraph, Value, read_graph
+from skerry.kernels.ort_cuda import OrtCudaGraph
 from skerry.kernels.pages import LAYOUTS, check_pages, page_bytes
 from skerry.kernels.program import NativeProgram
 from skerry.kernels.session import Session
-from skerry.kernels.session_cuda import CudaSession
+from skerry.kernels.session_cuda import CudaSession, DeviceGraph
 
 INT32, BYTES, HALVES = 6, 2, 10  # TensorProto.DataType
 _NAMES = {1: "float", BYTES: "uint8", INT32: "int32", HALVES: "float16"}
@@ -49,9 +50,12 @@ class Executor(Protocol):
     def close(self) -> None: ...
 
 
-def open_graph(bundle: Bundle, threads: int, arrays: DeviceArrays | None = None) -> Executor:
+def open_graph(
+    bundle: Bundle, threads: int, arrays: DeviceArrays | None = None,
+    device_graph: Callable[[], DeviceGraph] | None = None,
+) -> Executor:  # fmt: skip
     """A program where the products are our own, which leaves nothing to ONNX Runtime; else a session, on a GPU with
-    `arrays` where the engine is made for one. Raises
+    `arrays` where the engine is made for one; there `device_graph` makes what runs it, ONNX Runtime by default. Raises
     IncompatibleError: unknown ops, missing or unknown inputs, wrong types, other KV shapes than stated; and ConfigError
     where the kernels cannot run on what SKERRY_ISA asks for."""
     name = bundle.short
@@ -70,7 +74,8 @@ def open_graph(bundle: Bundle, threads: int, arrays: DeviceArrays | None = None)
     if arrays is not None:
         groups = bundle.manifest.kv
         width = -(-bundle.manifest.max_context // groups[0].page_size)
-        return CudaSession(bundle.file("graph.onnx"), name, threads, arrays, len(groups), width)
+        made = device_graph() if device_graph else OrtCudaGraph(bundle.file("graph.onnx"), name, threads, arrays)
+        return CudaSession(made, name, arrays, len(groups), width)
     return Session(bundle.file("graph.onnx"), name, threads)
 
 

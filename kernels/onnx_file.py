@@ -18,9 +18,14 @@ import numpy.typing as npt
 
 from skerry.core.bundle import Bundle
 from skerry.core.protobuf import BYTES, FIXED32, VARINT, entries, varint
+from skerry.kernels.cuda_pages import from_bfloat16
 
 MOST_BYTES = 64 << 20  # of a graph without its weights; the largest seen has 0.3 MB
-DTYPES: dict[int, npt.DTypeLike] = {1: np.float32, 2: np.uint8, 6: np.int32, 7: np.int64}
+FLOAT16, BFLOAT16 = 10, 16
+# Bfloat16 by its bits: NumPy has no such type.
+DTYPES: dict[int, npt.DTypeLike] = {
+    1: np.float32, 2: np.uint8, 6: np.int32, 7: np.int64, FLOAT16: np.float16, BFLOAT16: np.uint16,
+}  # fmt: skip
 
 Attribute = int | float | str | tuple[int, ...]
 _Fields = dict[int, list[int | memoryview]]
@@ -111,6 +116,15 @@ class Constants:
         if found.nbytes != wanted:
             raise ValueError(f"{name} has {found.nbytes} bytes, {wanted} by its shape")
         return found.view(dtype).reshape(constant.shape)
+
+    def floats(self, name: str) -> npt.NDArray[np.float32]:
+        """A constant of float32, float16 or bfloat16 as float32. Raises ValueError as `array` does."""
+        constant = self.constants.get(name)
+        if constant is not None and constant.dtype == FLOAT16:
+            return np.asarray(self.array(name, np.float16), np.float32)
+        if constant is not None and constant.dtype == BFLOAT16:
+            return from_bfloat16(self.array(name, np.uint16))
+        return np.asarray(self.array(name, np.float32))
 
     def _bytes(self, constant: Constant) -> npt.NDArray[np.uint8]:
         if not constant.location:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from skerry.core.bundle import Bundle, Manifest, open_bundle
 from skerry.core.errors import IncompatibleError, InputError, SkerryError, UsageError
 from skerry.core.memory import available_memory
-from skerry.core.target import usable_cores
+from skerry.core.target import graph_backend, usable_cores
 from skerry.kernels.adapters import AdapterSlots, Delta, adapter_bytes
 from skerry.kernels.batch import Batch, Row, pack_rows
 from skerry.kernels.device_arrays import DeviceArrays, GpuArrays
@@ -33,7 +33,7 @@ from skerry.kernels.memory import (
 from skerry.kernels.pages import check_pages, page_bytes
 from skerry.kernels.sampling import Sampled, SampleParams, SampleRows
 from skerry.kernels.score import Scored, logits_of, score_sequences
-from skerry.kernels.session_cuda import CudaSession, DeviceLogits, refusal, short_of_memory
+from skerry.kernels.session_cuda import CudaSession, DeviceGraph, DeviceLogits, refusal, short_of_memory
 
 __all__ = [
     "Batch", "Delta", "DeviceLogits", "Row", "Runner", "SampleParams", "SampleRows", "Sampled", "Scored", "StepError",
@@ -56,13 +56,13 @@ class Runner:
 
     def __init__(
         self, bundle: Bundle, threads: int, pages: int, adapter_slots: int = 0, adapter_rank: int = 1,
-        arrays: DeviceArrays | None = None,
+        arrays: DeviceArrays | None = None, device_graph: Callable[[], DeviceGraph] | None = None,
     ) -> None:  # fmt: skip
         self.bundle = bundle
         self.threads = threads
         self.pages = pages
         self._arrays, self.needed_bytes = arrays, 0  # of a GPU's memory
-        self._graph = open_graph(bundle, threads, arrays)
+        self._graph = open_graph(bundle, threads, arrays, device_graph)
         self.vocab_size = bundle.manifest.model.vocab_size
         self.graph_seconds = 0.0  # of the last step: what is beyond it is packing and binding
         self._kv = _kv_arrays(bundle.manifest, pages, arrays)
@@ -83,15 +83,17 @@ class Runner:
         adapter_slots: int = 0,
         adapter_rank: int = 16,
         arrays: DeviceArrays | None = None,
+        device_graph: Callable[[], DeviceGraph] | None = None,
     ) -> Runner:
         """`pages` per KV group, or as many as fit in `memory_bytes`; besides them slots for adapters up to a rank.
-        `arrays`: the memory of an engine for GPUs, the current CUDA device's by default. Raises Bundle-, Incompatible-
-        or UsageError; where memory is short, before anything is loaded."""
+        `arrays`: the memory of an engine for GPUs, the current CUDA device's by default; `device_graph`: what runs its
+        graph there in ONNX Runtime's place. Raises Bundle-, Incompatible- or UsageError; where memory is short, before
+        anything is loaded."""
         if not isinstance(bundle, Bundle):
             bundle = open_bundle(bundle, verify=False)
         threads = usable_cores() if threads is None else threads
-        if bundle.manifest.target.backend == "ort-cuda":  # the graph of tensorrt-rtx is ort-cpu's
-            return cls._open_on_gpu(bundle, threads, pages, memory_bytes, arrays)
+        if graph_backend(bundle.manifest.target) == "ort-cuda":
+            return cls._open_on_gpu(bundle, threads, pages, memory_bytes, arrays, device_graph)
         count = _page_count(bundle.manifest, pages, memory_bytes)
         if threads < 1 or count < 1:
             raise UsageError("open engine", bundle.short, f"{threads} threads, {count} pages", "both at least 1")
@@ -103,8 +105,9 @@ class Runner:
 
     @classmethod
     def _open_on_gpu(
-        cls, bundle: Bundle, threads: int, pages: int | None, memory_bytes: int | None, arrays: DeviceArrays | None
-    ) -> Runner:
+        cls, bundle: Bundle, threads: int, pages: int | None, memory_bytes: int | None, arrays: DeviceArrays | None,
+        device_graph: Callable[[], DeviceGraph] | None,
+    ) -> Runner:  # fmt: skip
         """Whatever the device's memory refuses, when the engine is loaded or first run, is told in figures."""
         arrays = GpuArrays() if arrays is None else arrays
         manifest, free = bundle.manifest, arrays.free_bytes()
@@ -115,7 +118,7 @@ class Runner:
             raise UsageError("open engine", bundle.short, f"{threads} threads, {count} pages", "both at least 1")
         needed = check_device_memory(manifest, bundle.short, count, free)
         try:
-            runner = cls(bundle, threads, count, arrays=arrays)
+            runner = cls(bundle, threads, count, arrays=arrays, device_graph=device_graph)
             runner.needed_bytes = needed
             runner._try_last_position()
         except (MemoryError, IncompatibleError) as error:
@@ -245,6 +248,9 @@ class Runner:
         if self._arrays is None or not short_of_memory(error):
             return None
         return refusal(self.bundle.short, self._arrays, error, self.needed_bytes)
+
+    def keep(self) -> None:
+        """Nothing was compiled here."""
 
     def close(self) -> None:
         self._graph.close()

@@ -11,12 +11,13 @@ def checks() -> list[Check]:
         "onnxruntime": "engines", "tokenizers": "text", "fastapi": "the HTTP API", "uvicorn": "the HTTP API",
         "httpx": "the control plane", "prometheus-client": "metrics", "tuf": "updates", "zeroconf": "discovery",
     }  # fmt: skip
-    return [*(package_check(name, purpose) for name, purpose in needed.items()), tensorrt_rtx()]
+    packages = [package_check(name, purpose) for name, purpose in needed.items()]
+    return [*packages, compiled("tensorrt"), compiled("tensorrt-rtx")]
 
 
-def tensorrt_rtx() -> Check:
-    """Whether bundles of tensorrt-rtx are served by their compiled engines."""
+def compiled(backend: str) -> Check:
+    """Whether its bundles are served by their compiled engines."""
     device = this_device()
-    reason = device.missing.get("tensorrt-rtx", "")
+    reason = device.missing.get(backend, "")
     cards = ", ".join(gpu.name for gpu in device.gpus)
-    return Check("tensorrt-rtx engines", None if reason else True, f"not served: {reason}" if reason else cards)
+    return Check(f"{backend} engines", None if reason else True, f"not served: {reason}" if reason else cards)

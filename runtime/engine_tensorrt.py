@@ -1,32 +1,35 @@
-"""Opening a bundle of TensorRT-RTX on a node: its compiled engine where it proves itself, else the graph beside it.
+"""Opening a bundle of TensorRT or TensorRT-RTX on a node: its engine where it proves itself, else the graph beside it.
 
 The engine must open and repeat the bundle's golden answers before it serves. Where it does not, the same model is
-served by the graph on this machine's CPU, slower, and the reason is told.
+served by the graph, by ONNX Runtime on this GPU or on the CPU, slower, and the reason is told. A plan of TensorRT is
+taken from the bundle where it was built for this very library and GPU, else from what this node kept, else built here.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from skerry.core.bundle import Bundle
-from skerry.core.errors import SkerryError
-from skerry.core.target import Device, gpus_for
+from skerry.core.errors import IncompatibleError, SkerryError
+from skerry.core.files import sha256_bytes
+from skerry.core.target import Device, gpus_for, graph_backend
 from skerry.kernels.tensorrt.engine_file import EngineFile
 from skerry.kernels.tensorrt.key import EngineKey
 from skerry.runtime.golden import GOLDEN, GoldenResult, check_golden
 from skerry.runtime.jit_cache import JitCache, default_directory
 
 if TYPE_CHECKING:
+    from skerry.kernels.device_arrays import DeviceArrays
     from skerry.kernels.runner import Runner
     from skerry.kernels.tensorrt.runner import LinearRunner
 
 log = logging.getLogger("skerry.tensorrt")
-BACKEND = "tensorrt-rtx"
+PLANS_BYTES = 4 << 30  # of plans that are kept, or room for three of the bundle's size where that is more
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,9 @@ class Proven:
     fell_back: str = ""
 
 
-def open_proven(bundle: Bundle, compiled: Callable[[], LinearRunner] | None, graph: Callable[[], Runner]) -> Proven:
+def open_proven(
+    bundle: Bundle, compiled: Callable[[], LinearRunner | Runner] | None, graph: Callable[[], Runner]
+) -> Proven:
     """The compiled engine, where there is one, if it opens and its golden answers are right. Raises what opening the
     graph raises."""
     if compiled is None:
@@ -56,7 +61,7 @@ def open_proven(bundle: Bundle, compiled: Callable[[], LinearRunner] | None, gra
         reason = f"its golden log-probabilities are off by {golden.mean_error:.3g} on average"
     except Exception as error:  # noqa: BLE001 - whatever a GPU's libraries throw rejects the engine, no more
         reason = " ".join(str(error).split())[:600] or repr(error)
-    log.warning("%s is served by its graph on the CPU: %s", bundle.short, reason)
+    log.warning("%s is served by its graph (%s): %s", bundle.short, graph_backend(bundle.manifest.target), reason)
     runner = graph()
     return Proven(runner, _golden(bundle, runner), reason)
 
@@ -68,6 +73,61 @@ def _golden(bundle: Bundle, runner: Runner | LinearRunner) -> GoldenResult | Non
         return check_golden(bundle, runner)
     except SkerryError as error:
         raise runner.rejected(error) or error from error
+
+
+def opener(
+    bundle: Bundle, device: Device, threads: int, memory_bytes: int | None
+) -> Callable[[], LinearRunner | Runner] | None:
+    """What opens the bundle's engine on this machine; None: its graph is all that there is."""
+    if bundle.manifest.target.backend == "tensorrt":
+        return partial(open_tensorrt, bundle, device, threads, memory_bytes)
+    if bundle.manifest.target.backend == "tensorrt-rtx":
+        return partial(open_rtx, bundle, device, threads, memory_bytes)
+    return None
+
+
+def open_tensorrt(
+    bundle: Bundle, device: Device, threads: int, memory_bytes: int | None = None, directory: Path | None = None
+) -> Runner:
+    """The plan on this machine's GPU, built where nobody did before, which takes minutes. Raises IncompatibleError,
+    NotFound, SkerryError."""
+    from skerry.kernels.device_arrays import GpuArrays
+    from skerry.kernels.tensorrt.paged_engine import PlanRefused, open_plan
+
+    arrays = GpuArrays()
+    for plan in plans(bundle, device, arrays, directory or default_directory()):
+        try:
+            return open_plan(bundle, plan, arrays, threads, memory_bytes=memory_bytes)
+        except PlanRefused as error:
+            refused = error
+            log.warning("%s", error.cause)
+    raise refused
+
+
+def plans(bundle: Bundle, device: Device, arrays: DeviceArrays, directory: Path) -> Iterator[bytes]:
+    """The bundle's own where it was built for this very library and GPU, what this node kept, what is built now: one
+    after another, as those before are refused. Raises IncompatibleError, SkerryError."""
+    from skerry.kernels.tensorrt.paged_build import import_tensorrt
+    from skerry.kernels.tensorrt.paged_engine import build_plan, library_version
+    from skerry.kernels.tensorrt.paged_file import PLAN, BuildFile, plan_key, timing_of
+
+    gpus = gpus_for(bundle.manifest, device)
+    if not gpus:
+        raise IncompatibleError("open engine", bundle.short, "no GPU here holds it", "a smaller model")
+    described, timing = BuildFile.of(bundle), timing_of(bundle)
+    pinned = sha256_bytes(timing) if timing else ""
+    key = plan_key(bundle, described, library_version(import_tensorrt()), gpus[0], pinned)
+    if described.plan == key:
+        yield bundle.file(PLAN).read_bytes()
+    room = max(PLANS_BYTES, 3 * bundle.manifest.entry("weights.bin").size)
+    cache = JitCache(directory.with_name("plans"), room)
+    kept = cache.read(key)
+    if kept:
+        yield kept
+    log.warning("building a TensorRT plan of %s for %s: it takes minutes, once", bundle.short, gpus[0].name)
+    built, _ = build_plan(bundle, described, arrays, timing)
+    cache.write(key, built)
+    yield built
 
 
 def open_rtx(

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +15,13 @@ from skerry.core.errors import BundleError, IncompatibleError, SkerryError
 from skerry.core.files import read_json
 from skerry.core.target import Gpu, incompatibility, local_device, on_gpu, usable_cores
 from skerry.core.tokenizer import Tokenizer
-from skerry.runtime.engine_tensorrt import BACKEND, open_proven, open_rtx
+from skerry.runtime.engine_tensorrt import open_proven, opener
 from skerry.runtime.golden import GoldenResult
 from skerry.runtime.heap import give_back
 from skerry.runtime.protocol import Defaults
 from skerry.runtime.request import Request, SamplingParams
 
 if TYPE_CHECKING:
-    from skerry.kernels.tensorrt.runner import LinearRunner
     from skerry.runtime.engine import Engine
     from skerry.runtime.service import Model
 
@@ -98,9 +95,7 @@ def load(
                 adapter_slots=0 if adapters_optional and bundle.manifest.adapters is None else adapter_slots,
             )  # fmt: skip
 
-        compiled: Callable[[], LinearRunner] | None = None
-        if bundle.manifest.target.backend == BACKEND:
-            compiled = partial(open_rtx, bundle, device, threads or usable_cores(), memory_bytes)
+        compiled = opener(bundle, device, threads or usable_cores(), memory_bytes)
         proven = open_proven(bundle, compiled, graph)
         tokenizer, template = text.result(), ChatTemplate.open(bundle.path, *special)
     engine = OrtEngine(proven.runner)

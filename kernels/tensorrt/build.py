@@ -7,7 +7,7 @@ with TensorRT-RTX, which compiles kernels for named compute capabilities and fin
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,9 +15,10 @@ from skerry.core.bundle import Bundle, Manifest
 from skerry.core.errors import IncompatibleError, SkerryError
 from skerry.core.memory import require_memory
 from skerry.kernels.devices import RTX_SMS
-from skerry.kernels.onnx_file import read_graph
-from skerry.kernels.tensorrt.decoder import step_inputs, write_decoder
+from skerry.kernels.onnx_file import OnnxGraph, read_graph
+from skerry.kernels.tensorrt.decoder import Decoder, write_decoder
 from skerry.kernels.tensorrt.layers import Layers
+from skerry.kernels.tensorrt.linear_decoder import LinearDecoder, step_inputs
 
 log = logging.getLogger("skerry.tensorrt")
 DECODE, MIXED = 0, 1
@@ -111,15 +112,18 @@ def sms_for(asked: int | None, dtype: str, int4: bool) -> tuple[int, ...]:
     return (asked,)
 
 
-def write_network(trt: Any, bundle: Bundle, dtype: str) -> Network:
-    """Raises IncompatibleError, SkerryError."""
+def write_network(
+    trt: Any, bundle: Bundle, dtype: str, decoder: Callable[[Layers, Bundle, OnnxGraph], Decoder] = LinearDecoder,
+    evaluated: bool = True,
+) -> Network:  # fmt: skip
+    """`evaluated`: its definition is to be evaluated too. Raises IncompatibleError, SkerryError."""
     messages = Messages(trt)
     builder = trt.Builder(messages.logger)
     flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     definition = builder.create_network(flags)
-    layers = Layers(trt, definition, dtype)
+    layers = Layers(trt, definition, dtype, evaluated)
     try:
-        write_decoder(layers, bundle, read_graph(bundle.file("graph.onnx")))
+        write_decoder(decoder(layers, bundle, read_graph(bundle.file("graph.onnx"))))
     except SkerryError as error:
         if messages.errors and not isinstance(error, IncompatibleError):
             raise SkerryError(error.operation, error.obj, f"{error.cause}: {messages.cause}", error.hint) from error

@@ -1,30 +1,20 @@
-"""A decoder graph as a TensorRT network with TensorRT's own attention over a linear KV cache.
+"""A decoder graph as a TensorRT network: the walk over its nodes, and all of them but the attention.
 
 Walks the graph that runs everywhere else (kernels/DESIGN.md has its contract) and writes the same arithmetic: weights
-are the very blocks that other engines read. Tokens stay packed on one axis; for the attention alone, queries are laid
-out by sequence and step, [B, S], because TensorRT-RTX has no fused kernel for packed ones.
-
-    inputs   input_ids[T] positions[T] query_start[B+1] context_len[B] first[B]                       int32
-             pad[B, S] (a token's place in T), pad_positions[B, S], unpad[T] (its place in B * S)     int32
-             sample_rows[R]                                                                           int32
-             keys.i values.i [B, KV heads, C, head size] per layer i
-    outputs  logits[R, V] hidden[R, D] float32, keys_out.i values_out.i (the memory of keys.i and values.i)
-
-Row b of the caches is a sequence's slot. `first`: where its tokens of this step begin in it; places of `pad` beyond its
-tokens may hold any token, and a row without tokens has a context_len of 1.
+are the very ones that other engines read. What the attention is, and so which inputs a step has, a subclass says:
+TensorRT's own over a linear cache (linear_decoder.py), or our plugin over pages (paged_decoder.py).
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from math import prod
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from skerry.core.bundle import Bundle, Manifest
+from skerry.core.bundle import Bundle
 from skerry.core.errors import IncompatibleError, SkerryError
 from skerry.kernels.blocks import BLOCK, BlockFormat, unpack
 from skerry.kernels.onnx_file import Constants, Node, OnnxGraph
@@ -33,44 +23,42 @@ from skerry.kernels.tensorrt.layers import Layers, Tensor
 from skerry.kernels.tensorrt.weights import Dequantized, dequantized
 
 Float32 = npt.NDArray[np.float32]
+FLOAT = 1  # TensorProto.DataType
 ELEMENTS = {"Add": "SUM", "Mul": "PROD", "Div": "DIV"}
 OTHER_TARGET = "--target ort-cuda or ort-cpu, which have our own attention"
 
 
-def write_decoder(layers: Layers, bundle: Bundle, graph: OnnxGraph) -> None:
+def write_decoder(decoder: Decoder) -> None:
     """Fills the network. Raises IncompatibleError that names what TensorRT's attention lacks, or a node that is not
     known here; SkerryError where the graph has another number of attentions than the manifest has layers."""
-    decoder = _Decoder(layers, bundle, graph)
-    for node in graph.nodes:
+    for node in decoder.graph.nodes:
         if node.op not in _WRITE:
             raise IncompatibleError("build network", node.name, f"{node.op} has no counterpart", OTHER_TARGET)
         try:
             _WRITE[node.op](decoder, node)
         except ValueError as error:
             raise SkerryError("build network", node.name, str(error), "export the bundle again") from error
-    wanted = bundle.manifest.model.layers
+    wanted = decoder.manifest.model.layers
     if decoder.counts["attention"] != wanted:
         cause = f"{decoder.counts['attention']} attentions, the model has {wanted} layers"
-        raise SkerryError("build network", bundle.short, cause, "export the bundle again")
+        raise SkerryError("build network", decoder.manifest.name, cause, "export the bundle again")
     decoder.finish()
 
 
-class _Decoder:
+class Decoder:
     """Values by their names in the graph. `sizes`: of a value's last axis; heads that are told apart have a third."""
 
     def __init__(self, layers: Layers, bundle: Bundle, graph: OnnxGraph) -> None:
-        self.layers, self.manifest = layers, bundle.manifest
+        self.layers, self.manifest, self.graph = layers, bundle.manifest, graph
         self.constants = Constants(bundle, graph.constants)
         self.values: dict[str, Tensor] = {}
         self.counts = Counter[str]()
+        self.kept: list[tuple[Tensor, str]] = []  # outputs besides logits and hidden states
         self._tables: dict[str, Tensor] = {}
-        self._masks: dict[int, Tensor] = {}
-        self._kept: list[tuple[Tensor, str]] = []
-        whole = layers.trt.int32
-        for name, shape, dimensions in step_inputs():
-            self.values[name] = layers.input(name, whole, shape, dimensions)
-        turned = layers.shuffle("positions.column", self.values["positions"], (-1, 1))
-        self.values["positions.column"] = turned
+
+    def attention(self, node: Node) -> None:
+        """Rotates, appends to the cache, attends to what is stored; counts itself."""
+        raise NotImplementedError
 
     def read(self, name: str) -> Tensor:
         if name not in self.values:
@@ -81,11 +69,11 @@ class _Decoder:
         for name in ("logits", "hidden"):
             if name in self.values:
                 self.layers.output(self.layers.cast(f"{name}.wide", self.values[name], "float32"), name)
-        for tensor, name in self._kept:
+        for tensor, name in self.kept:
             self.layers.output(tensor, name)
 
     def floats(self, name: str) -> Float32:
-        return np.asarray(self.constants.array(name, np.float32))
+        return self.constants.floats(name)
 
     def gather_block(self, node: Node) -> None:
         weights = self.weights(node.input(1), node.integer("rows"), node.integer("width"), node.integer("format"))
@@ -171,9 +159,14 @@ class _Decoder:
         self.values[node.outputs[0]] = self.active(node.name, Activation.SILU, self.read(node.input(0)))
 
     def gelu(self, node: Node) -> None:
-        if node.attributes.get("approximate") != "tanh":
+        if node.op == "Gelu" and node.attributes.get("approximate") != "tanh":
             raise ValueError("only the tanh form is known")
         self.values[node.outputs[0]] = self.active(node.name, Activation.GELU_TANH, self.read(node.input(0)))
+
+    def cast(self, node: Node) -> None:
+        if node.integer("to") != FLOAT:
+            raise ValueError("only casts to float32 are known")
+        self.values[node.outputs[0]] = self.layers.cast(node.name, self.read(node.input(0)), "float32")
 
     def norm(self, node: Node) -> None:
         x = self.rms_norm(node.input(1), self.read(node.input(0)), node.number("epsilon", 1e-5))
@@ -207,8 +200,9 @@ class _Decoder:
     def element(self, node: Node) -> None:
         x, second = self.read(node.input(0)), node.input(1)
         if second in self.constants:
-            number = self.floats(second).reshape((1,) * len(x.shape))
-            other = self.layers.floats(f"{node.name}.{second}", number)
+            values = self.floats(second)
+            shape = (1,) * (len(x.shape) - values.ndim) + values.shape
+            other = self.layers.floats(f"{node.name}.{second}", values.reshape(shape), self.layers.dtype_of(x))
         else:
             other = self.read(second)
         self.values[node.outputs[0]] = self.layers.element(node.name, ELEMENTS[node.op], x, other)
@@ -216,99 +210,24 @@ class _Decoder:
     def tanh(self, node: Node) -> None:
         self.values[node.outputs[0]] = self.layers.activation(node.name, "TANH", self.read(node.input(0)))
 
-    def attention(self, node: Node) -> None:
-        """Rotate, append to the caches, attend to what is stored."""
-        if node.number("softcap", 0.0):
-            raise IncompatibleError("build network", node.name, "TensorRT's attention caps no scores", OTHER_TARGET)
-        if node.integer("interleaved", 0):
-            raise IncompatibleError("build network", node.name, "interleaved pairs are not lowered", OTHER_TARGET)
-        layers, size = self.layers, node.integer("head_size")
-        heads, kv_heads = node.integer("num_heads"), node.integer("num_kv_heads")
-        q, k, v = (
-            layers.shuffle(f"{node.name}.{part}.heads", self.read(node.input(index)), (-1, count, size))
-            for index, (part, count) in enumerate((("q", heads), ("k", kv_heads), ("v", kv_heads)))
-        )
-        turned = node.integer("rotary_dim", size)
-        if turned:
-            tables = self.table(node.input(4)), self.table(node.input(5))
-            q, k = (self._rotated(f"{node.name}.{part}", x, tables, turned) for part, x in (("q", q), ("k", k)))
-        layer = int(node.input(3).removeprefix("kv."))
-        keys, values = (self._appended(f"{part}.{layer}", x) for part, x in (("keys", k), ("values", v)))
-        scale = layers.floats(f"{node.name}.scale", np.full((1, 1, 1), node.number("scale")))
-        # TensorRT wants queries scaled, and by nothing else: its attention divides by no root of its own.
-        q = layers.gather(
-            f"{node.name}.pad", layers.element(f"{node.name}.q.scaled", "PROD", q, scale), self.read("pad")
-        )
-        q = layers.shuffle(f"{node.name}.heads", q, transpose=(0, 2, 1, 3))
-        mask = self.mask(node.integer("window", 0))
-        o = layers.attention(f"{node.name}.core", q, keys, values, mask, self.read("context_len"))
-        o = layers.shuffle(f"{node.name}.rows", o, (-1, heads * size), (0, 2, 1, 3))
-        self.values[node.outputs[0]] = layers.gather(node.name, o, self.read("unpad"))
-        self.counts["attention"] += 1
-
-    def _rotated(self, name: str, x: Tensor, tables: tuple[Tensor, Tensor], turned: int) -> Tensor:
-        heads, size = x.shape[1], x.shape[2]
-        column = self.layers.shuffle(f"{name}.column", x, (-1, heads, 1, size))
-        part = 0 if turned == size else turned  # 0: the whole head
-        done = self.layers.rotary(f"{name}.rotary", column, *tables, self.read("positions.column"), part)
-        return self.layers.shuffle(f"{name}.rotated", done, (-1, heads, size))
-
-    def _appended(self, name: str, update: Tensor) -> Tensor:
-        spec = self.manifest.model
-        shape = (-1, spec.kv_heads, self.manifest.max_context, spec.head_size)
-        cache = self.layers.input(name, self.layers.kind, shape, ("B",))
-        done = self.layers.kv_update(f"{name}.update", cache, update, self.read("first"), self.read("query_start"))
-        self._kept.append((done, name.replace(".", "_out.", 1)))
-        return done
-
-    def table(self, name: str) -> Tensor:
+    def table(self, name: str, dtype: str = "") -> Tensor:
         """cos or sin, once for all layers that turn alike, as long as the context."""
         if name not in self._tables:
-            self._tables[name] = self.layers.floats(name, self.floats(name)[: self.manifest.max_context])
+            self._tables[name] = self.layers.floats(name, self.floats(name)[: self.manifest.max_context], dtype)
         return self._tables[name]
-
-    def mask(self, window: int) -> Tensor:
-        """bool [B, 1, S, C], once for all layers of a window: true where a query sees the key at that place."""
-        if window not in self._masks:
-            layers, at = self.layers, f"mask.{window}"
-            places = np.arange(self.manifest.max_context).reshape(1, 1, 1, -1)
-            key = layers.integers(f"{at}.places", places)
-            query = layers.shuffle(f"{at}.queries", self.read("pad_positions"), (0, 1, -1, 1))
-            unseen = layers.element(f"{at}.later", "GREATER", key, query)
-            if window:
-                last = layers.integers(f"{at}.window", np.full((1, 1, 1, 1), window - 1))
-                begin = layers.element(f"{at}.begin", "SUB", query, last)
-                unseen = layers.element(
-                    f"{at}.outside", "OR", unseen, layers.element(f"{at}.before", "LESS", key, begin)
-                )
-            self._masks[window] = layers.unary(at, "NOT", unseen)
-        return self._masks[window]
 
     def weights(self, name: str, rows: int, width: int, form: int) -> Dequantized:
         packed = self.constants.array(name, np.uint8)
         return dequantized(name, unpack(packed, BlockFormat(form), rows, width))
 
 
-def step_inputs() -> list[tuple[str, tuple[int, ...], tuple[str, ...]]]:
-    """Name, shape and the dimensions' names of everything that is not a cache."""
-    found: list[tuple[str, tuple[int, ...], tuple[str, ...]]] = [
-        ("input_ids", (-1,), ("T",)), ("positions", (-1,), ("T",)), ("query_start", (-1,), ("B+1",)),
-        ("context_len", (-1,), ("B",)), ("first", (-1,), ("B",)), ("pad", (-1, -1), ("B", "S")),
-        ("pad_positions", (-1, -1), ("B", "S")), ("unpad", (-1,), ("T",)), ("sample_rows", (-1,), ("R",)),
-    ]  # fmt: skip
-    return found
-
-
-def cache_bytes(manifest: Manifest) -> int:
-    """Of one slot, keys and values of all layers, two bytes a number."""
-    spec = manifest.model
-    return 2 * 2 * spec.layers * prod((spec.kv_heads, manifest.max_context, spec.head_size))
-
-
-_WRITE: dict[str, Callable[[_Decoder, Node], Any]] = {
-    "skerry.GatherBlock": _Decoder.gather_block, "skerry.MatMulBlock": _Decoder.matmul_block,
-    "skerry.PagedAttention": _Decoder.attention, "Gather": _Decoder.gather, "Gemm": _Decoder.gemm,
-    "RMSNormalization": _Decoder.norm, "com.microsoft.SkipSimplifiedLayerNormalization": _Decoder.skip_norm,
-    "com.microsoft.QuickGelu": _Decoder.quick_gelu, "Gelu": _Decoder.gelu, "Reshape": _Decoder.reshape,
-    "Tanh": _Decoder.tanh, **dict.fromkeys(ELEMENTS, _Decoder.element),
+_WRITE: dict[str, Callable[[Decoder, Node], Any]] = {
+    "skerry.GatherBlock": Decoder.gather_block, "skerry.MatMulBlock": Decoder.matmul_block,
+    "skerry.PagedAttention": lambda decoder, node: decoder.attention(node), "Gather": Decoder.gather,
+    "Gemm": Decoder.gemm, "RMSNormalization": Decoder.norm, "SimplifiedLayerNormalization": Decoder.norm,
+    "Cast": Decoder.cast,
+    "com.microsoft.SkipSimplifiedLayerNormalization": Decoder.skip_norm,
+    "com.microsoft.QuickGelu": Decoder.quick_gelu, "Gelu": Decoder.gelu,
+    "com.microsoft.FastGelu": Decoder.gelu, "Reshape": Decoder.reshape,
+    "Tanh": Decoder.tanh, **dict.fromkeys(ELEMENTS, Decoder.element),
 }  # fmt: skip

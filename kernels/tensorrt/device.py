@@ -18,9 +18,9 @@ from skerry.core.errors import IncompatibleError, SkerryError
 from skerry.core.memory import mib
 from skerry.kernels.device_arrays import Array
 from skerry.kernels.tensorrt.build import DECODE, MIXED, Limits, Messages, profile_shapes
-from skerry.kernels.tensorrt.decoder import step_inputs
 from skerry.kernels.tensorrt.engine_file import ENGINE, EngineFile
 from skerry.kernels.tensorrt.linear import LinearCall
+from skerry.kernels.tensorrt.linear_decoder import step_inputs
 
 Float32 = npt.NDArray[np.float32]
 Save = Callable[[bytes], object]

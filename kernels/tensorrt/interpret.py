@@ -36,22 +36,26 @@ class NetworkValues:
         values: dict[str, Array] = {**self._constants, **inputs}
         pending: dict[str, Any] = {}
         for kind, layer in self._layers:
-            if kind == "CONSTANT":
-                continue
-            if kind == "ATTENTION_INPUT":
-                pending[layer.get_output(0).name] = layer
-                continue
-            if kind not in _EVALUATE:
-                raise SkerryError("evaluate network", layer.name, f"{kind} is not defined here")
-            read = [self._read(values, layer, index) for index in range(layer.num_inputs)]
-            if kind == "ATTENTION_OUTPUT":
-                source = pending[layer.get_input(0).name]
-                read = [self._read(values, source, index) for index in range(3)]
-                read += [values[layer.attention.mask.name], values[layer.attention.key_value_lengths.name]]
-            tensor = layer.get_output(0)
-            values[tensor.name] = self._typed(_EVALUATE[kind](self, layer, read), tensor.dtype)
+            self._evaluate(values, pending, kind, layer)
         outputs = [self._definition.get_output(index).name for index in range(self._definition.num_outputs)]
         return {name: values[name] for name in outputs}
+
+    def _evaluate(self, values: dict[str, Array], pending: dict[str, Any], kind: str, layer: Any) -> None:
+        """One layer. `pending`: beginnings of attentions, whose ends evaluate them."""
+        if kind == "CONSTANT":
+            return
+        if kind == "ATTENTION_INPUT":
+            pending[layer.get_output(0).name] = layer
+            return
+        if kind not in _EVALUATE:
+            raise SkerryError("evaluate network", layer.name, f"{kind} is not defined here")
+        read = [self._read(values, layer, index) for index in range(layer.num_inputs)]
+        if kind == "ATTENTION_OUTPUT":
+            source = pending[layer.get_input(0).name]
+            read = [self._read(values, source, index) for index in range(3)]
+            read += [values[layer.attention.mask.name], values[layer.attention.key_value_lengths.name]]
+        tensor = layer.get_output(0)
+        values[tensor.name] = self._typed(_EVALUATE[kind](self, layer, read), tensor.dtype)
 
     def _layer(self, index: int) -> tuple[str, Any]:
         """Its kind, and the layer as what it is: the binding gives every one as its base class, and as what it is some

@@ -31,8 +31,9 @@ class Constant:
 class Layers:
     """`dtype`: what activations are computed in, "float16", "bfloat16" or "float32"."""
 
-    def __init__(self, trt: Any, network: Any, dtype: str) -> None:
-        self.trt, self.network, self.dtype = trt, network, dtype
+    def __init__(self, trt: Any, network: Any, dtype: str, evaluated: bool = True) -> None:
+        """`evaluated`: constants are kept as numbers too, for interpret.py."""
+        self.trt, self.network, self.dtype, self._evaluated = trt, network, dtype, evaluated
         self.constants: dict[str, Constant] = {}  # by the tensor's name
         self._alive: list[Array] = []
         self._names = Counter[str]()
@@ -147,8 +148,18 @@ class Layers:
         shape = values.shape
         weights = self.trt.Weights(kind, stored.ctypes.data, values.size)
         tensor = self._layer(name, self.network.add_constant(shape, weights)).get_output(0)
-        self.constants[tensor.name] = Constant(values)
+        if self._evaluated:
+            self.constants[tensor.name] = Constant(values)
         return tensor
+
+    def dtype_of(self, tensor: Tensor) -> str:
+        """Its type by our names; the network's own where it is none of the three."""
+        names = ("float32", "float16", "bfloat16")
+        return next((name for name in names if tensor.dtype == getattr(self.trt, name)), self.dtype)
+
+    def plugin(self, name: str, inputs: Sequence[Tensor], plugin: Any) -> list[Tensor]:
+        layer = self._layer(name, self.network.add_plugin_v3(list(inputs), [], plugin))
+        return [layer.get_output(index) for index in range(layer.num_outputs)]
 
     def _layer(self, name: str, layer: Any) -> Any:
         """Names are unique: a matrix that is also the embedding is there twice, or its product would not be fused."""

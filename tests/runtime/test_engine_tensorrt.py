@@ -90,7 +90,7 @@ def test_golden_answers_decide_who_serves(bundle: Bundle, caplog: pytest.LogCapt
     with caplog.at_level(logging.WARNING):
         found = open_proven(bundle, wrong, graph)
     assert isinstance(found.runner, Runner) and found.golden is not None and found.golden.ok
-    assert "golden log-probabilities are off" in found.fell_back and "served by its graph on the CPU" in caplog.text
+    assert "golden log-probabilities are off" in found.fell_back and "served by its graph (ort-cpu)" in caplog.text
 
 
 def test_an_engine_that_is_refused_leaves_the_graph(bundle: Bundle) -> None:
