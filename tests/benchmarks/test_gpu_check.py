@@ -201,10 +201,10 @@ def test_a_whole_model_is_run_where_a_bundle_is_given(device, monkeypatch):
     ("INVALID, UNSUPPORTED_CC", []), ("VALID, the engine opens", [("on_a_gpu", check.RTX_TESTS)]),
 ])  # fmt: skip
 def test_tensorrt_rtx_is_tried_and_tested_where_it_opens(device, monkeypatch, said, asked):
-    monkeypatch.setattr(check.rtx, "tried", lambda sm: {"all targets": said})
+    monkeypatch.setattr(check.rtx, "tried", lambda sm: {"the default": said})
     made = begun()
     check.check(made, found.Found(DEVICE | {"sm": 90}, {"tensorrt-rtx": "1.7"}), "")
-    assert made["tensorrt_rtx"]["tried"] == {"all targets": said} and [a for a in device[1:-1]] == asked
+    assert made["tensorrt_rtx"]["tried"] == {"the default": said} and [a for a in device[1:-1]] == asked
     monkeypatch.setattr(check, "RTX_NEEDS", ("no_such_module",))
     looked = found.Found(DEVICE | {"sm": 90})
     assert "tests" not in check.try_rtx(90, looked)

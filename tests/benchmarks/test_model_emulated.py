@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -70,7 +71,7 @@ def test_chat_agreement_and_speed(bundles, measured):
     ours = {"gpu_model_decode_b1", "gpu_model_decode_b2", "gpu_model_prefill_24"}
     assert document["figures"].keys() == ours | {f"{name}.torch" for name in ours}
     assert [row["peer_name"] for row in document["rows"]] == ["torch"] * 3
-    assert len(document["notes"]) == 4 and all("CUDA graph: no torch: run torch" in note for note in document["notes"])
+    assert len(document["notes"]) == 4 and all("CUDA graphs need a CUDA device" in note for note in document["notes"])
     said = "\n".join(model.lines(document))
     assert "chat through in process" in said and "whole model, decode, b2, context 20: torch: " in said
 
@@ -193,8 +194,18 @@ def test_what_the_part_lacks_is_named_with_what_to_do(monkeypatch, tmp_path):
     assert not model.can_run("CPUExecutionProvider")
 
 
-def test_whether_tensorrt_rtx_runs_is_asked():
+def test_golden_rows_of_both_bundles_count_once(tmp_path, monkeypatch):
+    """Twice the same text would be its own judge."""
+    (tmp_path / "golden.json").write_text('{"rows": [{"ids": [1, 2, 3]}, {"ids": [4, 5]}]}')
+    runner = SimpleNamespace(bundle=SimpleNamespace(file=lambda name: tmp_path / name), max_context=2)
+    monkeypatch.setattr(model, "lacking", lambda modules: ["tokenizers"])
+    assert model.texts_of(model.Subject(runner, runner, "", None)) == [[1, 2], [4, 5]]
+
+
+def test_whether_tensorrt_rtx_runs_is_asked(monkeypatch):
     pytest.importorskip("tensorrt_rtx_bindings")
     said = rtx.tried(90)
     assert said["sm 90"].startswith("no such target: the library has") and "SM120" in said["sm 90"]
-    assert said["all targets"].startswith("INVALID") and said["the device at hand"].startswith("not built:")
+    assert said["the default"].startswith("INVALID") and said["the device at hand"].startswith("not built:")
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", None)
+    assert rtx.tried(90).keys() == {"library"} and "not installed" in rtx.tried(90)["library"]

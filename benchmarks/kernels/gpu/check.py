@@ -1,4 +1,5 @@
-"""`make gpu-check`: tests the GPU kernels, measures them, and writes benchmarks/results/gpu-DATE-DEVICE.json.
+"""`make gpu-check`: tests and measures the GPU kernels, and a whole model where it is given one; writes
+benchmarks/results/gpu-DATE-DEVICE.json.
 
 Started by scripts/gpu_check.sh, which has built the checkout. Needs no package beyond numpy, pytest and CuPy; what else
 is used where it is found (torch, compute-sanitizer, ONNX Runtime, TensorRT-RTX) is named where it is missing.
@@ -74,7 +75,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("make gpu-check ARGS=...", description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = argparse.ArgumentParser("make gpu-check ARGS=...", description=(__doc__ or "").split(";")[0])
     parser.add_argument("--dry-run", action="store_true", help="build, say what would run, run the emulated tests")
     parser.add_argument("--only", default="", metavar="WORDS", help="of the tests: those that pytest -k WORDS selects")
     parser.add_argument("--bundle", metavar="DIR", help="an ort-cuda engine, to run as a whole model")
@@ -122,18 +123,19 @@ def check(document: dict[str, Any], found: Found, only: str) -> None:
         document["tensorrt_rtx"] = try_rtx((found.device or {})["sm"], found)
     settings = document["settings"]
     setting = Setting(1, settings["seed"], PEERS, None, lambda line: print(f"gpu-check: {line}", file=sys.stderr))
+    failed: list[SkerryError] = []
     try:
         bench = open_bench(found, setting)
-        failed = measure(document, bench, OPS, settings["repeats"])
+        failed += measure(document, bench, OPS, settings["repeats"])
         bench.release()
         if settings["bundle"] and model.can_run(GpuArrays.provider):
             failed += model.measure(
                 document, settings["bundle"], settings["reference"], GpuArrays(), "cuda" if bench.torch else "",
                 setting, settings["repeats"],
             )  # fmt: skip
-        document["failures"] = [str(error) for error in failed]
     except SkerryError as error:
-        document["failures"] = [str(error)]
+        failed.append(error)
+    document["failures"] = [str(error) for error in failed]
     document["targets"] = [stand(target, {RUN: document}).to_json() for target in gpu_targets()]
 
 

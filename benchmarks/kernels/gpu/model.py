@@ -118,9 +118,10 @@ def measure(
         setting.report(f"whole model: {name}")
         try:
             part()
-        except (SkerryError, RuntimeError, MemoryError, OSError) as caught:  # CuPy's and torch's own are among these
-            cause = f"{type(caught).__name__}: {str(caught).strip().splitlines()[0]}"
-            failed.append(caught if isinstance(caught, SkerryError) else SkerryError("measure", name, cause))
+        except Exception as caught:  # noqa: BLE001 - whatever a device's libraries raise ends one part
+            said = str(caught).strip().partition("\n")[0]
+            other = SkerryError("measure", f"whole model, {name}", f"{type(caught).__name__}: {said}")
+            failed.append(caught if isinstance(caught, SkerryError) else other)
 
     def chat(through: Callable[[], dict[str, Any]]) -> None:
         made["chat"] = through()
@@ -172,8 +173,8 @@ def _described(runner: Runner | None) -> dict[str, Any] | None:
 
 
 def texts_of(subject: Subject) -> list[list[int]]:
-    """Token ids: the golden rows that a bundle has, and packaged conversations where they can be read."""
-    found = []
+    """Token ids: the golden rows of both bundles, each once, and packaged conversations where they can be read."""
+    found: list[list[int]] = []
     for runner in filter(None, (subject.runner, subject.reference)):
         with contextlib.suppress(NotFound):
             found += [row["ids"] for row in read_json(runner.bundle.file("golden.json"))["rows"]]
@@ -182,7 +183,7 @@ def texts_of(subject: Subject) -> list[list[int]]:
         for line in TEXTS.read_text(encoding="utf-8").splitlines()[:MOST_TEXTS]:
             found.append(encode_row(json.loads(line), tokenizer, template)[0])
     most = min(MOST_TOKENS, subject.runner.max_context)
-    return [ids[:most] for ids in found]
+    return [list(ids) for ids in dict.fromkeys(tuple(ids[:most]) for ids in found)]
 
 
 def _agree(made: dict[str, Any], subject: Subject) -> None:

@@ -21,7 +21,7 @@ from skerry.kernels.runner import Runner
 QUESTION = [{"role": "user", "content": "What is gravity?"}]
 TOKENS = 64
 TEXT = ("tokenizers", "jinja2")
-SERVER = ("click", "fastapi", "uvicorn", "prometheus_client", "cryptography")
+SERVER = ("click", "fastapi", "uvicorn", "prometheus_client")
 # The command by its function: a tree that is not installed has no table of commands.
 COMMAND = (sys.executable, "-c", "from skerry.runtime.cli import serve; raise SystemExit(serve())")
 

@@ -21,7 +21,7 @@ BATCHES, CONTEXT, PROMPT = (1, 8, 64), 512, 512
 STEPS, PROMPTS = 32, 8  # calls a shot
 CHUNK = 2048  # tokens of a step that fills the caches
 # Each of torch's decode steps: its name, whether it is a CUDA graph, whether it is compiled.
-FORMS = (("torch", False, False), ("torch CUDA graph", True, False), ("torch compiled, CUDA graph", True, True))
+FORMS = (("torch", False, False), ("torch CUDA graph", True, False), ("torch compiled", True, True))
 
 
 def pages(page_size: int) -> int:

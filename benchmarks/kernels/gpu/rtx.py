@@ -1,6 +1,6 @@
 """Does TensorRT-RTX run on this device? Its list of targets leaves sm_90 out, so it is asked, not assumed.
 
-A network of one sum is built for the device at hand, for every target at once, and for its own compute capability where
+A network of one sum is built for the device at hand, for what the library builds by default, and for its own compute capability where
 the library knows that by name; then the library says whether it would take each engine here.
 """
 
@@ -15,19 +15,21 @@ OPENED = "the engine opens"
 
 
 def tried(sm: int) -> dict[str, str]:
-    """What was built for -> what the library said: its validity here with reasons, or its error. Raises
-    IncompatibleError without the library."""
-    trt = import_rtx()
+    """What was built for -> what the library said: its validity here with reasons, or its error."""
+    try:
+        trt = import_rtx()
+    except SkerryError as error:
+        return {"library": str(error)}
     known = trt.ComputeCapability.__members__
-    asked = {"the device at hand": known.get("CURRENT"), "all targets": None, f"sm {sm}": known.get(f"SM{sm}")}
+    asked = {"the device at hand": known.get("CURRENT"), "the default": None, f"sm {sm}": known.get(f"SM{sm}")}
     said = {}
     for name, capability in asked.items():
-        if capability is None and name != "all targets":
+        if capability is None and name != "the default":
             said[name] = f"no such target: the library has {', '.join(known)}"
             continue
         try:
             said[name] = _validity(trt, _built(trt, capability))
-        except (SkerryError, RuntimeError) as error:
+        except (SkerryError, RuntimeError, TypeError) as error:  # the last: its constructors answer nothing
             said[name] = f"not built: {error}"
     return {"library": str(trt.__version__), **said}
 

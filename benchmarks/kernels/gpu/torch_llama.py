@@ -168,7 +168,7 @@ def tried(what: str, call: Callable[[], Any]) -> Any:
     try:
         return call()
     except (RuntimeError, ImportError, OSError) as error:
-        raise SkerryError("run torch", what, str(error).strip().splitlines()[0]) from error
+        raise SkerryError("run torch", what, str(error).strip().partition("\n")[0]) from error
 
 
 class Decoding:
