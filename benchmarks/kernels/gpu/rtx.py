@@ -1,7 +1,7 @@
 """Does TensorRT-RTX run on this device? Its list of targets leaves sm_90 out, so it is asked, not assumed.
 
-A network of one sum is built for the device at hand, for what the library builds by default, and for its own compute capability where
-the library knows that by name; then the library says whether it would take each engine here.
+A network of one sum is built for the device at hand, for what the library builds by default, and for the device's
+compute capability where the library knows it by name; then the library says whether it takes each engine here.
 """
 
 from __future__ import annotations
