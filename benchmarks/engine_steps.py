@@ -34,9 +34,9 @@ def prefill(runner: Runner, streams: list[Stream], prompts: list[list[int]], chu
             streams[index].row(prompts[index][first:last], runner.groups, last == len(prompts[index]))
             for index, first, last in step
         ]
-        logits = runner.step(pack_rows(rows, runner.page_size))
+        logits = runner.step_there(pack_rows(rows, runner.page_size))
         if ending:
-            found |= zip(ending, greedy(runner, logits))
+            found |= zip(ending, greedy(runner, logits, _greedy_rows(len(ending))))
     return [found[index] for index in range(len(prompts))]
 
 
@@ -44,7 +44,7 @@ def decode(runner: Runner, streams: list[Stream], tokens: list[int], steps: int)
     """`steps` steps of one token for each stream, each step fed with what the one before sampled."""
     rows = _greedy_rows(len(streams))
     for _ in range(steps):
-        tokens = greedy(runner, runner.step(decode_batch(runner, streams, tokens)), rows)
+        tokens = greedy(runner, runner.step_there(decode_batch(runner, streams, tokens)), rows)
     return tokens
 
 

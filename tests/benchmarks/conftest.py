@@ -33,6 +33,13 @@ def make_bundle() -> Callable[..., Bundle]:
 
 
 @pytest.fixture(scope="session")
+def write_model() -> Callable[..., Path]:
+    """write_model(path, family, peaked, **config) -> a tiny random checkpoint."""
+    made: Callable[..., Path] = _fixtures_of("exporter").write_model
+    return made
+
+
+@pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory, make_bundle: Callable[..., Bundle]) -> Bundle:
     return make_bundle(tmp_path_factory.mktemp("tiny"))
 

@@ -108,7 +108,8 @@ def test_a_dry_run_runs_the_emulated_tests(bare, monkeypatch, capsys):
 
 
 def document(**figures):
-    made = new_document("gpu", subject={"device": DEVICE}, figures={}, rows=[], failures=[], sanitizers={})
+    made = new_document("gpu", subject={"device": DEVICE}, figures={}, rows=[], failures=[], sanitizers={},
+                        tensorrt_rtx={})  # fmt: skip
     made["tests"] = {"exit_code": 0, "summary": "9 passed"}
     made["figures"] = {name: {"median": value, "min": value, "max": value} for name, value in figures.items()}
     ours = [target for target in read_targets() if target.figure == "gpu_sample_131072_b1"]
@@ -140,6 +141,7 @@ def test_all_musts_met():
     ({"tests": {"exit_code": 1, "summary": "1 failed, 8 passed"}}, SkerryError, "tests: 1 failed"),
     ({"tests": {"exit_code": 0, "summary": "9 skipped"}}, SkerryError, "tests: 9 skipped"),
     ({"sanitizers": {"racecheck": {"exit_code": 1, "summary": "1 failed"}}}, SkerryError, "racecheck: 1 failed"),
+    ({"tensorrt_rtx": {"tests": {"exit_code": 1, "summary": "1 failed"}}}, SkerryError, "TensorRT-RTX: 1 failed"),
     ({"failures": ["check kernel gpu_sample: wrong"]}, SkerryError, "gpu_sample: wrong"),
 ])  # fmt: skip
 def test_what_does_not_pass(changes, error, cause):
@@ -151,6 +153,76 @@ def test_what_does_not_pass(changes, error, cause):
 def test_what_could_not_be_measured_is_inconclusive():
     with pytest.raises(Inconclusive, match="not measured: sampling"):
         check.conclude(document())
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """A device on which all passes at once; what was asked of pytest, and of the whole model."""
+    asked = []
+
+    def measured(document, bundle, reference, arrays, torch_device, setting, repeats):
+        asked.append((bundle, reference, torch_device, repeats))
+        document["model"]["chat"] = {"answer": "It pulls."}
+        return [GateFailed("compare engine", "b1a2", "2 of 40 positions differ")]
+
+    def passes(device, *more, files=(), **others):
+        asked.append((device, *files))
+        return {"exit_code": 0, "summary": "9 passed"}
+
+    bench = SimpleNamespace(torch=object(), release=lambda: asked.append("release"))
+    monkeypatch.setattr("skerry.benchmarks.kernels.gpu.bench.open_bench", lambda found, setting: bench)
+    monkeypatch.setattr("skerry.benchmarks.kernels.gpu.level.measure", lambda *all: [])
+    monkeypatch.setattr(check, "run_tests", passes)
+    monkeypatch.setattr(check.model, "measure", measured)
+    return asked
+
+
+def begun(**settings):
+    settings = {"repeats": 7, "seed": 0, "bundle": None, "reference": None} | settings
+    return new_document("gpu", figures={}, rows=[], failures=[], sanitizers={}, tensorrt_rtx={}, model={},
+                        settings=settings)  # fmt: skip
+
+
+def test_a_whole_model_is_run_where_a_bundle_is_given(device, monkeypatch):
+    class Arrays:
+        provider = "CPUExecutionProvider"
+
+    monkeypatch.setattr(check, "GpuArrays", Arrays)
+    made = begun(bundle="b", reference="r")
+    check.check(made, found.Found(DEVICE | {"sm": 90}), "")
+    assert device == [("gpu",), "release", ("b", "r", "cuda", 7)]
+    assert made["failures"] == ["compare engine b1a2: 2 of 40 positions differ"] and made["model"]["chat"]
+    without = begun()
+    check.check(without, found.Found(DEVICE | {"sm": 90}), "")
+    assert without["model"] == {} and without["failures"] == []
+
+
+@pytest.mark.parametrize(("said", "asked"), [
+    ("INVALID, UNSUPPORTED_CC", []), ("VALID, the engine opens", [("on_a_gpu", check.RTX_TESTS)]),
+])  # fmt: skip
+def test_tensorrt_rtx_is_tried_and_tested_where_it_opens(device, monkeypatch, said, asked):
+    monkeypatch.setattr(check.rtx, "tried", lambda sm: {"the default": said})
+    made = begun()
+    check.check(made, found.Found(DEVICE | {"sm": 90}, {"tensorrt-rtx": "1.7"}), "")
+    assert made["tensorrt_rtx"]["tried"] == {"the default": said} and [a for a in device[1:-1]] == asked
+    monkeypatch.setattr(check, "RTX_NEEDS", ("no_such_module",))
+    looked = found.Found(DEVICE | {"sm": 90})
+    assert "tests" not in check.try_rtx(90, looked)
+    assert looked.missing == ({"no_such_module": f"{check.RTX_TESTS} on the device"} if asked else {})
+
+
+def test_without_a_bundle_the_two_exports_are_named(bare, tmp_path, capsys):
+    assert check.main(["--out", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert "missing: --bundle (a whole model: skerry export CHECKPOINT --target ort-cuda --precision fp16" in said
+    assert "skerry export CHECKPOINT --target ort-cpu --precision fp32" in said and "left out, no --bundle" in said
+
+
+def test_bundles_are_looked_at_before_anything_runs(bare, tmp_path, capsys):
+    assert check.main(["--reference", str(tmp_path)]) == 2
+    assert "there is no --bundle to compare with it" in capsys.readouterr().err
+    assert check.main(["--bundle", str(tmp_path / "none"), "--dry-run"]) == 1
+    assert "no manifest.json" in capsys.readouterr().err
 
 
 def test_a_shot_is_the_median_of_its_calls_times_their_number():
@@ -233,7 +305,7 @@ def test_a_dry_run_of_the_script_needs_no_gpu(script):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "dry run: nothing was measured; emulated tests: 1 passed" in done.stdout
-    assert "4. rows of paged_attention, sample" in done.stderr
+    assert "4. rows of paged_attention, sample" in done.stderr and "missing: --bundle" in done.stderr
 
 
 def test_bench_kernels_without_a_gpu(bare, capsys, monkeypatch):

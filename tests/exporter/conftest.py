@@ -56,35 +56,39 @@ def write_texts(path: Path, count: int = 12) -> None:
         (path / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in slices))
 
 
-@pytest.fixture
-def make_model(tmp_path: Path) -> Make:
-    """make_model(family="llama", **config) -> directory that transformers saved.
+def write_model(out: Path, family: str = "llama", peaked: bool = False, **overrides: Any) -> Path:
+    """A checkpoint that transformers saved.
 
     `peaked` makes the embedding dominate, as training would: logits of plainly random weights are full of near-ties,
     and 8 bits flip 6% of their maxima whatever the scale.
     """
+    import torch
+    import transformers
+
+    torch.manual_seed(7)
+    shape = {**SHAPE, "initializer_range": 0.08, **overrides}
+    if family == "gemma3-images":
+        shape = {"text_config": shape, "vision_config": VISION, "initializer_range": 0.08}
+    config = getattr(transformers, FAMILIES[family])(**shape)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():  # norms and biases start as ones and zeros: a test could not see them missing
+        for key, value in model.named_parameters():
+            if key.endswith(("norm.weight", ".bias")):
+                value.add_(torch.randn_like(value) * 0.2)
+        if peaked:
+            model.get_input_embeddings().weight.mul_(3)
+    model.save_pretrained(out)
+    write_tokenizer(out)
+    write_texts(out / "eval")
+    return out
+
+
+@pytest.fixture
+def make_model(tmp_path: Path) -> Make:
+    """make_model(family="llama", **config) -> directory, as `write_model` makes it."""
 
     def make(family: str = "llama", name: str = "model", peaked: bool = False, **overrides: Any) -> Path:
-        import torch
-        import transformers
-
-        torch.manual_seed(7)
-        shape = {**SHAPE, "initializer_range": 0.08, **overrides}
-        if family == "gemma3-images":
-            shape = {"text_config": shape, "vision_config": VISION, "initializer_range": 0.08}
-        config = getattr(transformers, FAMILIES[family])(**shape)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        with torch.no_grad():  # norms and biases start as ones and zeros: a test could not see them missing
-            for key, value in model.named_parameters():
-                if key.endswith(("norm.weight", ".bias")):
-                    value.add_(torch.randn_like(value) * 0.2)
-            if peaked:
-                model.get_input_embeddings().weight.mul_(3)
-        out = tmp_path / name
-        model.save_pretrained(out)
-        write_tokenizer(out)
-        write_texts(out / "eval")
-        return out
+        return write_model(tmp_path / name, family, peaked, **overrides)
 
     return make
 

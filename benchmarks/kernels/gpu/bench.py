@@ -42,6 +42,14 @@ class GpuBench:
         if nbytes > free:
             raise IncompatibleError("measure", what, f"needs {nbytes / 2**20:.0f} MiB, {free / 2**20:.0f} are free")
 
+    def release(self) -> None:
+        """What the pools of CuPy and torch keep goes back to the device."""
+        import cupy
+
+        cupy.get_default_memory_pool().free_all_blocks()
+        if self.torch is not None:
+            self.torch.torch.cuda.empty_cache()
+
 
 def open_bench(found: Found, setting: Setting) -> GpuBench:
     """Raises NotFound without a device, or kernels for it. A torch that cannot take part goes to `found.missing`."""

@@ -1,4 +1,5 @@
-"""`make gpu-check`: tests the GPU kernels, measures them, and writes benchmarks/results/gpu-DATE-DEVICE.json.
+"""`make gpu-check`: tests and measures the GPU kernels, and a whole model where it is given one; writes
+benchmarks/results/gpu-DATE-DEVICE.json.
 
 Started by scripts/gpu_check.sh, which has built the checkout. Needs no package beyond numpy, pytest and CuPy; what else
 is used where it is found (torch, compute-sanitizer, ONNX Runtime, TensorRT-RTX) is named where it is missing.
@@ -18,15 +19,20 @@ from pathlib import Path
 from typing import Any
 
 from skerry.benchmarks.documents import close_document, new_document
+from skerry.benchmarks.kernels.gpu import model, rtx
 from skerry.benchmarks.kernels.gpu.found import Found, look
+from skerry.benchmarks.kernels.gpu.model_chat import lacking
 from skerry.benchmarks.targets import MISSED, UNKNOWN, Target, read_targets, stand
 from skerry.core.errors import GateFailed, Inconclusive, SkerryError, Unavailable
 from skerry.core.files import write_json
+from skerry.kernels.device_arrays import GpuArrays
 
 ROOT = Path(__file__).resolve().parents[3]
 SECTION, RUN = "Kernels on an H200", "kernels"  # in targets.toml
 # Of those, the tests whose id has "gpu", or "emulated"; what needs a package that is not there skips itself.
 TESTS = tuple(f"tests/kernels/test_{what}*.py" for what in ("cuda_", "ort_cuda", "tensorrt"))
+MODEL_TESTS = "tests/benchmarks/test_model_emulated.py"  # of the part that is given a bundle
+RTX_TESTS, RTX_NEEDS = "tests/exporter/test_tensorrt_rtx.py", ("click", "onnx_ir", "torch", "transformers")
 SANITIZED = "sanitized"  # marks the small tests that are run again under compute-sanitizer
 SANITIZERS = ("memcheck", "racecheck")
 TEST_SECONDS, SANITIZER_SECONDS = 1800.0, 900.0
@@ -36,8 +42,10 @@ OPS = ("paged_attention", "sample")
 def main(words: Sequence[str] | None = None) -> int:
     args = arguments().parse_args(words)
     try:
+        model.check_bundles(args.bundle, args.reference)
         found = look()
-        print(plan(found, args.repeats), file=sys.stderr, flush=True)
+        found.missing |= model.missing(args.bundle, args.reference)
+        print(plan(found, args.repeats, args.bundle), file=sys.stderr, flush=True)
         if args.dry_run:
             tests = run_tests("emulated", only=args.only)
             print(f"dry run: nothing was measured; emulated tests: {tests['summary']}")
@@ -45,16 +53,17 @@ def main(words: Sequence[str] | None = None) -> int:
         if found.device is None:
             cause = f"{found.missing['a CUDA device']}; nothing was measured"
             raise Unavailable("check GPU", "", cause, "run it where there is a GPU, or make gpu-check ARGS=--dry-run")
+        settings = {name: getattr(args, name) for name in ("repeats", "seed", "bundle", "reference")}
         document = new_document(
-            "gpu", subject={"device": found.device}, settings={"repeats": args.repeats, "seed": args.seed}, figures={},
-            rows=[], versions=found.versions, missing=found.missing, tests={}, sanitizers={}, targets=[], failures=[],
+            "gpu", subject={"device": found.device}, settings=settings, figures={}, rows=[], versions=found.versions,
+            missing=found.missing, tests={}, sanitizers={}, tensorrt_rtx={}, model={}, targets=[], failures=[],
         )  # fmt: skip
         try:
             check(document, found, args.only)
         finally:  # whatever ended it: what was found is kept
             path = args.out / f"gpu-{datetime.now(UTC):%Y-%m-%d}-{found.slug()}.json"
             write_json(path, close_document(document))
-            print(f"{table(document)}\n\nwritten to {path}")
+            print("\n".join([table(document), *model.lines(document), "", f"written to {path}"]))
         conclude(document)
     except SkerryError as error:
         print(error.render(), file=sys.stderr)
@@ -66,16 +75,18 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("make gpu-check ARGS=...", description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = argparse.ArgumentParser("make gpu-check ARGS=...", description=(__doc__ or "").split(";")[0])
     parser.add_argument("--dry-run", action="store_true", help="build, say what would run, run the emulated tests")
     parser.add_argument("--only", default="", metavar="WORDS", help="of the tests: those that pytest -k WORDS selects")
+    parser.add_argument("--bundle", metavar="DIR", help="an ort-cuda engine, to run as a whole model")
+    parser.add_argument("--reference", metavar="DIR", help="its checkpoint as ort-cpu fp32: what to agree with")
     parser.add_argument("--repeats", type=int, default=7, help="of each measurement; 6 and up give intervals")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the result")
     return parser
 
 
-def plan(found: Found, repeats: int) -> str:
+def plan(found: Found, repeats: int, bundle: str | None = None) -> str:
     """What would run here, and what is left out because something is missing."""
     device = found.device or {}
     lines = [
@@ -86,7 +97,9 @@ def plan(found: Found, repeats: int) -> str:
         f"2. compute-sanitizer, {' and '.join(SANITIZERS)}, on the tests marked {SANITIZED}",
         "3. ceilings: device copy, bf16 product",
         f"4. rows of {', '.join(OPS)}, {repeats} repeats, L2 overwritten before each call",
-        "5. the targets:",
+        f"5. a whole model: {f'chat, agreement, tokens a second of {bundle}' if bundle else 'left out, no --bundle'}",
+        "6. TensorRT-RTX: whether it runs on this device, and its test where it does",
+        "7. the targets:",
         *(f"   {target.measure}: {'>=' if target.better == 'higher' else '<='} {target.must:g} {target.unit}"
           for target in gpu_targets()),
     ]  # fmt: skip
@@ -106,22 +119,44 @@ def check(document: dict[str, Any], found: Found, only: str) -> None:
     document["tests"] = run_tests("gpu", only=only)
     if "compute-sanitizer" in found.versions:
         document["sanitizers"] = {tool: sanitize(tool) for tool in SANITIZERS}
+    if "tensorrt-rtx" in found.versions:
+        document["tensorrt_rtx"] = try_rtx((found.device or {})["sm"], found)
     settings = document["settings"]
     setting = Setting(1, settings["seed"], PEERS, None, lambda line: print(f"gpu-check: {line}", file=sys.stderr))
+    failed: list[SkerryError] = []
     try:
-        document["failures"] = [
-            str(error) for error in measure(document, open_bench(found, setting), OPS, settings["repeats"])
-        ]
+        bench = open_bench(found, setting)
+        failed += measure(document, bench, OPS, settings["repeats"])
+        bench.release()
+        if settings["bundle"] and model.can_run(GpuArrays.provider):
+            failed += model.measure(
+                document, settings["bundle"], settings["reference"], GpuArrays(), "cuda" if bench.torch else "",
+                setting, settings["repeats"],
+            )  # fmt: skip
     except SkerryError as error:
-        document["failures"] = [str(error)]
+        failed.append(error)
+    document["failures"] = [str(error) for error in failed]
     document["targets"] = [stand(target, {RUN: document}).to_json() for target in gpu_targets()]
 
 
+def try_rtx(sm: int, found: Found) -> dict[str, Any]:
+    """What the library says of this device; where an engine opens, its test too."""
+    made: dict[str, Any] = {"tried": rtx.tried(sm)}
+    if any(rtx.OPENED in said for said in made["tried"].values()):
+        if lacking(RTX_NEEDS):
+            found.missing |= dict.fromkeys(lacking(RTX_NEEDS), f"{RTX_TESTS} on the device")
+        else:
+            made["tests"] = run_tests("on_a_gpu", files=(RTX_TESTS,))
+    return made
+
+
 def run_tests(
-    device: str, wrapper: Sequence[str] = (), marker: str = "", only: str = "", seconds: float = TEST_SECONDS
-) -> dict[str, Any]:
+    device: str, wrapper: Sequence[str] = (), marker: str = "", only: str = "", seconds: float = TEST_SECONDS,
+    files: Sequence[str] = (),
+) -> dict[str, Any]:  # fmt: skip
     """pytest in a process of its own, on the `gpu` or `emulated`, without whatever plugins are lacking."""
-    files = sorted(str(path.relative_to(ROOT)) for pattern in TESTS for path in ROOT.glob(pattern))
+    patterns = files or (*TESTS, *([MODEL_TESTS] if device == "emulated" else []))
+    files = sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
     words = [*wrapper, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     words += ["-k", f"{device} and ({only})" if only else device]
     words += ["-m", marker] if marker else []
@@ -148,6 +183,8 @@ def sanitize(tool: str) -> dict[str, Any]:
 def conclude(document: dict[str, Any]) -> None:
     """Raises where the check did not pass: what failed before what was slow, and that before what is unknown."""
     runs = {"tests": document["tests"], **document["sanitizers"]}
+    if "tests" in document["tensorrt_rtx"]:
+        runs["TensorRT-RTX"] = document["tensorrt_rtx"]["tests"]
     failed = [f"{name}: {run['summary']}" for name, run in runs.items() if not passed(run)]
     failed += document["failures"]
     if failed:
