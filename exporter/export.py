@@ -124,7 +124,7 @@ def export(checkpoint: Path, target: Target, precision: str, out: Path, options:
             sealed = seal_engine(subject, texts, engine, sealed_for, staging, options, qualified=False)
             tensorrt_rtx.add_engine(sealed, sealed_for, options.progress)
             unqualified = tensorrt_rtx.UNQUALIFIED
-        describe(subject, texts, engine, parity, refused, staging, options, unqualified)
+        describe(subject, texts, engine, parity, refused, staging, options, sealed_for.backend, unqualified)
         qualified = parity is not None and not refused and not unqualified
         seal_engine(subject, texts, engine, sealed_for, staging, options, qualified, unqualified)
     gate.refuse(f"{bundle_name(subject, options)} (kept at {out}, unqualified)", refused)
@@ -258,13 +258,13 @@ def _finite(document: dict[str, Any]) -> dict[str, Any]:
 
 def describe(
     subject: Subject, texts: Texts, engine: Engine, parity: Parity | None, refused: list[str], out: Path,
-    options: Options, unqualified: str = "",
+    options: Options, backend: str, unqualified: str = "",
 ) -> None:  # fmt: skip
     """model_card.md and sbom.cdx.json."""
     name, version = bundle_name(subject, options), bundle_version(subject, options)
     card = provenance.model_card(subject, name, version, engine.precision, parity, refused, texts, unqualified)
     (out / "model_card.md").write_text(card, encoding="utf-8")
-    write_json(out / "sbom.cdx.json", provenance.sbom(subject, name, version, out / "weights.bin"))
+    write_json(out / "sbom.cdx.json", provenance.sbom(subject, name, version, out / "weights.bin", backend))
 
 
 def seal_engine(

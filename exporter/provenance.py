@@ -16,6 +16,10 @@ from skerry.kernels.blocks import BLOCK
 # What made the engine, and what runs it on a node; licences are those of the projects.
 BUILD = ("onnx", "onnx-ir", "numpy", "safetensors", "gguf", "torch", "transformers", "tokenizers")
 RUN = ("onnxruntime", "tokenizers", "numpy", "jinja2")
+RUN_ON = {
+    "ort-cuda": ("onnxruntime-gpu", "cupy-cuda13x"), "tensorrt": ("onnxruntime-gpu", "cupy-cuda13x", "tensorrt"),
+    "tensorrt-rtx": ("cupy-cuda13x", "tensorrt-rtx-cu13-libs", "tensorrt-rtx-cu13-bindings"),
+}  # fmt: skip
 
 
 def recipe(
@@ -53,16 +57,17 @@ def _version(name: str) -> str:
         return ""
 
 
-def sbom(subject: Subject, name: str, version: str, weights: Path) -> dict[str, Any]:
-    """CycloneDX 1.6: the model as the subject, the packages that built and that run it as components. No timestamp and
-    no serial number: the same export gives the same document."""
-    components = [_component(package) for package in sorted({*BUILD, *RUN, "skerry"}) if _version(package)]
+def sbom(subject: Subject, name: str, version: str, weights: Path, backend: str) -> dict[str, Any]:
+    """CycloneDX 1.6: the model as the subject, the packages that built and that run it as components, as far as they
+    are installed here. No timestamp and no serial number: the same export gives the same document."""
+    run = (*RUN, *RUN_ON.get(backend, ()))
+    components = [_component(package) for package in sorted({*BUILD, *run, "skerry"}) if _version(package)]
     model = {
         "type": "machine-learning-model", "bom-ref": f"model:{name}@{version}", "name": name, "version": version,
         "hashes": [{"alg": "SHA-256", "content": sha256_file(weights)}],
         "modelCard": {"modelParameters": {"architectureFamily": subject.spec.family, "task": "text-generation"}},
     }  # fmt: skip
-    needed = [f"pkg:pypi/{package}@{_version(package)}" for package in sorted(RUN) if _version(package)]
+    needed = [f"pkg:pypi/{package}@{_version(package)}" for package in sorted(run) if _version(package)]
     return {
         "bomFormat": "CycloneDX", "specVersion": "1.6", "version": 1,
         "metadata": {"component": model}, "components": components,

@@ -50,7 +50,7 @@ class PagedLimits:
         every page of the context."""
         largest = max(page_bytes(group.layout, group.kv_heads, group.head_size) for group in manifest.kv)
         width = power_of_two(-(-manifest.max_context // PAGE_TOKENS))
-        return cls(tokens=4096, sequences=128, rows=1280, width=width, pages=MOST_ELEMENTS // (largest // 4))
+        return cls(tokens=4096, sequences=64, rows=1280, width=width, pages=MOST_ELEMENTS // (largest // 4))
 
 
 def import_tensorrt() -> Any:
