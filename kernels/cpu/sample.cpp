@@ -226,8 +226,13 @@ int32_t draw(const SampleArgs& a, int64_t row, int64_t n, const Workspace& space
   return race.winner;
 }
 
-// The most likely ids of the raw logits. lse: log of the sum of exponentials.
-void write_top(const SampleArgs& a, int64_t row, const float* raw, float max, double lse, Workspace& space) {
+// Of one logit. Not logit - (max + log_total): beside logits of 1e30 the logarithm would be lost.
+float log_probability(float logit, float max, double log_total) {
+  return static_cast<float>(static_cast<double>(logit) - static_cast<double>(max) - log_total);
+}
+
+// The most likely ids of the raw logits. log_total: of the sum of exp(logit - max).
+void write_top(const SampleArgs& a, int64_t row, const float* raw, float max, double log_total, Workspace& space) {
   int32_t* ids = a.top_ids + row * a.top_n;
   float* logprobs = a.top_logprobs + row * a.top_n;
   const int64_t n = std::min<int64_t>(a.top_n, a.vocabulary);
@@ -239,7 +244,7 @@ void write_top(const SampleArgs& a, int64_t row, const float* raw, float max, do
   std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return space.keys[i] > space.keys[j]; });
   for (int64_t i = 0; i < a.top_n; ++i) {
     ids[i] = i < n ? space.ids[order[i]] : -1;
-    logprobs[i] = i < n ? static_cast<float>(raw[ids[i]] - lse) : -kInfinity;
+    logprobs[i] = i < n ? log_probability(raw[ids[i]], max, log_total) : -kInfinity;
   }
 }
 
@@ -289,11 +294,11 @@ void sample_row(void* argument, int row) {
   if (broken || max == -kInfinity) return write_broken(a, row);
 
   const RowStatistics found = sample_math().statistics(raw, a.vocabulary, max);
-  const double lse = static_cast<double>(max) + std::log(found.sum);
-  a.entropy[row] = static_cast<float>(std::max(0.0, std::log(found.sum) - found.weighted / found.sum));
-  if (a.top_n > 0) write_top(a, row, raw, max, lse, space);
+  const double log_total = std::log(found.sum);
+  a.entropy[row] = static_cast<float>(std::max(0.0, log_total - found.weighted / found.sum));
+  if (a.top_n > 0) write_top(a, row, raw, max, log_total, space);
   a.token[row] = a.target[row] >= 0 ? a.target[row] : choose(a, row, max, space);
-  a.logprob[row] = a.token[row] >= 0 ? static_cast<float>(raw[a.token[row]] - lse) : kNan;
+  a.logprob[row] = a.token[row] >= 0 ? log_probability(raw[a.token[row]], max, log_total) : kNan;
 }
 
 std::string check_ragged(const char* name, const int32_t* start, const int32_t* ids, int64_t entries, int64_t rows,

@@ -167,6 +167,12 @@ def test_extreme_temperatures_and_logits():
         compare(logits, rows_of(*[SampleParams(temperature=temperature, top_p=0.9, seed=7)] * 3))
 
 
+def test_large_logits_keep_their_logarithm():
+    logits = np.float32([[1e30, 1e30, -1e30, 3e29]])
+    _, logprob, entropy, _, top = _native.sample(logits, rows_of(SampleParams(target=1), top_n=2))
+    assert logprob[0] == entropy[0] * -1 == top[0, 0] == pytest.approx(-np.log(2), abs=1e-7)
+
+
 def test_targets_score_the_raw_logits():
     logits = np.random.default_rng(4).normal(size=(3, 100)).astype(np.float32)
     rows = rows_of(*[SampleParams(temperature=0.1, top_k=1, bias={5: 50.0}, target=t) for t in (0, 5, 99)])
