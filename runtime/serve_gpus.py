@@ -22,6 +22,7 @@ from skerry.core.bundle import open_bundle
 from skerry.core.errors import IncompatibleError, UsageError
 from skerry.core.target import Device, Gpu, gpus_for, incompatibility, on_gpu
 from skerry.kernels.devices import this_device
+from skerry.runtime.metric_peers import VARIABLE, peers_directory
 from skerry.runtime.places import Place
 
 POLL_SECONDS = 0.05
@@ -67,19 +68,19 @@ def serve_on(gpus: Sequence[Gpu], arguments: Sequence[str], sock: socket.socket,
     """Until a signal, or until a worker ends; the exit code is the first one that is not 0. Each GPU's worker keeps its
     prefixes apart."""
     children: list[subprocess.Popen[bytes]] = []
-    for gpu in gpus:
-        own = ["--fd", str(sock.fileno())]
-        own += ["--prefix-cache", str(prefixes / gpu.uuid)] if prefixes else []
-        environment = {**os.environ, **Place(gpu.uuid).environment()}
-        children.append(
-            subprocess.Popen([*COMMAND, *arguments, *own], env=environment, pass_fds=(sock.fileno(),), process_group=0)
-        )
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda number, frame: _tell(children, number))
-    while all(child.poll() is None for child in children):
-        time.sleep(POLL_SECONDS)
-    _tell(children, signal.SIGTERM)
-    codes = [child.wait() for child in children]
+    with peers_directory() as peers:
+        for gpu in gpus:
+            own = ["--fd", str(sock.fileno())]
+            own += ["--prefix-cache", str(prefixes / gpu.uuid)] if prefixes else []
+            environment = {**os.environ, **Place(gpu.uuid).environment(), VARIABLE: str(peers)}
+            command = [*COMMAND, *arguments, *own]
+            children.append(subprocess.Popen(command, env=environment, pass_fds=(sock.fileno(),), process_group=0))
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda number, frame: _tell(children, number))
+        while all(child.poll() is None for child in children):
+            time.sleep(POLL_SECONDS)
+        _tell(children, signal.SIGTERM)
+        codes = [child.wait() for child in children]
     return next((abs(code) for code in codes if code), 0)
 
 

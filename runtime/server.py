@@ -135,7 +135,10 @@ def create_app(service: Service, gate: Gate, options: Options | None = None) -> 
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
-        body, kind = service.metrics.negotiated(request.headers.get("accept", ""))
+        accept = request.headers.get("accept", "")
+        body, kind = service.metrics.negotiated(accept)
+        if service.peers is not None:
+            body = await service.peers.exposition(accept)
         return Response(body, headers={"content-type": kind})
 
     return app

@@ -26,6 +26,7 @@ from skerry.runtime.engine import Engine, EngineLoop, StepDone
 from skerry.runtime.formats import Format
 from skerry.runtime.grammar import GrammarConstraint, Grammars
 from skerry.runtime.kvcache import root_key
+from skerry.runtime.metric_peers import MetricPeers
 from skerry.runtime.metrics import Metrics
 from skerry.runtime.observe import Observer, Trace
 from skerry.runtime.prompting import Source, encode, no_tokens, truncated
@@ -97,6 +98,7 @@ class Service:
         fatal = lambda cause: self._call_soon(on_fatal, cause)  # noqa: E731
         self.loop = EngineLoop(engine, self._deliver, limits=limits, on_fatal=fatal, on_step=self._stepped)
         self.metrics = Metrics(model.name, self.loop.load)
+        self.peers: MetricPeers | None = None  # other workers behind the same socket
         self.grammars = Grammars(model.tokenizer, engine.vocab_size, model.stop_ids)
         self.adapters = adapters or Adapters()
         self.adapters.reserved = (model.name, *ALIASES)

@@ -29,6 +29,7 @@ from skerry.runtime import logs
 from skerry.runtime.access import Access, KeyFiles
 from skerry.runtime.channel import Control
 from skerry.runtime.load import Loaded, load
+from skerry.runtime.metric_peers import MetricPeers
 from skerry.runtime.sockets import MAX_CONNECTIONS
 from skerry.runtime.tls import TlsFiles
 
@@ -105,6 +106,7 @@ class Worker:
         self._access = Access()
         self._tls: ssl.SSLContext | None = None
         self._gpus: GpuWatch | None = None
+        self._peers: MetricPeers | None = None
 
     async def run(self) -> int:
         """The exit code: 0 after a drain, 1 when loading or the engine failed."""
@@ -137,6 +139,8 @@ class Worker:
                 task.cancel()
             if self._gpus:
                 self._gpus.stop(0.0)
+            if self._peers:
+                self._peers.close()
             if self._telemetry:
                 await asyncio.to_thread(self._telemetry.close)
             if self._control:
@@ -211,6 +215,11 @@ class Worker:
             loaded.engine, loaded.model(), observer, on_fatal=self._fatal, adapters=adapters,
             limits=Limits.for_gpu(options.max_queue) if loaded.gpus else Limits(queue=options.max_queue),
         )  # fmt: skip
+        self._peers = service.peers = MetricPeers.of_environment(
+            os.environ.get("CUDA_VISIBLE_DEVICES", ""), lambda accept: service.metrics.negotiated(accept)[0]
+        )
+        if service.peers is not None:
+            await service.peers.start()
         if loaded.gpus:
             from skerry.runtime.gpus import GpuMetrics, GpuWatch
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import signal
 import socket
@@ -11,7 +12,9 @@ import time
 from pathlib import Path
 
 import click
+import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from skerry.core.bundle import KvGroup, seal
 from skerry.core.errors import IncompatibleError, UsageError
@@ -119,3 +122,43 @@ def test_a_signal_reaches_all(started, tmp_path):
 def test_one_that_ends_ends_all(started, tmp_path):
     assert started(lambda: (tmp_path / "die-GPU-bb").touch()) == 3
     assert [(tmp_path / f"left-{gpu.uuid}").exists() for gpu in GPUS] == [True, False, True]
+
+
+@pytest.mark.slow
+def test_a_scrape_is_of_all_workers(bundles, monkeypatch):
+    """Real workers, of an engine that needs no GPU; each of many connections may reach either."""
+    seen: list[dict[str, float]] = []
+
+    def requests_by_worker(url: str) -> dict[str, float]:
+        families = text_string_to_metric_families(httpx.get(f"{url}/metrics", timeout=10).text)
+        samples = [s for family in families for s in family.samples if s.name == "vllm:request_success_total"]
+        found: dict[str, float] = {}
+        for sample in samples:
+            found[sample.labels["worker"]] = found.get(sample.labels["worker"], 0) + sample.value
+        return found
+
+    def world(url: str) -> None:
+        try:
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline:
+                with contextlib.suppress(httpx.HTTPError):
+                    if len(requests_by_worker(url)) == 2:
+                        break
+                time.sleep(0.1)
+            for _ in range(12):
+                body = {"prompt": "tide", "max_tokens": 2}
+                assert httpx.post(f"{url}/v1/completions", json=body, timeout=20).status_code == 200
+            seen.extend(requests_by_worker(url) for _ in range(6))
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        thread = threading.Thread(target=world, args=(f"http://127.0.0.1:{sock.getsockname()[1]}",))
+        thread.start()
+        code = serve_gpus.serve_on(GPUS[:2], [str(bundles())], sock)
+        thread.join()
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+    assert code == 0 and seen and all(found.keys() == {"GPU-aa", "GPU-bb"} for found in seen)
+    assert all(sum(found.values()) == 12 for found in seen)
