@@ -1,10 +1,12 @@
 """The rollout state machine: pure, so that a crash, a replay or a simulation takes the same road.
 
-    DRAFT -> APPROVAL -> SCHEDULED -> RUNNING [FILL -> SOAK -> JUDGE]* <-> PAUSED -> SUCCEEDED
+    DRAFT -> APPROVAL -> SCHEDULED -> RUNNING [PROVE? FILL -> SOAK -> JUDGE]* <-> PAUSED -> SUCCEEDED
                                                      \\-> ROLLING_BACK -> ROLLED_BACK | ABORTED
 
 1. `start` takes a draft to SCHEDULED (through APPROVAL where the policy asks for it).
-2. `advance` assigns the first wave and enters FILL: the wave's nodes are told to install (`desired` says "new").
+2. `advance` assigns the first wave and enters FILL: the wave's nodes are told to install (`desired` says "new"). Before
+   any wave comes what no device has proven yet: in PROVE one node for each such engine installs it and reports on it.
+   Until then no other node is told to have it, and nodes whose engine nobody could prove are left out of the waves.
 3. SOAK begins when each of them *observes* the new digest; those that do not by the deadline are stragglers.
 4. JUDGE begins after soak_requests and soak_seconds; a pass starts the next wave, the last one ends in SUCCEEDED.
 5. At any time a hard guard (a node reverted, quarantined or crashed on the new engine) or statistical evidence of more
@@ -28,7 +30,7 @@ from skerry.core.policy import Policy, Wave, parse_waves
 STATES = (
     "DRAFT", "APPROVAL", "SCHEDULED", "RUNNING", "PAUSED", "ROLLING_BACK", "SUCCEEDED", "ROLLED_BACK", "ABORTED",
 )  # fmt: skip
-PHASES = ("", "FILL", "SOAK", "JUDGE")
+PHASES = ("", "PROVE", "FILL", "SOAK", "JUDGE")
 TERMINAL = ("SUCCEEDED", "ROLLED_BACK", "ABORTED")
 CONTROL_NODES = 256  # control nodes whose counters are remembered at a wave's start: bounds the rollout's size
 MAX_HISTORY = 1000
@@ -42,7 +44,8 @@ class NodeView:
     node's target (None: the release has nothing for it, so it takes no part), `old_digest` the previous release's.
     `observed_digest` is what the node's last heartbeat reported; only that counts. `requests` and `failed` were
     answered by the observed engine since it began to serve; a number that shrinks is a restarted counter. `reverted`,
-    `quarantined`, `crashed` speak of the *new* digest, since the rollout began.
+    `quarantined`, `crashed`, `disproved` (its report on the engine is a bad one) speak of the *new* digest, since the
+    rollout began. `unproven`: no device has shown yet that this digest is what it was exported as.
     """
 
     node: str
@@ -53,6 +56,8 @@ class NodeView:
     reverted: bool = False
     quarantined: bool = False
     crashed: bool = False
+    disproved: bool = False
+    unproven: bool = False
     requests: int = 0
     failed: int = 0
     detail: str = ""  # in the node's own words, for the rollout's reason
@@ -66,7 +71,7 @@ class NodeView:
         """Why this node turns the rollout back; empty when it does not."""
         for name, sentence in (
             ("crashed", "its worker crashed"), ("reverted", "it went back to its old engine"),
-            ("quarantined", "it quarantined the engine"),
+            ("quarantined", "it quarantined the engine"), ("disproved", "the engine is not what was exported"),
         ):  # fmt: skip
             if getattr(self, name):
                 return f"{self.node}: {sentence}" + (f" ({self.detail})" if self.detail else "")
@@ -88,7 +93,8 @@ class Entry:
 class Rollout:
     """`wave` counts from 0, -1 before the first. `assigned[w]`: the nodes of wave w. `stragglers`: nodes of started
     waves that did not observe the release in time. `entered_at`: when this state and phase began. `marks`: counters of
-    control nodes when the wave began. `undoes`: the rollout that this one takes back."""
+    control nodes when the wave began. `undoes`: the rollout that this one takes back. `provers`: the nodes that were
+    asked to prove an engine; a later wave takes them first."""
 
     id: str
     release: str
@@ -104,6 +110,7 @@ class Rollout:
     history: tuple[Entry, ...] = ()
     marks: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     undoes: str | None = None
+    provers: tuple[str, ...] = ()
 
     @property
     def terminal(self) -> bool:
@@ -111,8 +118,8 @@ class Rollout:
 
     @cached_property
     def nodes(self) -> tuple[str, ...]:
-        """Every node assigned so far, in order."""
-        return tuple(node for wave in self.assigned for node in wave)
+        """Every node that was told to have the release so far, in order."""
+        return tuple(dict.fromkeys((*(node for wave in self.assigned for node in wave), *self.provers)))
 
     @cached_property
     def node_set(self) -> frozenset[str]:
@@ -220,7 +227,8 @@ Views = Mapping[str, NodeView]
 
 
 def _advance_scheduled(rollout: Rollout, views: Views, now: float) -> Rollout:
-    return _start_wave(rollout, views, now, 0) if views else rollout
+    able = [view for view in views.values() if view.online or not view.unproven]
+    return _start_wave(rollout, views, now, 0) if able else rollout
 
 
 def _advance_paused(rollout: Rollout, views: Views, now: float) -> Rollout:
@@ -229,7 +237,10 @@ def _advance_paused(rollout: Rollout, views: Views, now: float) -> Rollout:
 
 
 def _advance_running(rollout: Rollout, views: Views, now: float) -> Rollout:
-    fault = _fault(rollout, views) or _too_many_failures(rollout, views)
+    fault = _fault(rollout, views)
+    if not fault and rollout.phase == "PROVE":
+        return _prove(rollout, views, now)
+    fault = fault or _too_many_failures(rollout, views)
     if fault:
         return _turn_back(rollout, now, fault)
     return {"FILL": _fill, "SOAK": _soak, "JUDGE": _judge}[rollout.phase](rollout, views, now)
@@ -280,13 +291,18 @@ def _order(rollout_id: str, node: str) -> str:
 
 
 def _start_wave(rollout: Rollout, views: Views, now: float, wave: int) -> Rollout:
-    """Assigns wave `wave`: nodes that are online first, then by a stable hash of rollout and node, so that canaries
-    differ between rollouts and the same fleet always gives the same waves. A wave that adds nobody is skipped."""
+    """Assigns wave `wave`: nodes that proved an engine first, then those that are online, then by a stable hash of
+    rollout and node, so that canaries differ between rollouts and the same fleet always gives the same waves. A wave
+    that adds nobody is skipped. Before it, whatever can be proven is."""
+    asked = _next_provers(rollout, views)
+    if asked:
+        reason = f"{', '.join(asked)} to prove engines that ran nowhere yet"
+        return _enter(rollout, now, "RUNNING", "PROVE", reason, provers=(*rollout.provers, *asked))
     waves = rollout.policy.waves
-    taken = rollout.node_set
+    taken = frozenset(node for nodes in rollout.assigned for node in nodes)
     free = sorted(
-        (view for view in views.values() if view.node not in taken),
-        key=lambda view: (not view.online, _order(rollout.id, view.node), view.node),
+        (view for view in views.values() if view.node not in taken and not view.unproven),
+        key=lambda view: (view.node not in rollout.provers, not view.online, _order(rollout.id, view.node), view.node),
     )
     total = len(free) + len(taken)
     while wave < len(waves):
@@ -296,7 +312,7 @@ def _start_wave(rollout: Rollout, views: Views, now: float, wave: int) -> Rollou
         rollout = replace(rollout, assigned=(*rollout.assigned, ()))
         wave += 1
     else:
-        return _succeed(rollout, now, len(waves) - 1)
+        return _succeed(rollout, views, now, len(waves) - 1)
     nodes = tuple(view.node for view in free[:count])
     control = [view for view in free[count:] if view.online and view.observed_digest == view.old_digest]
     marks = {view.node: (view.requests, view.failed) for view in control[:CONTROL_NODES]}
@@ -305,9 +321,38 @@ def _start_wave(rollout: Rollout, views: Views, now: float, wave: int) -> Rollou
     return _enter(rollout, now, "RUNNING", "FILL", reason, wave=wave, assigned=assigned, marks=marks)
 
 
-def _succeed(rollout: Rollout, now: float, wave: int) -> Rollout:
+def _next_provers(rollout: Rollout, views: Views) -> tuple[str, ...]:
+    """A node for each engine that is unproven and that nobody within reach was asked to prove: reachable ones only."""
+    asked = {view.new_digest for view in _members(views, rollout.provers) if view.online}
+    found: dict[str | None, NodeView] = {}
+    for view in sorted(views.values(), key=lambda view: (_order(rollout.id, view.node), view.node)):
+        able = view.unproven and view.online and view.node not in rollout.provers
+        if able and view.new_digest not in asked:
+            found.setdefault(view.new_digest, view)
+    return tuple(sorted(view.node for view in found.values()))
+
+
+def _prove(rollout: Rollout, views: Views, now: float) -> Rollout:
+    """Goes on when everything that was asked for is proven. Who went away is replaced by another node; where there is
+    none, the others go on without that engine at the deadline. Who is there and says nothing is no data."""
+    waiting = [view for view in _members(views, rollout.provers) if view.unproven]
+    if not waiting or _next_provers(rollout, views):
+        return _start_wave(rollout, views, now, rollout.wave + 1)
+    if now - rollout.entered_at < rollout.policy.wave_deadline_seconds:
+        return rollout
+    silent = [view.node for view in waiting if view.online]
+    if not silent and any(not view.unproven for view in views.values()):
+        return _start_wave(rollout, views, now, rollout.wave + 1)
+    names = ", ".join((silent or [view.node for view in waiting])[:10])
+    return _no_data(rollout, now, f"no report on its engine by the deadline from {names}")
+
+
+def _succeed(rollout: Rollout, views: Views, now: float, wave: int) -> Rollout:
     late = ", ".join(rollout.stragglers[:10])
     reason = f"{len(rollout.stragglers)} stragglers: {late}" if rollout.stragglers else "every wave passed"
+    left = sorted(view.node for view in views.values() if view.unproven)
+    if left:
+        reason += f"; left out, as no device has proven their engine: {', '.join(left[:10])}"
     return _enter(rollout, now, "SUCCEEDED", reason=reason, wave=wave, marks={})
 
 

@@ -29,6 +29,7 @@ def rollout_to_json(rollout: Rollout) -> dict[str, Any]:
         "history": [vars(entry) for entry in rollout.history],
         "marks": {node: list(mark) for node, mark in sorted(rollout.marks.items())},
         "undoes": rollout.undoes,
+        "provers": list(rollout.provers),
     }
 
 
@@ -52,9 +53,11 @@ def rollout_from_json(raw: Any) -> Rollout:
         history=tuple(_entry(line) for line in _list(member(raw, "history", WHAT), "history", MAX_HISTORY)),
         marks={_text(node, "marks"): _mark(mark) for node, mark in marks.items()},
         undoes=_optional(member(raw, "undoes", WHAT), "undoes"),
+        provers=_names(raw.get("provers", []), "provers"),  # absent from rollouts of earlier versions
     )
     running = rollout.phase != "" or rollout.state == "RUNNING"
-    if running and (rollout.phase == "" or not 0 <= rollout.wave < len(rollout.assigned)):
+    first = -1 if rollout.phase == "PROVE" else 0
+    if running and (rollout.phase == "" or not first <= rollout.wave < len(rollout.assigned)):
         raise malformed(WHAT, "wave", f"wave {rollout.wave} of {len(rollout.assigned)} in phase {rollout.phase!r}")
     return rollout
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from skerry.exporter import gate, provenance, tensorrt, tensorrt_rtx
 from skerry.exporter.adapters import check_precision, layout_of
 from skerry.exporter.baseline import HASH_SEED, WINDOW_REQUESTS, measure_baseline
 from skerry.exporter.engine import open_runner
-from skerry.exporter.golden import measure_golden
+from skerry.exporter.golden import MAX_MARGIN, MEAN_MARGIN, NEW_TOKENS, margins_of, measure_golden
 from skerry.exporter.graph import emit, skerry_ops
 from skerry.exporter.kv_cache import KvLoss, layouts, set_layout
 from skerry.exporter.lower import Lowering, lower, rules_for
@@ -102,9 +103,6 @@ def export(checkpoint: Path, target: Target, precision: str, out: Path, options:
     check_room(subject, precision)
     options.rounding.check(precision)
     unqualified = cannot_run(target)
-    if unqualified:
-        options = replace(options, unmeasured=True)
-        options.progress("not measured", 0, 1)
     texts = open_texts(subject.directory, options.eval_dir)
     with staged(out) as staging:
         engine = build_engine(
@@ -116,8 +114,11 @@ def export(checkpoint: Path, target: Target, precision: str, out: Path, options:
             tensorrt.add_build(sealed, engine.precision, not unqualified, options.progress)
         parity: Parity | None = None
         refused: list[str] = []
-        if options.unmeasured:
+        if options.unmeasured or unqualified:
             engine = with_kv_cache(engine, staging, kv_layouts(subject, target, options, engine.precision)[0])
+            if not options.unmeasured:
+                options.progress("not measured", 0, 1)
+                measure_by_stand_in(subject, texts, engine.precision, staging, options)
         else:
             engine, parity, refused = measure_engine(subject, texts, engine, target, staging, options)
         if compiled:
@@ -199,10 +200,7 @@ def measure_engine(
     Parity comes first and a refused engine is measured no further, unless it is to be kept.
     """
     tokenizer, template = open_texts_files(staging, engine.settings)
-    limit = subject.spec.max_context
-    rows = encode_rows(texts.parity, tokenizer, template, limit)
-    golden, _ = encode_prompts(texts.golden, tokenizer, template, min(PROMPT_LIMIT, limit // 2))
-    prompts, asked = encode_prompts(texts.baseline, tokenizer, template, min(PROMPT_LIMIT, limit // 2))
+    rows = encode_rows(texts.parity, tokenizer, template, subject.spec.max_context)
 
     def with_layout(layout: str) -> tuple[Engine, Runner]:
         made = with_kv_cache(engine, staging, layout)
@@ -223,15 +221,39 @@ def measure_engine(
     write_json(staging / "parity.json", {**_finite(document), "gate": verdict})
     if refused and not options.keep_refused:
         gate.refuse(bundle_name(subject, options), refused)
+    measure_answers(subject, texts, engine.settings, runner, staging, options)
+    return engine, parity, refused
+
+
+def measure_answers(
+    subject: Subject, texts: Texts, settings: dict[str, Any], runner: Runner, staging: Path, options: Options,
+    margins: tuple[float, float] = (MEAN_MARGIN, MAX_MARGIN),
+) -> None:  # fmt: skip
+    """golden.json and baseline.json, as the runner answers."""
+    tokenizer, template = open_texts_files(staging, settings)
+    longest = min(PROMPT_LIMIT, subject.spec.max_context // 2)
+    golden, _ = encode_prompts(texts.golden, tokenizer, template, longest)
     options.progress("golden", 0, 1)
-    write_json(staging / "golden.json", measure_golden(runner, golden, engine.settings))
+    write_json(staging / "golden.json", measure_golden(runner, golden, settings, margins))
     if not options.skip_baseline:
+        prompts, asked = encode_prompts(texts.baseline, tokenizer, template, longest)
         baseline = measure_baseline(
-            runner, prompts, asked, engine.settings, tokenizer.digest, options.window_requests, options.hash_seed,
+            runner, prompts, asked, settings, tokenizer.digest, options.window_requests, options.hash_seed,
             lambda done, total: options.progress("baseline", done, total),
         )  # fmt: skip
         write_json(staging / "baseline.json", baseline)
-    return engine, parity, refused
+
+
+def measure_by_stand_in(subject: Subject, texts: Texts, precision: str, staging: Path, options: Options) -> None:
+    """Where the engine cannot be run: answers of the same checkpoint in float32 on the CPU, which the first device that
+    runs it is to repeat within what its precision allows."""
+    with tempfile.TemporaryDirectory(dir=staging.parent, prefix=".stand-in.") as directory:
+        stand_in, target = Path(directory), Target("ort-cpu")
+        made = build_engine(subject, target, "fp32", stand_in, options.progress, texts=texts)
+        bundle = seal_engine(subject, texts, made, target, stand_in, options, qualified=False)
+        longest = min(PROMPT_LIMIT, subject.spec.max_context // 2) + NEW_TOKENS
+        with open_runner(bundle, options.threads, longest) as runner:
+            measure_answers(subject, texts, made.settings, runner, staging, options, margins_of(precision))
 
 
 def with_kv_cache(engine: Engine, staging: Path, layout: str) -> Engine:

@@ -79,6 +79,7 @@ def create_app(plane: Plane, *, run_controller: bool = True) -> FastAPI:
             frame.operator("POST", f"{api}/releases", operator.publish_release, 4 * limit),
             frame.operator("GET", f"{api}/releases", operator.list_releases),
             frame.operator("POST", f"{api}/releases/renew", operator.renew_releases, 4 * limit),
+            frame.operator("POST", f"{api}/releases/{{version}}/qualify", operator.qualify_engine),
             frame.operator("POST", f"{api}/rollouts", operator.start_rollout),
             frame.operator("GET", f"{api}/rollouts", operator.list_rollouts),
             frame.operator("GET", f"{api}/rollouts/{{rollout}}", operator.show_rollout),

@@ -69,6 +69,21 @@ def release_ls(server: str, token_file: Path | None, as_json: bool) -> None:
     emit({"releases": listed}, as_json, lambda: text.releases(listed))
 
 
+@release.command("qualify")
+@click.argument("version")
+@click.argument("target")
+@click.option("--reason", required=True, help="Why you answer for it; kept in the audit log.")
+@connection
+@json_option
+def release_qualify(
+    version: str, target: str, reason: str, server: str, token_file: Path | None, as_json: bool
+) -> None:
+    """Answer for an engine that ran nowhere yet, where no node of yours can prove it."""
+    with connect(server, token_file) as client:
+        document = client.qualify(version, target, reason)
+    emit(document, as_json, f"{version} for {target} is qualified by hand: {reason}")
+
+
 @click.group()
 def source() -> None:
     """Data sources that a retraining could learn from."""

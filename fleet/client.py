@@ -110,6 +110,9 @@ class FleetClient:
     def releases(self) -> list[Any]:
         return list(self.get("/api/v1/releases")["releases"])
 
+    def qualify(self, release: str, target: str, reason: str) -> Any:
+        return self.post(f"/api/v1/releases/{quote(release, safe='')}/qualify", {"target": target, "reason": reason})
+
     def start_rollout(self, release: str, policy: dict[str, Any], dry_run: bool = False) -> Any:
         return self.post("/api/v1/rollouts", {"release": release, "policy": policy, "dry_run": dry_run})
 

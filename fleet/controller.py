@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from skerry.core.errors import SkerryError
 from skerry.core.rollout import Rollout, advance
-from skerry.fleet import director, rollouts
+from skerry.fleet import director, qualification, rollouts
 from skerry.fleet.assess import Assessor
 from skerry.fleet.plane import Plane
 from skerry.fleet.store import Event, RolloutRow, Token, Window
@@ -86,6 +86,7 @@ class Controller:
             if row is None:
                 return 0
             after = self._next(session, row, now)
+            qualification.settle(session, Rollout.from_json(row.body).provers, now)
             moved = rollouts.keep(session, row, after, "controller", now)
         for entry in after.history[len(after.history) - moved :]:
             self.plane.metrics.transitions.labels(entry.state).inc()
@@ -94,8 +95,11 @@ class Controller:
 
     def _next(self, session: Session, row: RolloutRow, now: float) -> Rollout:
         offline = self.plane.settings.offline_seconds
-        fleet = rollouts.views(session, row.release, row.previous, row.created_at, row.marks, now, offline)
-        return advance(Rollout.from_json(row.body), fleet, now)
+        before = Rollout.from_json(row.body)
+        fleet = rollouts.views(
+            session, row.release, row.previous, row.created_at, row.marks, now, offline, before.provers
+        )
+        return advance(before, fleet, now)
 
 
 def prune(plane: Plane, now: float) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ HEADERS = {
 TONES = {
     "SUCCEEDED": "good", "RUNNING": "busy", "SCHEDULED": "busy", "APPROVAL": "wait", "PAUSED": "wait", "DRAFT": "wait",
     "ROLLING_BACK": "bad", "ROLLED_BACK": "bad", "ABORTED": "bad", "online": "good", "offline": "bad", "revoked": "off",
-    "open": "busy", "claimed": "busy", "completed": "good", "failed": "bad",
+    "open": "busy", "claimed": "busy", "completed": "good", "failed": "bad", "unproven": "wait", "disproved": "bad",
 }  # fmt: skip
 
 
@@ -99,20 +100,27 @@ def _engines(listed: list[dict[str, Any]]) -> dict[str, set[str]]:
 def _rollout(document: dict[str, Any], listed: list[dict[str, Any]], engines: dict[str, set[str]]) -> dict[str, Any]:
     """The rollout with its waves as rows of nodes: who observes the release, who is on the way, who fell behind."""
     by_id = {node["node"]: node for node in listed}
-    waves = []
-    for index, size in enumerate(document["policy"]["waves"]):
+    there = {node["node"] for node in listed if node["observed_digest"] in engines.get(document["release"], ())}
+
+    def row(label: str, ids: Sequence[str], state: str) -> dict[str, Any]:
         members = []
-        for node_id in document["assigned"][index] if index < len(document["assigned"]) else ():
-            node = by_id.get(node_id)
-            there = node is not None and node["observed_digest"] in engines.get(document["release"], ())
-            tone = "late" if node_id in document["stragglers"] else "there" if there else "away"
+        for node_id in ids:
+            tone = "late" if node_id in document["stragglers"] else "there" if node_id in there else "away"
             if tone == "away" and not document["live"]:
                 tone = "past"  # what a node runs after a rollout ended is not that rollout's doing
-            members.append({"name": node["name"] if node else node_id, "tone": tone})
+            members.append({"name": by_id[node_id]["name"] if node_id in by_id else node_id, "tone": tone})
+        return {"label": label, "members": members, "state": state}
+
+    proving = document["phase"] == "PROVE" and document["live"]
+    waves = []
+    if document["provers"]:
+        waves.append(row("proving", document["provers"], "now" if proving else "done"))
+    for index, size in enumerate(document["policy"]["waves"]):
         state = "done" if document["state"] == "SUCCEEDED" or index < document["wave"] else ""
         if index == document["wave"] and document["live"]:
-            state = "now"
-        waves.append({"size": size, "members": members, "state": state})
+            state = "done" if proving else "now"
+        ids = document["assigned"][index] if index < len(document["assigned"]) else ()
+        waves.append(row(f"wave {index + 1} · {size}", ids, state))
     return {**document, "waves": waves}
 
 

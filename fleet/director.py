@@ -18,7 +18,7 @@ from skerry.core.rollout import Rollout
 from skerry.core.rollout import desired as rollout_side
 from skerry.core.target import Device
 from skerry.core.wire import Desired
-from skerry.fleet import releases
+from skerry.fleet import qualification, releases
 from skerry.fleet.settings import Settings
 from skerry.fleet.store import Node, Quarantine, RolloutRow, Store
 
@@ -53,6 +53,7 @@ class Facts:
     rollouts: tuple[Rollout, ...]
     quarantined: tuple[str, ...]
     floor: int
+    unproven: frozenset[str] = frozenset()
     picks: dict[tuple[str, bytes], Pick | None] = field(default_factory=dict)
 
     @classmethod
@@ -63,7 +64,13 @@ class Facts:
             rollouts=tuple(Rollout.from_json(row.body) for row in rows if row is not None),
             quarantined=tuple(digests),
             floor=releases.security_floor(session),
+            unproven=frozenset(qualification.unproven(session)),
         )
+
+    def may_install(self, node_id: str, pick: Pick) -> bool:
+        """What no device has proven yet is for those alone who are asked to prove it."""
+        asked = {prover for rollout in self.rollouts if not rollout.terminal for prover in rollout.provers}
+        return pick.engine_digest not in self.unproven or node_id in asked
 
     def wanted_release(self, node_id: str) -> str | None:
         """By the live rollout; else by the last success, whose waves need not have named everyone.
@@ -92,6 +99,7 @@ class Facts:
                     int(row.hash_seed),
                     row.window_requests,
                     passed_over,
+                    row.target,
                 )
             except IncompatibleError:
                 self.picks[key] = None
@@ -106,6 +114,7 @@ class Pick:
     hash_seed: int
     window_requests: int
     passed_over: tuple[str, ...]
+    target: str
 
 
 class Director:
@@ -136,6 +145,10 @@ class Director:
     def _compute(self, session: Session, node: Node, facts: Facts) -> Desired:
         version = facts.wanted_release(node.id)
         pick = facts.pick(session, version, node.device) if version else None
+        passed_over = pick.passed_over if pick else ()
+        if pick and not facts.may_install(node.id, pick):
+            passed_over = (*passed_over, f"{pick.target}: no device has proven it yet")
+            pick = None
         return Desired(
             node=node.id,
             generation=0,
@@ -148,7 +161,7 @@ class Director:
             quarantined=facts.quarantined,
             floor=facts.floor,
             hash_seed=pick.hash_seed if pick else 0,
-            passed_over=pick.passed_over if pick else (),
+            passed_over=passed_over,
         )
 
     def _window_requests(self, pick: Pick | None) -> int:

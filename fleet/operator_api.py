@@ -9,7 +9,8 @@ from sqlalchemy import select
 from starlette.responses import Response
 
 from skerry.core.errors import InputError
-from skerry.fleet import assess, audit, enrol, nodes, releases, retrain, rollouts, sources
+from skerry.core.target import Target
+from skerry.fleet import assess, audit, enrol, nodes, qualification, releases, retrain, rollouts, sources
 from skerry.fleet.http import Call, json_response
 from skerry.fleet.store import Audit, Release
 
@@ -94,6 +95,16 @@ def list_releases(call: Call) -> Response:
         found = session.execute(select(Release).order_by(Release.serial)).scalars()
         listed = [releases.to_json(session, release) for release in found]
     return json_response({"releases": listed})
+
+
+def qualify_engine(call: Call) -> Response:
+    """An operator answers for an engine that no device has proven."""
+    document, plane = _object(call), call.plane
+    version, target = call.path["version"], str(Target.parse(str(document.get("target"))))
+    with plane.store.write(durable=True) as session:
+        row = qualification.by_hand(session, version, target, document.get("reason"))
+        found = {"release": version, "target": target, "engine": row.engine_digest, **qualification.to_json(row)}
+    return json_response(found)
 
 
 def start_rollout(call: Call) -> Response:

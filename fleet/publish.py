@@ -87,9 +87,9 @@ def _open(paths: Sequence[Path]) -> dict[str, Bundle]:
         if target in bundles:
             raise UsageError("publish release", path, f"a second bundle for {target}", "one bundle for each target")
         parity = bundle.path / "parity.json"
-        if not parity.is_file():
+        if not parity.is_file() and not bundle.manifest.unqualified:
             raise BundleError("publish release", path, "it has no parity.json", "export it with its quality gate")
-        check_parity(bundle.manifest, read_json(parity))
+        check_parity(bundle.manifest, read_json(parity) if parity.is_file() else None)
         bundles[target] = bundle
     return bundles
 

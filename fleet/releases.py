@@ -18,10 +18,10 @@ from skerry.core.errors import Conflict, GateFailed, IncompatibleError, InputErr
 from skerry.core.files import parse_json, sha256_bytes
 from skerry.core.release import check_version, manifest_path
 from skerry.core.target import Device, Target, choose
-from skerry.fleet import audit
+from skerry.fleet import audit, qualification
 from skerry.fleet.blobs import Blobs
 from skerry.fleet.repository import Repository
-from skerry.fleet.store import ManifestRow, Quarantine, Release
+from skerry.fleet.store import ManifestRow, Qualification, Quarantine, Release
 
 MAX_TARGETS = 32
 MEASURED_LIMIT = 16 << 20
@@ -50,6 +50,7 @@ def register(session: Session, blobs: Blobs, repository: Repository, request: An
             cause = f"engine {manifest.engine_digest[:12]} is quarantined: it failed before"
             raise Conflict("publish release", version, cause, "build a new engine")
         check_parity(manifest, read_measured(blobs, manifest, "parity.json"))
+        qualification.opened(session, manifest, read_measured(blobs, manifest, "golden.json"), now)
         baseline = read_measured(blobs, manifest, "baseline.json")
         session.add(
             ManifestRow(
@@ -95,11 +96,11 @@ def read_measured(blobs: Blobs, manifest: Manifest, name: str) -> Any:
 
 
 def check_parity(manifest: Manifest, parity: Any) -> None:
-    """Raises GateFailed unless the bundle carries a passing quality gate (`parity.json`, written by the exporter)."""
+    """Raises GateFailed unless the bundle carries a passing quality gate (`parity.json`, written by the exporter), or
+    could not be run where it was exported."""
     what = f"{manifest.name} {manifest.version} for {manifest.target}"
-    if not manifest.qualified and manifest.unqualified:
-        cause = f"it never ran where it was built: {manifest.unqualified}"
-        raise GateFailed("publish release", what, cause, "export it where its target runs")
+    if not manifest.qualified and manifest.unqualified and parity is None:
+        return  # it ran nowhere yet: qualification.py has it proven by a node
     gate = parity.get("gate", parity) if isinstance(parity, dict) else None
     if not isinstance(gate, dict) or not isinstance(gate.get("passed"), bool):
         raise GateFailed("publish release", what, "its parity.json holds no gate result", "export the bundle again")
@@ -109,8 +110,8 @@ def check_parity(manifest: Manifest, parity: Any) -> None:
             f"its quality gate did not pass: {reasons if isinstance(reasons, str) else '; '.join(map(str, reasons))}"
         )
         raise GateFailed("publish release", what, cause[:500], "skerry bundle inspect BUNDLE")
-    if not manifest.qualified:
-        raise GateFailed("publish release", what, "it never ran where it was built", "run its parity gate on a device")
+    if not manifest.qualified and not manifest.unqualified:
+        raise GateFailed("publish release", what, "its quality was not measured", "export it again")
 
 
 def _hash_seed(baseline: Any, manifest: Manifest) -> int:
@@ -242,7 +243,12 @@ def _next_serial(session: Session) -> int:
 
 def to_json(session: Session, release: Release) -> dict[str, Any]:
     bundles = {
-        row.target: {"manifest": row.sha256, "engine": row.engine_digest, "hash_seed": int(row.hash_seed)}
+        row.target: {
+            "manifest": row.sha256,
+            "engine": row.engine_digest,
+            "hash_seed": int(row.hash_seed),
+            "qualification": qualification.to_json(session.get(Qualification, row.engine_digest)),
+        }
         for row in rows(session, release.version)
     }
     engines = [bundle["engine"] for bundle in bundles.values()]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from skerry.core.files import canonical_json
 from skerry.core.policy import Policy
 from skerry.core.rollout import NodeView, Rollout
 from skerry.core.target import Device
-from skerry.fleet import audit, director, nodes, releases
+from skerry.fleet import audit, director, nodes, qualification, releases
 from skerry.fleet.store import Counter, Event, Node, Quarantine, RolloutRow
 
 ACTIONS: dict[str, Callable[[Rollout, float], Rollout]] = {
@@ -41,12 +41,15 @@ def views(
     marks: dict[str, Any],
     now: float,
     offline: float,
+    provers: Sequence[str] = (),
 ) -> list[NodeView]:
-    """The fleet as core.rollout sees it: counters since the rollout began, faults of the new engine since then."""
+    """The fleet as core.rollout sees it: counters since the rollout began, faults of the new engine since then, and
+    what `provers` report on engines that ran nowhere before."""
     fleet = nodes.active(session)
     faults = _faults(session, since)
     counters = {(row.node, row.engine_digest): row for row in session.execute(select(Counter)).scalars()}
     picked: dict[tuple[str | None, str], str | None] = {}
+    proofs = _proofs(session, provers)
     found = []
     for node in fleet:
         device = canonical_json(node.device).decode()
@@ -57,6 +60,7 @@ def views(
         counter = counters.get((node.id, node.observed_digest or ""))
         mark = marks.get(node.id, (0, 0)) if node.observed_digest == new else (0, 0)
         spoken = {fault.kind: fault.reason for fault in faults.get(node.id, ()) if fault.digest == new}
+        disproved = proofs.bad.get((node.id, new or ""), "")
         quarantined = new is not None and new in (node.heartbeat or {}).get("quarantined", [])
         found.append(
             NodeView(
@@ -68,12 +72,35 @@ def views(
                 reverted=REVERTED in spoken,
                 quarantined=quarantined or QUARANTINED in spoken,
                 crashed=CRASHED in spoken,
+                disproved=bool(disproved),
+                unproven=new in proofs.unproven,
                 requests=max(0, counter.requests - mark[0]) if counter else 0,
                 failed=max(0, counter.failed - mark[1]) if counter else 0,
-                detail=next((reason for reason in spoken.values() if reason), ""),
+                detail=disproved or next((reason for reason in spoken.values() if reason), ""),
             )
         )
     return found
+
+
+@dataclass(frozen=True)
+class Proofs:
+    """`unproven` engines by digest, reports that came in left out; `bad` reports by (node, digest)."""
+
+    unproven: frozenset[str]
+    bad: dict[tuple[str, str], str]
+
+
+def _proofs(session: Session, provers: Sequence[str]) -> Proofs:
+    open_ones = qualification.unproven(session)
+    proven, bad = set(), {}
+    for digest, row in open_ones.items():
+        for node in provers:
+            good, problem = qualification.verdict(session, row, node)
+            if good:
+                proven.add(digest)
+            elif problem:
+                bad[node, digest] = problem
+    return Proofs(frozenset(open_ones) - proven, bad)
 
 
 def _digest(session: Session, version: str | None, node: Node) -> str | None:
@@ -142,6 +169,8 @@ def _plan(session: Session, rollout: Rollout, offline: float, now: float) -> dic
         "online": sum(view.online for view in able),
         "without_a_bundle": [view.node for view in seen if view.new_digest is None],
         "already_there": [view.node for view in able if view.has_new],
+        "to_prove": sorted({view.new_digest for view in able if view.unproven and view.new_digest}),
+        "unproven": [view.node for view in able if view.unproven],
     }
 
 
@@ -242,6 +271,7 @@ def listed(session: Session) -> list[RolloutRow]:
 
 def to_json(row: RolloutRow, *, history: bool = False) -> dict[str, Any]:
     document = {
+        "provers": [],  # absent from rollouts of earlier versions
         **row.body,
         "number": row.number,
         "live": bool(row.live),

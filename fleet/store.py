@@ -152,6 +152,23 @@ class ManifestRow(Base):
     body: Mapped[bytes] = mapped_column(LargeBinary)
 
 
+class Qualification(Base):
+    """An engine that could not be run where it was exported. `state`: unproven, proven, disproved; `node`: whose report
+    decided it, None where an operator did; `reason`: why it is unproven or disproved, or the operator's."""
+
+    __tablename__ = "qualifications"
+    engine_digest: Mapped[str] = mapped_column(primary_key=True)
+    release: Mapped[str]
+    target: Mapped[str]
+    state: Mapped[str]
+    mean_margin: Mapped[float]
+    max_margin: Mapped[float]
+    node: Mapped[str | None]
+    reason: Mapped[str]
+    at: Mapped[float]
+    report: Mapped[dict[str, Any] | None]
+
+
 class Quarantine(Base):
     __tablename__ = "quarantine"
     engine_digest: Mapped[str] = mapped_column(primary_key=True)

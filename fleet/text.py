@@ -73,11 +73,19 @@ def facts(data: Any) -> str:
 def releases(listed: Sequence[Any]) -> str:
     rows = [
         (one["version"], clock(one["created_at"]), target, short(bundle["engine"]), one["floor"],
-         "quarantined" if bundle["engine"] in one["quarantined"] else "")
+         release_status(one, bundle))
         for one in listed
         for target, bundle in one["bundles"].items()
     ]  # fmt: skip
     return table(("VERSION", "PUBLISHED", "TARGET", "ENGINE", "FLOOR", "STATUS"), rows)
+
+
+def release_status(release: Any, bundle: Any) -> str:
+    """Of one of its bundles; empty where nothing is special."""
+    if bundle["engine"] in release["quarantined"]:
+        return "quarantined"
+    state = bundle["qualification"]["state"]
+    return "" if state == "proven" else state
 
 
 def plan(document: Any) -> str:
@@ -87,6 +95,9 @@ def plan(document: Any) -> str:
     )
     waves = [f"  wave {i + 1}: {w['size']:>5} -> {w['nodes_in_total']} nodes" for i, w in enumerate(of["waves"])]
     left = [f"  no bundle for: {', '.join(of['without_a_bundle'])}"] if of["without_a_bundle"] else []
+    if of["unproven"]:
+        ask = f"first {len(of['to_prove'])} to be proven, engines that ran nowhere yet, by some of"
+        left.append(f"  {ask}: {', '.join(of['unproven'])}")
     tail = ["dry run: nothing was changed" if document["dry_run"] else f"started {document['rollout']}"]
     return "\n".join([head, *waves, *left, *tail])
 
@@ -108,6 +119,8 @@ def rollout(document: Any) -> str:
         assigned = document["assigned"][index] if index < len(document["assigned"]) else []
         mark = ">" if index == document["wave"] and document["live"] else " "
         lines.append(f" {mark} wave {index + 1} ({size}): {', '.join(assigned) or '-'}")
+    if document.get("provers"):
+        lines.insert(2, f"   proving: {', '.join(document['provers'])}")
     if document["stragglers"]:
         lines.append(f"  stragglers: {', '.join(document['stragglers'])}")
     return "\n".join(lines)

@@ -40,6 +40,7 @@ class Loaded:
     golden: GoldenResult | None
     seconds: float
     gpus: tuple[Gpu, ...] = ()  # that it may run on
+    fell_back: str = ""  # why its graph serves, and not the engine that was compiled from it
 
     def model(self) -> Model:
         from skerry.runtime.service import Model
@@ -105,7 +106,8 @@ def load(
         raise proven.runner.rejected(error) or error from error
     give_back()
     gpus = device.gpus if on_gpu(bundle.manifest.target) else ()
-    return Loaded(bundle, engine, tokenizer, template, generation, proven.golden, time.monotonic() - began, gpus)
+    seconds = time.monotonic() - began
+    return Loaded(bundle, engine, tokenizer, template, generation, proven.golden, seconds, gpus, proven.fell_back)
 
 
 def warm_up(engine: Engine) -> None:

@@ -193,7 +193,7 @@ class Worker:
         gc.freeze()  # what is loaded stays: collections no longer walk it
         self._send(
             "ready", engine_digest=loaded.bundle.manifest.engine_digest, manifest_sha256=loaded.bundle.digest,
-            pid=os.getpid(), load_seconds=round(time.monotonic() - self._began, 3),
+            pid=os.getpid(), load_seconds=round(time.monotonic() - self._began, 3), **_found(loaded),
         )  # fmt: skip
         return opened
 
@@ -361,6 +361,16 @@ async def _first_of(*events: asyncio.Event) -> None:
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     for task in tasks:
         task.cancel()
+
+
+def _found(loaded: Loaded) -> dict[str, Any]:
+    """What this machine found of the engine: the report that proves one which ran nowhere before (core.proof)."""
+    golden = loaded.golden
+    return {
+        "golden_tokens": golden.tokens if golden else 0, "mean_error": golden.mean_error if golden else 0.0,
+        "max_error": golden.max_error if golden else 0.0, "fell_back": loaded.fell_back[:600],
+        "gpu": ", ".join(f"{gpu.name} {gpu.sm}" for gpu in loaded.gpus)[:200],
+    }  # fmt: skip
 
 
 def _seconds(value: Any, default: float) -> float:

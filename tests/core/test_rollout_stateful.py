@@ -14,7 +14,7 @@ from skerry.core.errors import Conflict
 from skerry.core.policy import Policy, parse_waves
 from skerry.core.rollout import NodeView, Rollout, abort, advance, desired, pause, resume, start, undo
 
-OLD, NEW = "digest-old", "digest-new"
+OLD, NEW, OTHER = "digest-old", "digest-new", "digest-new-for-gpus"
 nodes = st.integers(0, 30)
 
 
@@ -25,12 +25,20 @@ class Machine(RuleBasedStateMachine):
         size=st.integers(1, 8),
         waves=st.sampled_from(["1,50%,100%", "1,100%", "2,3,100%", "100%", "25%,100%", "1,2"]),
         on_no_data=st.sampled_from(["pause", "rollback"]),
-        bad=st.sampled_from(["", "", "reverted", "crashed", "quarantined", "failing", "silent"]),
+        bad=st.sampled_from(["", "", "reverted", "crashed", "quarantined", "disproved", "failing", "silent"]),
         first=st.booleans(),
+        unproven=st.sets(st.sampled_from([NEW, OTHER])),
+        gpus=st.integers(0, 3),
     )
-    def begin(self, size: int, waves: str, on_no_data: str, bad: str, first: bool) -> None:
-        self.old = None if first else OLD
-        self.views = {f"n{i}": NodeView(f"n{i}", self.old, NEW, self.old) for i in range(size)}
+    def begin(
+        self, size: int, waves: str, on_no_data: str, bad: str, first: bool, unproven: set[str], gpus: int
+    ) -> None:
+        """`unproven`: engines that ran nowhere yet. `gpus` nodes in four have another engine than the others."""
+        self.old, self.unproven, self.gpus = None if first else OLD, unproven, gpus
+        self.proved: set[str] = set()
+        self.views: dict[str, NodeView] = {}
+        for _ in range(size):
+            self.enrol_one()
         self.policy = Policy(
             waves=parse_waves(waves), soak_requests=6, soak_seconds=10, wave_deadline_seconds=100, on_no_data=on_no_data
         )
@@ -38,6 +46,11 @@ class Machine(RuleBasedStateMachine):
         self.observed: set[str] = set()
         self.rollout = start(Rollout("r", "v2", None if first else "v1", self.policy), self.now)
         self.faulted = False
+
+    def enrol_one(self) -> None:
+        name, count = f"n{len(self.views)}", len(self.views)
+        new = OTHER if count % 4 < self.gpus else NEW
+        self.views[name] = NodeView(name, self.old, new, self.old, unproven=new in self.unproven)
 
     def pick(self, index: int) -> str:
         return sorted(self.views)[index % len(self.views)]
@@ -64,21 +77,35 @@ class Machine(RuleBasedStateMachine):
         """A node does as desired; under a bad release its fault shows."""
         node = self.pick(index)
         view, wanted = self.views[node], desired(self.rollout, node)
-        digest = NEW if wanted == "new" else self.old
+        if view.unproven and node not in self.rollout.provers:  # the control plane tells it nothing
+            return
+        digest = view.new_digest if wanted == "new" else self.old
         if not view.online or view.observed_digest == digest:
             return
-        if digest == NEW and (view.reverted or view.quarantined):
+        if wanted == "new" and (view.reverted or view.quarantined):
             return
-        if digest == NEW and self.bad in ("reverted", "quarantined"):
+        if wanted == "new" and self.bad in ("reverted", "quarantined"):
             self.change(node, **{self.bad: True})
             self.faulted = True
             return
         self.change(node, observed_digest=digest, requests=0, failed=0)
-        if digest == NEW:
+        if wanted == "new":
             self.observed.add(node)
-            if self.bad == "crashed":
-                self.change(node, crashed=True)
+            if self.bad in ("crashed", "disproved"):
+                self.change(node, **{self.bad: True})
                 self.faulted = True
+
+    @rule(index=nodes)
+    def report(self, index: int) -> None:
+        """A node that was asked says what it found of its engine; from then on everybody may have it."""
+        node = self.pick(index)
+        view = self.views[node]
+        if node in self.rollout.provers and view.has_new and view.unproven and view.online and not view.disproved:
+            self.proved.add(str(view.new_digest))
+            self.unproven.discard(str(view.new_digest))
+            for name, other in self.views.items():
+                if other.new_digest == view.new_digest:
+                    self.change(name, unproven=False)
 
     @rule(index=nodes, requests=st.integers(1, 20))
     def serve(self, index: int, requests: int) -> None:
@@ -86,9 +113,9 @@ class Machine(RuleBasedStateMachine):
         view = self.views[node]
         if not view.online or view.observed_digest is None:
             return
-        if view.observed_digest == NEW and self.bad == "silent":
+        if view.has_new and self.bad == "silent":
             return
-        failed = requests if view.observed_digest == NEW and self.bad == "failing" else 0
+        failed = requests if view.has_new and self.bad == "failing" else 0
         self.change(node, requests=view.requests + requests, failed=view.failed + failed)
 
     @rule(index=nodes)
@@ -99,8 +126,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.views) < 12)
     @rule()
     def enrol(self) -> None:
-        name = f"n{len(self.views)}"
-        self.views[name] = NodeView(name, self.old, NEW, self.old)
+        self.enrol_one()
 
     @rule(move=st.sampled_from([pause, resume]))
     def operate(self, move: object) -> None:
@@ -134,6 +160,8 @@ class Machine(RuleBasedStateMachine):
         if self.rollout.state in ("RUNNING", "PAUSED"):
             assert told == set(self.rollout.nodes) & set(self.views)
             assert len(self.rollout.assigned) == self.rollout.wave + 1
+            alone = {node for node in told if self.views[node].unproven}
+            assert alone <= set(self.rollout.provers), "an engine that ran nowhere goes to who is to prove it"
         elif self.rollout.state != "SUCCEEDED":
             assert not told
         assert self.observed <= set(self.rollout.nodes) or self.rollout.state == "SUCCEEDED"
@@ -143,7 +171,7 @@ class Machine(RuleBasedStateMachine):
     def success_means_observed(self) -> None:
         if self.rollout.state == "SUCCEEDED":
             for node in set(self.rollout.nodes) - set(self.rollout.stragglers):
-                assert node in self.observed
+                assert node in self.observed or node in self.rollout.provers  # which may have gone before it could
             assert self.observed & set(self.rollout.nodes)
 
     @invariant()
@@ -159,9 +187,10 @@ class Machine(RuleBasedStateMachine):
             self.hear(60.0)
             for index in range(len(self.views)):
                 self.install(index)
+                self.report(index)
                 self.serve(index, 10)
         assert self.rollout.terminal or self.rollout.state == "PAUSED"
-        if self.bad in ("reverted", "quarantined", "crashed") and self.faulted:
+        if self.bad in ("reverted", "quarantined", "crashed", "disproved") and self.faulted:
             assert self.rollout.state in ("ROLLED_BACK", "ABORTED", "ROLLING_BACK")
 
 

@@ -68,6 +68,8 @@ def make_bundle(
     *,
     passed: bool = True,
     baseline: bool = True,
+    parity: bool = True,
+    golden: Any = None,
     target: str = "ort-cpu",
     size: int = 4096,
     **fields: Any,
@@ -82,7 +84,10 @@ def make_bundle(
     }
     for name, data in files.items():
         (path / name).write_bytes(data)
-    write_json(path / "parity.json", {"gate": {"passed": passed, "reasons": [] if passed else ["ppl_ratio 4.2"]}})
+    if golden is not None:
+        write_json(path / "golden.json", golden)
+    if parity:
+        write_json(path / "parity.json", {"gate": {"passed": passed, "reasons": [] if passed else ["ppl_ratio 4.2"]}})
     if baseline:
         write_json(path / "baseline.json", baseline_document())
     kv = (KvGroup((0,), 1, 64, 16, "float32", "f32.k16t", 0),)

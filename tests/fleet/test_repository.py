@@ -190,7 +190,7 @@ def test_bundles_that_fail_their_gate_are_refused_on_both_sides(server, bundle, 
     with pytest.raises(GateFailed):
         post_release(server, "v1", failing, next_metadata(server, failing))
     unqualified = bundle(b"unrun", qualified=False)
-    with pytest.raises(GateFailed, match="never ran"):
+    with pytest.raises(GateFailed, match="quality was not measured"):
         server.publish([unqualified], "v1")
     tampered = bundle(b"tampered")
     (tampered.path / "weights.bin").write_bytes(b"x" * 4096)
