@@ -25,7 +25,8 @@ class Dense:
 @dataclass(frozen=True)
 class Attention:
     """`q_norm`, `k_norm`: RMS norms of each head before it is rotated. `rotary` False: no positions at all. Scores are
-    multiplied by `scale`, then bent under `softcap` by tanh (0: not). `window` counts the token itself; 0: all."""
+    multiplied by `scale`, then bent under `softcap` by tanh (0: not). `window` counts the token itself; 0: all.
+    `norm_share`: what the norms' epsilon is multiplied by, the model's part of a head where heads are padded."""
 
     q: Dense
     k: Dense
@@ -38,6 +39,7 @@ class Attention:
     q_norm: str | None = None
     k_norm: str | None = None
     rotary: bool = True
+    norm_share: float = 1.0
 
 
 @dataclass(frozen=True)

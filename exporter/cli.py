@@ -124,6 +124,7 @@ def export(
     from skerry.core.files import read_json
     from skerry.exporter.export import Options
     from skerry.exporter.export import export as run
+    from skerry.exporter.heads import told
     from skerry.exporter.rounding import Rounding
     from skerry.kernels.blocks import BlockFormat
 
@@ -159,7 +160,8 @@ def export(
         f"{manifest.name} {manifest.version} {manifest.target} {manifest.precision}: {bundle.short}, "
         f"{size / 1e6:.0f} MB, {quality}\n{out}"
     )
-    emit(document, as_json, text + _mixture(bundle))
+    padded = told(manifest.model, manifest.kv)
+    emit(document, as_json, text + (f"\n{padded}" if padded else "") + _mixture(bundle))
 
 
 def _mixture(bundle: Bundle) -> str:

@@ -12,6 +12,7 @@ from skerry.core.bundle import AdapterLayout, Bundle, KvGroup, open_bundle, seal
 from skerry.core.chat import ChatTemplate
 from skerry.core.files import write_json
 from skerry.core.memory import require_memory
+from skerry.core.model import ModelSpec
 from skerry.core.target import Target
 from skerry.core.tokenizer import Tokenizer
 from skerry.exporter import gate, provenance, tensorrt, tensorrt_rtx
@@ -20,9 +21,10 @@ from skerry.exporter.baseline import HASH_SEED, WINDOW_REQUESTS, measure_baselin
 from skerry.exporter.engine import open_runner
 from skerry.exporter.golden import MAX_MARGIN, MEAN_MARGIN, NEW_TOKENS, margins_of, measure_golden
 from skerry.exporter.graph import emit, skerry_ops
+from skerry.exporter.heads import told
 from skerry.exporter.kv_cache import KvLoss, layouts, set_layout
 from skerry.exporter.lower import Lowering, lower, rules_for
-from skerry.exporter.lower_cuda import kv_layout
+from skerry.exporter.lower_cuda import engine_spec, kv_layout
 from skerry.exporter.parity import Parity, measure
 from skerry.exporter.placement import WeightFile
 from skerry.exporter.reference import load_reference
@@ -100,7 +102,7 @@ def export(checkpoint: Path, target: Target, precision: str, out: Path, options:
         tensorrt_rtx.check_here(sealed_for, precision)
     if options.adapters:
         check_precision(precision, sealed_for.backend)
-    check_room(subject, precision)
+    check_room(subject, target, precision)
     options.rounding.check(precision)
     unqualified = cannot_run(target)
     texts = open_texts(subject.directory, options.eval_dir)
@@ -139,6 +141,11 @@ def precision_of(subject: Subject, target: Target, asked: str) -> str:
     return subject.precision(asked, blocks=target.backend == "ort-cpu")
 
 
+def shape_of(subject: Subject, target: Target) -> ModelSpec:
+    """The shape that an engine computes in: the model's own, or with larger heads. Raises IncompatibleError."""
+    return subject.spec if target.backend == "ort-cpu" else engine_spec(subject.spec)
+
+
 def kv_layouts(subject: Subject, target: Target, options: Options, precision: str) -> list[str]:
     """What to measure, the one to fall back to first. Raises UsageError for pages that the target does not have."""
     if target.backend == "ort-cpu":
@@ -146,13 +153,13 @@ def kv_layouts(subject: Subject, target: Target, options: Options, precision: st
     return [kv_layout(subject.spec, precision, options.kv_cache)]
 
 
-def check_room(subject: Subject, precision: str) -> None:
+def check_room(subject: Subject, target: Target, precision: str) -> None:
     """Raises IncompatibleError before anything is read: the float32 reference holds every weight at once, beside the
     engine; rotary tables are made in extended precision."""
     spec, precision = subject.spec, subject.precision(precision)
     parts = {
         "float32 reference": 4 * spec.parameters,
-        "engine": int(spec.parameters * BYTES_A_WEIGHT[precision]),
+        "engine": int(shape_of(subject, target).parameters * BYTES_A_WEIGHT[precision]),
         "largest matrix": 12 * spec.hidden_size * max(spec.vocab_size, spec.intermediate_size),
         "rotary tables": 28 * spec.max_context * spec.head_size,
     }
@@ -173,6 +180,8 @@ def build_engine(
     rules_for(target, precision)
     if not on_cpu:
         rounding = replace(rounding, form=BlockFormat.Q4_0)  # what MatMulNBits reads without zero points
+    shape = shape_of(subject, target)
+    subject = subject.with_heads(shape.head_size)
     plan = plain_plan(precision, rounding)
     if rounding.looks_at_text(precision):
         prompts = (texts or open_texts(subject.directory, None)).baseline
@@ -180,7 +189,7 @@ def build_engine(
     if plan.report is not None:
         write_json(out / "sensitivity.json", plan.report)
     layout_of_pages = layouts("auto", precision)[0] if on_cpu else kv_layout(subject.spec, precision)
-    emitted = emit(subject.spec, subject.decoder, layout_of_pages)
+    emitted = emit(shape, subject.decoder, layout_of_pages)
     layout = layout_of(subject.decoder) if adapters else None
     with WeightFile(out / "weights.bin") as file:
         lowering = Lowering(subject.spec, precision, subject.source, file, progress, plan, layout)
@@ -284,7 +293,9 @@ def describe(
 ) -> None:  # fmt: skip
     """model_card.md and sbom.cdx.json."""
     name, version = bundle_name(subject, options), bundle_version(subject, options)
-    card = provenance.model_card(subject, name, version, engine.precision, parity, refused, texts, unqualified)
+    card = provenance.model_card(
+        subject, name, version, engine.precision, parity, refused, texts, unqualified, told(subject.spec, engine.groups)
+    )
     (out / "model_card.md").write_text(card, encoding="utf-8")
     write_json(out / "sbom.cdx.json", provenance.sbom(subject, name, version, out / "weights.bin", backend))
 

@@ -56,6 +56,7 @@ def kv_groups(spec: ModelSpec, decoder: Decoder, layout: str) -> tuple[KvGroup, 
 
 
 def emit(spec: ModelSpec, decoder: Decoder, kv_layout: str = "f32.k16t") -> Emitted:
+    """`spec.head_size` is that of the decoder's products, which may be padded (heads.py)."""
     groups = kv_groups(spec, decoder, kv_layout)
     ropes = _ropes(decoder)
     writer = _Writer(spec, groups, ropes, kv_layout)
@@ -95,10 +96,11 @@ def _layer(writer: _Writer, spec: ModelSpec, index: int, layer: Layer, x: ir.Val
     q = writer.dense(layer.attention.q, normed, f"{at}.attention.q")
     k = writer.dense(layer.attention.k, normed, f"{at}.attention.k")
     v = writer.dense(layer.attention.v, normed, f"{at}.attention.v")
+    epsilon = spec.norm_eps * layer.attention.norm_share
     if layer.attention.q_norm:
-        q = writer.head_norm(layer.attention.q_norm, q, spec.heads, f"{at}.attention.q_norm")
+        q = writer.head_norm(layer.attention.q_norm, q, spec.heads, f"{at}.attention.q_norm", epsilon)
     if layer.attention.k_norm:
-        k = writer.head_norm(layer.attention.k_norm, k, spec.kv_heads, f"{at}.attention.k_norm")
+        k = writer.head_norm(layer.attention.k_norm, k, spec.kv_heads, f"{at}.attention.k_norm", epsilon)
     attended = writer.attention(index, layer.attention, q, k, v)
     o = writer.dense(layer.attention.o, attended, f"{at}.attention.o")
     if layer.post_attention_norm:
@@ -163,15 +165,13 @@ class _Writer:
         scale = self.parameter(weight, (self.spec.hidden_size,))
         return self.op("RMSNormalization", [x, scale], name, shape, axis=-1, epsilon=self.spec.norm_eps)
 
-    def head_norm(self, weight: str, x: ir.Value, heads: int, name: str) -> ir.Value:
+    def head_norm(self, weight: str, x: ir.Value, heads: int, name: str, epsilon: float) -> ir.Value:
         """RMS norm of every head by itself: [T, heads * size] seen as [T, heads, size] and back."""
         size = self.spec.head_size
         split = self.op("Reshape", [x, self.sizes(0, heads, size)], f"{name}.split", ("T", heads, size))
         scale = self.parameter(weight, (size,))
         shape = ("T", heads, size)
-        normed = self.op(
-            "RMSNormalization", [split, scale], f"{name}.normed", shape, axis=-1, epsilon=self.spec.norm_eps
-        )
+        normed = self.op("RMSNormalization", [split, scale], f"{name}.normed", shape, axis=-1, epsilon=epsilon)
         return self.op("Reshape", [normed, self.sizes(0, heads * size)], name, ("T", heads * size))
 
     def sizes(self, *sizes: int) -> ir.Value:

@@ -16,6 +16,7 @@ import numpy as np
 from skerry.core.model import ModelSpec
 from skerry.exporter.architectures import joined_rows
 from skerry.exporter.blocks import Decoder
+from skerry.exporter.heads import Padding
 from skerry.exporter.texts import Sequence
 from skerry.kernels.blocks import Blocks
 
@@ -55,11 +56,12 @@ class Recorded:
 
 
 class Layerwise:
-    """Holds a causal LM of transformers; `spec` tells which matrices it has joined."""
+    """Holds a causal LM of transformers; `spec` tells which matrices it has joined. With `padding`, matrices that are
+    set and inputs that are observed have heads as in the engine, though the model's own are smaller."""
 
-    def __init__(self, model: Any, spec: ModelSpec) -> None:
+    def __init__(self, model: Any, spec: ModelSpec, padding: Padding | None = None) -> None:
         self.model, self.layers = model, model.get_decoder().layers
-        self._joined = joined_rows(spec)
+        self._joined, self._padding = joined_rows(spec), padding
 
     def record(self, rows: list[Sequence], keep: int | None = None) -> Recorded:
         """A whole run over every row; states of the first `keep` layers only, of all by default."""
@@ -101,7 +103,7 @@ class Layerwise:
         """Runs layer `index` over every row; `see` gets what each of its `sites` reads, float32 [T, K], row by row."""
 
         def hook(site: Site) -> Any:
-            return lambda module, inputs: see(site, inputs[0][0])
+            return lambda module, inputs: see(site, self._padded(site, inputs[0][0]))
 
         handles = [self._place(site.matrices[0])[0].register_forward_pre_hook(hook(site)) for site in sites]
         try:
@@ -147,7 +149,11 @@ class Layerwise:
     def set(self, name: str, values: np.ndarray) -> None:
         import torch
 
-        self.weight(name).copy_(torch.from_numpy(values))
+        own = values if self._padding is None else self._padding.cut(name, values)
+        self.weight(name).copy_(torch.from_numpy(own))
+
+    def _padded(self, site: Site, x: torch.Tensor) -> torch.Tensor:
+        return x if self._padding is None else self._padding.pad_inputs(site.matrices[0], x)
 
     def _place(self, name: str) -> tuple[Any, slice]:
         stored, first, last = self._joined.get(name, (name, None, None))

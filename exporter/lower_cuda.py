@@ -11,6 +11,8 @@ rotary tables stay float32: at position 30,000 a half of a cosine is off by a wh
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 
@@ -53,12 +55,19 @@ def large_activations(spec: ModelSpec) -> bool:
     return spec.family.startswith(LARGE_ACTIVATIONS)
 
 
-def kv_layout(spec: ModelSpec, precision: str, asked: str = "auto") -> str:
-    """Of the pages: the type of the activations, or 8 bits where they are asked for. Raises IncompatibleError for heads
-    that the kernels do not have, UsageError for pages that are none of a GPU's."""
-    if spec.head_size not in HEAD_SIZES:
-        cause = f"heads of {spec.head_size}, the attention on GPUs has {', '.join(map(str, HEAD_SIZES))}"
+def engine_spec(spec: ModelSpec) -> ModelSpec:
+    """The shape that an engine computes in: heads of the least size that the kernels have room for them in. Raises
+    IncompatibleError for larger ones."""
+    found = next((size for size in HEAD_SIZES if size >= spec.head_size), None)
+    if found is None:
+        cause = f"heads of {spec.head_size}, the attention on GPUs has at most {HEAD_SIZES[-1]}"
         raise IncompatibleError("export for", "ort-cuda", cause, "--target ort-cpu")
+    return replace(spec, head_size=found)
+
+
+def kv_layout(spec: ModelSpec, precision: str, asked: str = "auto") -> str:
+    """Of the pages: the type of the activations, or 8 bits where they are asked for. Raises UsageError for pages that
+    are none of a GPU's."""
     layouts = {"auto": LAYOUTS[half_type(spec, precision)], **CODES}
     if asked not in layouts:
         cause = f"pages of {asked} are none of a GPU's"

@@ -94,6 +94,7 @@ def model_card(
     found: list[str],
     texts: Texts,
     unqualified: str = "",
+    padded: str = "",
 ) -> str:
     """Markdown for a person who must decide whether to run this."""
     spec, own = subject.spec, subject.lineage
@@ -104,6 +105,7 @@ def model_card(
     )
     shape = (
         f"{spec.family} decoder, {spec.layers} layers, {spec.parameters / 1e6:.0f}M parameters, {precision} weights."
+        + (f" {padded}" if padded else "")
     )
     return f"""# {name} {version}
 

@@ -115,7 +115,7 @@ def make_plan(
     for name in (name for site in sites for name in site.matrices):
         check_width(name, subject.source.shape(name)[1])
     progress("load reference", 0, 1)
-    layers = Layerwise(load_reference(subject.source), subject.spec)
+    layers = Layerwise(load_reference(subject.stored), subject.spec, subject.padding)
     text = _text(layers, subject, rounding, prompts, tokenizer, template, progress)
     rows, held_out = text.split(JUDGED_TOKENS) if precision == "mixed" else (text.rows, [])
     judge = sensitivity.Judge(layers, held_out) if held_out else None

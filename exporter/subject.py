@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from skerry.core.model import LINEAGE, Checkpoint, ModelSpec
 from skerry.exporter.architectures import decoder_of, source_of
 from skerry.exporter.blocks import Decoder
 from skerry.exporter.gguf_source import GgufSource
+from skerry.exporter.heads import PaddedSource, Padding
 from skerry.exporter.weights import Source, check_names, open_source
 
 PLAIN_TEMPLATE = Path(__file__).parent / "data" / "plain_chat.jinja"
@@ -24,7 +25,7 @@ INT4_FROM = 300_000_000
 @dataclass(frozen=True)
 class Subject:
     """`stored` has the weights as the file means them, `source` as the blocks do. `lineage` is the checkpoint's own, or
-    a stub that names the file it was imported from."""
+    a stub that names the file it was imported from. `padding`: what `with_heads` did to source and decoder."""
 
     stored: Source
     source: Source
@@ -32,6 +33,7 @@ class Subject:
     decoder: Decoder
     lineage: dict[str, Any]
     digest: str
+    padding: Padding | None = None
 
     @property
     def directory(self) -> Path | None:
@@ -52,6 +54,14 @@ class Subject:
         if blocks and all(self.source.in_blocks(dense.weight) for dense in self.decoder.denses()):
             return "stored"
         return "int8" if self.spec.parameters < INT4_FROM else "int4"
+
+    def with_heads(self, size: int) -> Subject:
+        """With source and decoder as an engine with heads of `size` has them; `spec` and `stored` are the model's."""
+        if size == self.spec.head_size:
+            return self
+        padding = Padding.of(self.decoder, self.spec.head_size, size)
+        source = PaddedSource(self.source, padding)
+        return replace(self, source=source, decoder=padding.decoder(self.decoder), padding=padding)
 
     @property
     def name(self) -> str:
@@ -88,8 +98,6 @@ def sha256_of(document: Any) -> str:
 
 
 def _shortened(spec: ModelSpec, max_context: int | None) -> ModelSpec:
-    from dataclasses import replace
-
     if max_context is None:
         return spec
     if not 16 <= max_context <= spec.max_context:

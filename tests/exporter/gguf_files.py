@@ -86,9 +86,9 @@ def _value(kind: int, value: Any) -> bytes:
     return struct.pack(_FORMS.get(kind, "<I"), value)
 
 
-def llama() -> File:
+def llama(head: int = 16) -> File:
     """One layer of the Llama family, sound: 32 tokens of 32, two heads over one of 16; half of it in Q8_0."""
-    return _model("llama")
+    return _model("llama", head=head)
 
 
 def gemma3() -> File:
@@ -118,7 +118,7 @@ def k_quants() -> File:
 
 def _model(
     architecture: str, hidden: int = 32, mlp: int = 64, layers: int = 1, kinds: tuple[int, ...] = (TYPE_Q8_0,),
-    norms: tuple[str, ...] = (), head_norms: bool = False,
+    norms: tuple[str, ...] = (), head_norms: bool = False, head: int = 16,
 ) -> File:  # fmt: skip
     """Matrices are in blocks of `kinds`, by turns, but for k and those whose rows hold no whole block."""
     random, turns = np.random.default_rng(3), cycle(kinds)
@@ -138,7 +138,7 @@ def _model(
 
     sizes = {
         "block_count": layers, "context_length": 64, "embedding_length": hidden, "feed_forward_length": mlp,
-        "attention.head_count": 2, "attention.head_count_kv": 1, "attention.key_length": 16,
+        "attention.head_count": 2, "attention.head_count_kv": 1, "attention.key_length": head,
     }  # fmt: skip
     fields = [
         ("general.architecture", STRING, architecture),
@@ -152,11 +152,11 @@ def _model(
     for index in range(layers):
         at = f"blk.{index}"
         tensors += [floats(f"{at}.{norm}.weight", hidden) for norm in ("attn_norm", "ffn_norm", *norms)]
-        tensors += [floats(f"{at}.attn_{part}_norm.weight", 16) for part in ("q", "k") if head_norms]
-        tensors.append(floats(f"{at}.attn_k.weight", hidden, 16))
+        tensors += [floats(f"{at}.attn_{part}_norm.weight", head) for part in ("q", "k") if head_norms]
+        tensors.append(floats(f"{at}.attn_k.weight", hidden, head))
         for name, width, rows in (
-            ("attn_q", hidden, 32), ("attn_v", hidden, 16), ("attn_output", 32, hidden), ("ffn_gate", hidden, mlp),
-            ("ffn_up", hidden, mlp),
+            ("attn_q", hidden, 2 * head), ("attn_v", hidden, head), ("attn_output", 2 * head, hidden),
+            ("ffn_gate", hidden, mlp), ("ffn_up", hidden, mlp),
         ):  # fmt: skip
             tensors.append(blocks(f"{at}.{name}.weight", width, rows))
         tensors.append(floats(f"{at}.ffn_down.weight", mlp, hidden))

@@ -93,8 +93,8 @@ def test_what_a_gpu_does_not_have_is_refused(make_model: Make, tmp_path: Path) -
         export(model, Target("ort-cuda"), "int8", tmp_path / "a", Options(adapters=True))
     with pytest.raises(UsageError, match="pages of float32 are none of a GPU's"):
         export(model, Target("ort-cuda"), "int8", tmp_path / "b", Options(kv_cache="float32"))
-    with pytest.raises(IncompatibleError, match="heads of 16, the attention on GPUs has 64, 128, 256"):
-        export(make_model(name="narrow", head_dim=16), Target("ort-cuda"), "int8", tmp_path / "a")
+    with pytest.raises(IncompatibleError, match="heads of 258, the attention on GPUs has at most 256"):
+        export(make_model(name="wide", head_dim=258), Target("ort-cuda"), "int8", tmp_path / "a")
     with pytest.raises(IncompatibleError, match="no rules for precision fp32"):
         export(model, Target("ort-cuda"), "fp32", tmp_path / "c")
     assert not list(tmp_path.glob("[abc]"))

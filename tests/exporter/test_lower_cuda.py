@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +28,7 @@ HALF, WIDE = ir.DataType.FLOAT16, ir.DataType.FLOAT
 
 def lowered(path: Path, precision: str, out: Path) -> tuple[ir.Model, Lowering]:
     subject = open_subject(path)
-    layout = kv_layout(dataclasses.replace(subject.spec, head_size=64), precision)
+    layout = kv_layout(subject.spec, precision)
     plan = Plan(BlockFormat.Q4_0 if precision == "int4" else BlockFormat.Q8_0)
     with WeightFile(out / "weights.bin") as file:
         lowering = Lowering(subject.spec, precision, subject.source, file, plan=plan)

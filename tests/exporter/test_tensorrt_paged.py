@@ -81,6 +81,9 @@ def opened(bundle: Bundle, pages: int = 24) -> Runner:
         ("qwen3", "fp16", {}, 0.004), ("granite", "fp16", {}, 0.004),
         ("mistral", "fp16", {"sliding_window": 16}, 0.004),
         ("gemma2", "bf16", {"sliding_window": 16}, 0.06), ("smollm3", "fp16", {"pad_token_id": 0}, 0.004),
+        ("phi3", "fp16", {"head_dim": 96, "pad_token_id": None}, 0.004),
+        ("qwen3", "fp16", {"head_dim": 80, "rms_norm_eps": 0.3}, 0.004),
+        ("gemma3", "bf16", {"head_dim": 32, "sliding_window": 16}, 0.06),
     ],
 )  # fmt: skip
 def test_the_network_computes_the_model(
