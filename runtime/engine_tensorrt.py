@@ -76,26 +76,27 @@ def _golden(bundle: Bundle, runner: Runner | LinearRunner) -> GoldenResult | Non
 
 
 def opener(
-    bundle: Bundle, device: Device, threads: int, memory_bytes: int | None
+    bundle: Bundle, device: Device, threads: int, memory_bytes: int | None, building: Callable[[], None]
 ) -> Callable[[], LinearRunner | Runner] | None:
     """What opens the bundle's engine on this machine; None: its graph is all that there is."""
     if bundle.manifest.target.backend == "tensorrt":
-        return partial(open_tensorrt, bundle, device, threads, memory_bytes)
+        return partial(open_tensorrt, bundle, device, threads, memory_bytes, building=building)
     if bundle.manifest.target.backend == "tensorrt-rtx":
         return partial(open_rtx, bundle, device, threads, memory_bytes)
     return None
 
 
 def open_tensorrt(
-    bundle: Bundle, device: Device, threads: int, memory_bytes: int | None = None, directory: Path | None = None
-) -> Runner:
+    bundle: Bundle, device: Device, threads: int, memory_bytes: int | None = None, directory: Path | None = None,
+    building: Callable[[], None] = lambda: None,
+) -> Runner:  # fmt: skip
     """The plan on this machine's GPU, built where nobody did before, which takes minutes. Raises IncompatibleError,
     NotFound, SkerryError."""
     from skerry.kernels.device_arrays import GpuArrays
     from skerry.kernels.tensorrt.paged_engine import PlanRefused, open_plan
 
     arrays = GpuArrays()
-    for plan in plans(bundle, device, arrays, directory or default_directory()):
+    for plan in plans(bundle, device, arrays, directory or default_directory(), building):
         try:
             return open_plan(bundle, plan, arrays, threads, memory_bytes=memory_bytes)
         except PlanRefused as error:
@@ -104,7 +105,9 @@ def open_tensorrt(
     raise refused
 
 
-def plans(bundle: Bundle, device: Device, arrays: DeviceArrays, directory: Path) -> Iterator[bytes]:
+def plans(
+    bundle: Bundle, device: Device, arrays: DeviceArrays, directory: Path, building: Callable[[], None]
+) -> Iterator[bytes]:
     """The bundle's own where it was built for this very library and GPU, what this node kept, what is built now: one
     after another, as those before are refused. Raises IncompatibleError, SkerryError."""
     from skerry.kernels.tensorrt.paged_build import import_tensorrt
@@ -125,6 +128,7 @@ def plans(bundle: Bundle, device: Device, arrays: DeviceArrays, directory: Path)
     if kept:
         yield kept
     log.warning("building a TensorRT plan of %s for %s: it takes minutes, once", bundle.short, gpus[0].name)
+    building()
     built, _ = build_plan(bundle, described, arrays, timing)
     cache.write(key, built)
     yield built

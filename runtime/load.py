@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,9 +71,10 @@ def load(
     adapter_slots: int = 0,
     adapter_rank: int = 16,
     adapters_optional: bool = False,
+    building: Callable[[], None] = lambda: None,
 ) -> Loaded:
     """Raises SkerryError: the bundle is broken, does not fit this machine, or its engine cannot run. Slots that are
-    optional are left out where the graph takes no adapters."""
+    optional are left out where the graph takes no adapters. `building` is called where it will take minutes."""
     from skerry.kernels.devices import this_device
     from skerry.kernels.runner import Runner
     from skerry.runtime.engine_ort import OrtEngine
@@ -96,7 +98,7 @@ def load(
                 adapter_slots=0 if adapters_optional and bundle.manifest.adapters is None else adapter_slots,
             )  # fmt: skip
 
-        compiled = opener(bundle, device, threads or usable_cores(), memory_bytes)
+        compiled = opener(bundle, device, threads or usable_cores(), memory_bytes, building)
         proven = open_proven(bundle, compiled, graph)
         tokenizer, template = text.result(), ChatTemplate.open(bundle.path, *special)
     engine = OrtEngine(proven.runner)

@@ -58,6 +58,12 @@ class WorkerProcess:
     deadline: float = float("inf")
     reason: str = ""
     place: Place = CPU
+    granted: float = 0.0  # seconds more than usual to get ready in
+
+    @property
+    def since(self) -> float:
+        """From when on its time to get ready counts."""
+        return self.started + self.granted
 
     @property
     def pid(self) -> int:

@@ -29,6 +29,7 @@ from skerry.runtime.swap import Move, View, plan
 from skerry.runtime.update import Candidate, crash_loop, fits_beside, restart_delay
 
 CRASH_WINDOW_SECONDS = 120.0
+BUILD_SECONDS = 1800.0  # more for a worker that says it builds its engine: TensorRT times kernels for minutes
 SILENCE_SECONDS = 60.0  # workers give a sign of life every second; a machine that swaps may hold one up for long
 
 
@@ -115,7 +116,7 @@ class Supervisor:
                 requests = worker.counts.requests - worker.at_accept.requests
                 failed = worker.counts.failed - worker.at_accept.failed
                 return Candidate("accepting", worker.accepted_at, requests, failed)
-            return Candidate("ready" if worker.state == "ready" else "starting", worker.started)
+            return Candidate("ready" if worker.state == "ready" else "starting", worker.since)
         return None
 
     def settled(self) -> bool:
@@ -235,7 +236,7 @@ class Supervisor:
             active.reason = active.reason or f"gave no sign of life for {self._silence_seconds:g} s"
             active.kill()
         late = self.incoming is not None and self.incoming.state == "starting"
-        if late and self.incoming is not None and now - self.incoming.started > self._warm_seconds:
+        if late and self.incoming is not None and now - self.incoming.since > self._warm_seconds:
             self.incoming.reason = self.incoming.reason or f"not ready within {self._warm_seconds:g} s"
             self.incoming.kill()
 
@@ -259,6 +260,9 @@ class Supervisor:
             self._keep_adapter(worker, message)
         elif kind == "ready" and worker.state == "starting":
             self._ready(worker, message)
+        elif kind == "building" and worker.state == "starting":
+            worker.granted = BUILD_SECONDS
+            self.notices.append(Notice("worker.building", _short(message)))
         elif kind == "golden":
             self.notices.append(Notice("worker.golden", _short(message)))
             if message.get("ok") is False:

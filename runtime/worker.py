@@ -21,6 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,6 +124,7 @@ class Worker:
                     self.options.loader, self.options.bundle, threads=self.options.threads,
                     memory_bytes=self.options.memory_bytes, adapter_slots=self.options.adapter_slots,
                     adapter_rank=self.options.adapter_rank, adapters_optional=self.options.adapters_optional,
+                    building=partial(asyncio.get_running_loop().call_soon_threadsafe, self._send, "building"),
                 )
             )  # fmt: skip
             service = await self._prepare(loading)

@@ -21,6 +21,7 @@ import httpx
 import pytest
 
 from skerry.core.bundle import open_bundle
+from skerry.core.proof import Proof
 from skerry.core.report import Window
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -103,6 +104,8 @@ def test_ready_accept_serve_report_drain(agent, bundles):
     assert ready["pid"] == worker.process.pid and ready["load_seconds"] > 0
     golden = next(message for message in worker.seen if message["type"] == "golden")
     assert golden["ok"] and golden["max_error"] < 1e-3
+    proof = Proof.from_event(ready)  # as the agent hands it on
+    assert proof.problem(0.1, 1.0) == "" and proof.tokens > 0 and proof.max_error == golden["max_error"]
     with ThreadPoolExecutor(1) as pool:
         early = pool.submit(ask, agent.url)  # connects to the agent's socket and waits there
         time.sleep(0.3)

@@ -1,6 +1,7 @@
 """A worker that speaks the agent's contract without an engine. Its bundle's graph.onnx says how it behaves (JSON):
 
-    {"load": seconds, "golden": bool, "fatal": bool or the GPU it is fatal on, "lie": bool, "mute": bool}
+    {"load": seconds, "golden": bool, "fatal": bool or the GPU it is fatal on, "lie": bool, "mute": bool,
+     "build": bool}
 
 and its HTTP paths what it does: GET / answers {"version", "pid", "gpu"}; /fail answers 500 and counts as failed; /crash
 dies if {"crash": true}; /slow takes a second; /window reports one window. Standard library only: it starts in 50 ms.
@@ -45,6 +46,8 @@ class Worker:
 
     def run(self) -> None:
         threading.Thread(target=self.listen, daemon=True).start()
+        if self.behaviour.get("build"):
+            self.send("building")
         time.sleep(self.behaviour.get("load", 0.0))
         if self.behaviour.get("fatal") in (True, os.environ.get("CUDA_VISIBLE_DEVICES", "cpu")):
             self.send("fatal", error={"code": "engine_error", "message": "weights are of the wrong shape"})

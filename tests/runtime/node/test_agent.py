@@ -114,6 +114,15 @@ def test_an_engine_that_does_not_warm_up_is_turned_back(
     assert control.beat["engine_digest"] == control.v1["engine_digest"]
 
 
+def test_an_engine_that_is_built_first_has_longer_to_get_ready(
+    control: Any, make_bundle: Any, serving: Any, until: Any
+) -> None:
+    agent = serving(warm_seconds=0.5)
+    control.want(control.publish(make_bundle("v2", build=True, load=1.5)))
+    until(lambda: version(agent) == "v2")
+    assert agent.outcomes["reverted"] == 0 and control.of_kind("worker.building")
+
+
 @pytest.mark.faults("a first engine that does not start")
 def test_a_first_engine_that_is_no_good_leaves_a_clear_answer(
     control: Any, make_bundle: Any, make_agent: Any, until: Any
