@@ -88,6 +88,7 @@ def run(directory: Path, config: Path | None, **flags: Any) -> None:
     from skerry.runtime import logs
     from skerry.runtime.admin import AdminServer
     from skerry.runtime.agent import Agent
+    from skerry.runtime.metric_peers import VARIABLE, peers_directory
     from skerry.runtime.node_settings import NodeSettings
 
     logs.set_up(os.environ.get("SKERRY_LOG_FORMAT", "text"), os.environ.get("SKERRY_LOG_LEVEL", "info"))
@@ -102,10 +103,13 @@ def run(directory: Path, config: Path | None, **flags: Any) -> None:
     except StorageError as error:
         logging.getLogger("skerry.agent").warning("%s", error)  # serving matters more than being found by `status`
     click.echo(f"Node {agent.node.node} on http://{address}, status on port {admin.port}.", err=True)
-    try:
-        agent.run()
-    finally:
-        admin.close()
+    with peers_directory() as peers:
+        if len(agent.device.gpus) > 1:  # a worker on each
+            os.environ[VARIABLE] = str(peers)  # which workers inherit
+        try:
+            agent.run()
+        finally:
+            admin.close()
 
 
 @node.command()
