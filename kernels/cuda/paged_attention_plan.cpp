@@ -102,7 +102,8 @@ std::string plan_paged_attention(PagedAttentionTask task, bool bfloat16, int64_t
                             bytes.few(few)));
   if (most_rows > kFewRows) {
     const int keys = task.head_size == 256 ? 16 : 32;
-    const int tiles = task.head_size < 256 && bytes.many(2, keys) <= device.shared_bytes ? 2 : 1;
+    const bool turing = task.head_size == 128 && !bfloat16 && bytes.many(2, keys) > device.shared_bytes;
+    const int tiles = task.head_size == 256 || turing ? 1 : 2;
     const int64_t blocks = task.tokens * group / (kWarps * tiles * kTile) + task.sequences;
     launches.push_back(launch("paged_attention_many" + std::to_string(tiles) + "_" + kind, task, blocks, task.kv_heads,
                               1, kWarps, bytes.many(tiles, keys)));

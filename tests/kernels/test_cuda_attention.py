@@ -326,6 +326,15 @@ def test_blocks_are_as_many_as_run_at_once_however_long_the_tables_are():
     assert blocks == device.multiprocessors * (device.shared_bytes // shared)
 
 
+@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize(("sm", "shared"), [(75, 64), (80, 163), (86, 99), (90, 227)])
+def test_a_plan_names_only_kernels_that_there_are(sm: int, shared: int, size: int):
+    """Of the kernel for many rows there are as many variants as devices need, and no more."""
+    for layout in ("f16.t16", "bf16.t16") if sm >= 80 else ("f16.t16",):
+        case = case_of(16, shape_of(1, size, 1), [(70, 70)], layout, layout == "bf16.t16")
+        verify(case, opened("Emulated", sm=sm, shared_bytes=(shared << 10) - 1024))
+
+
 def test_multiprocessors_change_no_bit():
     """More sequences than a warp has lanes; blocks take one piece, or all of them one after the other."""
     case = case_of(15, shape_of(2, 64, 2), [(5, 1)] * 33 + [DECODE, EMPTY, VERIFY, (1, 1)])
