@@ -1,6 +1,6 @@
-# setup: environment and native build; test: fast and slow tests; faults: those that inject faults, and their report;
-# lint: every static check; demo: the whole loop; cuda-all: GPU kernels for every architecture; gpu-check: tests and
-# measures them with what the machine has (ARGS=--dry-run: where there is no GPU).
+# setup: environment and native build; test: fast and slow tests; test-thorough: what takes many more examples; faults:
+# those that inject faults, and their report; lint: every static check; demo: the whole loop; cuda-all: GPU kernels for
+# every architecture; gpu-check: tests and measures them with what the machine has (ARGS=--dry-run: where there is none).
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +10,7 @@ REPORT ?= build/faults
 STAMP := $(VENV)/.ready
 NATIVE := $(shell find kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cmake' -o -name 'CMakeLists.txt' 2>/dev/null)
 
-.PHONY: setup build test test-fast faults lint format bench cuda-all gpu-check demo clean
+.PHONY: setup build test test-fast test-thorough faults lint format bench cuda-all gpu-check demo clean
 
 setup: $(STAMP)
 
@@ -23,11 +23,14 @@ build:
 
 # Tests that start whole fleets come last and alone: they are measured in seconds of a user's patience.
 test: setup
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not e2e"
-	$(BIN)/python -m pytest -q -m e2e
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not alone and not thorough"
+	$(BIN)/python -m pytest -q -m alone
+
+test-thorough: setup
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m thorough
 
 test-fast: setup
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow and not thorough"
 
 faults: setup
 	$(BIN)/python -m pytest -q -m faults -p tests.fault_report --fault-report $(REPORT)

@@ -202,5 +202,5 @@ class Thorough(Machine):
     pass
 
 
-TestRolloutThoroughly = pytest.mark.slow(Thorough.TestCase)
+TestRolloutThoroughly = pytest.mark.thorough(Thorough.TestCase)
 TestRolloutThoroughly.settings = settings(max_examples=1500, stateful_step_count=60, deadline=None)

@@ -31,6 +31,7 @@ def alive(workdir: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.e2e
+@pytest.mark.alone
 @pytest.mark.timeout(400)
 def test_the_loop_closes(tmp_path: Path) -> None:
     done = subprocess.run([*DEMO, "--dir", str(tmp_path), "--json"], capture_output=True, text=True, timeout=380)
@@ -50,6 +51,7 @@ def test_the_loop_closes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.e2e
+@pytest.mark.alone
 def test_an_interrupted_demo_leaves_no_process_and_can_run_again(tmp_path: Path) -> None:
     for stop, code in ((signal.SIGINT, 130), (signal.SIGHUP, 130)):
         demo = subprocess.Popen([*DEMO, "--dir", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -65,6 +65,7 @@ def script() -> str:
 
 @pytest.mark.slow
 @pytest.mark.e2e
+@pytest.mark.alone
 def test_every_block_runs(tmp_path: Path) -> None:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(

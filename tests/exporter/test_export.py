@@ -46,7 +46,7 @@ def test_bundle_holds_everything_and_verifies(make_model: Make, seal: Callable[.
     )
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+@pytest.mark.parametrize("precision", ["fp32", "int8", pytest.param("int4", marks=pytest.mark.thorough)])
 def test_same_input_same_bytes(make_model: Make, tmp_path: Path, precision: str) -> None:
     path = make_model(peaked=True, tie_word_embeddings=True)
     options = Options(threads=1, skip_baseline=True, keep_refused=True)

@@ -67,6 +67,7 @@ def test_int8_passes_its_gate_on_a_sample(smollm2: Bundle, gguf: Path) -> None:
     assert parity.ppl_ratio < 1.015 and parity.kl < 0.01 and parity.top1 > 0.945
 
 
+@pytest.mark.thorough  # small files are held to their own definition by test_gguf_blocks.py
 def test_transformers_reads_the_same_weights(gguf: Path) -> None:
     """The reference goes through our GGUF reader; this holds that reader to transformers', tensor by tensor."""
     import torch

@@ -142,7 +142,7 @@ def test_generated_requests_find_nothing(url):
         for mode in modes:
 
             @settings(
-                max_examples=30, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
+                max_examples=12, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
                 suppress_health_check=list(HealthCheck),
             )  # fmt: skip
             @given(operation.as_strategy(generation_mode=mode))

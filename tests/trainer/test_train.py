@@ -167,7 +167,7 @@ def command(store: Path, cache: Path, out: Path, precision: str = "float32") -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.thorough)])
 def test_sigkill_changes_no_byte_of_the_adapter(store, cache, tiny, tmp_path, precision):
     """Killed with SIGKILL after some saved state, continued, and compared with a run that was left alone."""
     words, env = command(store, cache, tmp_path / "killed", precision)
