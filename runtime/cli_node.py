@@ -195,6 +195,8 @@ def _describe(document: dict[str, Any]) -> str:
     if document["running"]:
         lines.append(f"requests    {document['requests']} ({document['failed']} failed)")
         lines += [f"not taken   {reason}" for reason in document.get("passed_over", [])]
+        fallen = [one for one in document.get("workers", []) if one.get("fell_back")]
+        lines += [f"its graph   serves on {one['place']}, not the engine: {one['fell_back']}" for one in fallen]
         contact = document["control_error"] or "in contact"
         lines.append(f"control     {document['control_plane']}: {contact}")
     lines += [f"quarantine  {d[:12]} {e.get('release')}: {e.get('reason')}" for d, e in document["quarantine"].items()]

@@ -165,6 +165,19 @@ class Metrics:
         return Counter(name, text, ["model_name"], registry=self.registry).labels(self._model)
 
 
+class EngineFellBack(Collector):
+    """1 where the graph serves in the place of the engine that was compiled from it; the log has the reason."""
+
+    def __init__(self, model: str, fell_back: str) -> None:
+        self._model, self._value = model, float(bool(fell_back))
+
+    def collect(self) -> Iterator[Metric]:
+        text = "Whether the graph serves in the place of the compiled engine"
+        family = GaugeMetricFamily("skerry_engine_fell_back", text, labels=["model_name"])
+        family.add_metric([self._model], self._value)
+        yield family
+
+
 class _Snapshot(Collector):
     """What the engine keeps itself, all of it read at one moment."""
 

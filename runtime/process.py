@@ -59,6 +59,7 @@ class WorkerProcess:
     reason: str = ""
     place: Place = CPU
     granted: float = 0.0  # seconds more than usual to get ready in
+    fell_back: str = ""  # why the graph serves in the place of the engine compiled from it
 
     @property
     def since(self) -> float:

@@ -109,7 +109,10 @@ class Reports:
             "requests": beat.requests, "failed": beat.failed, "requests_running": beat.running,
             "requests_waiting": beat.waiting, "ttft_p50": beat.ttft_p50,
             "workers": [
-                {"pid": w.pid, "state": w.state, "release": w.installed.release, "place": w.place.name}
+                {
+                    "pid": w.pid, "state": w.state, "release": w.installed.release, "place": w.place.name,
+                    "fell_back": w.fell_back,
+                }
                 for w in supervisor.workers()
             ],
             "device": agent.device.to_json(), "gpus": [gpu.to_json() for gpu in beat.gpus],

@@ -279,7 +279,7 @@ class Supervisor:
             worker.kill()
             return
         worker.observed_manifest, worker.observed_digest = observed
-        worker.state = "ready"
+        worker.state, worker.fell_back = "ready", str(message.get("fell_back", ""))[:600]
         self.notices.append(Notice("worker.ready", _short(message)))
 
     def _keep_adapter(self, worker: WorkerProcess, message: dict[str, Any]) -> None:

@@ -201,6 +201,7 @@ class Worker:
 
     async def _open_service(self, loaded: Loaded) -> Service:
         from skerry.runtime.adapters import Adapters
+        from skerry.runtime.metrics import EngineFellBack
         from skerry.runtime.observe import Observer
         from skerry.runtime.peft_config import Base
         from skerry.runtime.prefix_file import PrefixFile
@@ -217,6 +218,7 @@ class Worker:
             loaded.engine, loaded.model(), observer, on_fatal=self._fatal, adapters=adapters,
             limits=Limits.for_gpu(options.max_queue) if loaded.gpus else Limits(queue=options.max_queue),
         )  # fmt: skip
+        service.metrics.registry.register(EngineFellBack(service.model.name, loaded.fell_back))
         self._peers = service.peers = MetricPeers.of_environment(
             os.environ.get("CUDA_VISIBLE_DEVICES", ""), lambda accept: service.metrics.negotiated(accept)[0]
         )

@@ -114,6 +114,7 @@ def test_ready_accept_serve_report_drain(agent, bundles):
         assert early.result().status_code == 200
     for _ in range(2):
         assert ask(agent.url).status_code == 200
+    assert "skerry_engine_fell_back{model_name=" in httpx.get(f"{agent.url}/metrics").text
     window = Window.from_json({"node": "n", "boot": 1, **worker.wait_for("window")["window"]})
     assert (window.index, window.requests, window.failed) == (0, 3, 0)
     assert window.sketch["tokens"]["seed"] == 9 or "9" in json.dumps(window.sketch)

@@ -1,7 +1,7 @@
 """A worker that speaks the agent's contract without an engine. Its bundle's graph.onnx says how it behaves (JSON):
 
     {"load": seconds, "golden": bool, "fatal": bool or the GPU it is fatal on, "lie": bool, "mute": bool,
-     "build": bool}
+     "build": bool, "fell_back": reason}
 
 and its HTTP paths what it does: GET / answers {"version", "pid", "gpu"}; /fail answers 500 and counts as failed; /crash
 dies if {"crash": true}; /slow takes a second; /window reports one window. Standard library only: it starts in 50 ms.
@@ -58,7 +58,10 @@ class Worker:
         golden = self.behaviour.get("golden", True)
         self.send("golden", ok=golden, max_error=0.01 if golden else 9.5, mean_error=0.001)
         engine = "0" * 64 if self.behaviour.get("lie") else self.manifest["engine_digest"]
-        self.send("ready", engine_digest=engine, manifest_sha256=self.digest, load_seconds=0.01, pid=os.getpid())
+        self.send(
+            "ready", engine_digest=engine, manifest_sha256=self.digest, load_seconds=0.01, pid=os.getpid(),
+            golden_tokens=12, max_error=0.01, mean_error=0.001, fell_back=self.behaviour.get("fell_back", ""), gpu="",
+        )  # fmt: skip
         self.serve()
         self.send("drained")
 

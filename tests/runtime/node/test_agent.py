@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from skerry.core.proof import Proof
 from skerry.core.wire import generate_key, sign_document
 from skerry.runtime.places import CPU
 from skerry.runtime.update import Step
@@ -121,6 +122,21 @@ def test_an_engine_that_is_built_first_has_longer_to_get_ready(
     control.want(control.publish(make_bundle("v2", build=True, load=1.5)))
     until(lambda: version(agent) == "v2")
     assert agent.outcomes["reverted"] == 0 and control.of_kind("worker.building")
+
+
+def test_a_graph_that_stands_in_for_its_engine_is_told(
+    control: Any, make_bundle: Any, serving: Any, until: Any
+) -> None:
+    from skerry.runtime.cli_node import _describe
+
+    agent = serving()
+    control.want(control.publish(make_bundle("v2", fell_back="OLD_CUDA_DRIVER")))
+    until(lambda: version(agent) == "v2")
+    told = until(lambda: [one for one in control.of_kind("worker.ready") if one["fell_back"]])
+    assert Proof.from_event(told[0]).problem(0.1, 1.0) == "the engine was passed over for its graph: OLD_CUDA_DRIVER"
+    status = agent.status()
+    assert [one["fell_back"] for one in status["workers"] if one["release"] == "v2"] == ["OLD_CUDA_DRIVER"]
+    assert "serves on cpu, not the engine: OLD_CUDA_DRIVER" in _describe({**status, "running": True})
 
 
 @pytest.mark.faults("a first engine that does not start")
