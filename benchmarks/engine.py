@@ -29,6 +29,7 @@ from skerry.core.bundle import Bundle
 from skerry.core.errors import BundleError, GateFailed
 from skerry.core.files import read_json
 from skerry.kernels.runner import Runner
+from skerry.kernels.tensorrt.paged_engine import open_measured
 
 if TYPE_CHECKING:
     from skerry.benchmarks.peers.versus import Versus
@@ -53,7 +54,7 @@ def measure(
     load = load.fit(bundle)
     every = lanes(load, threads)
     report("warm-up: golden prompts")
-    with Runner.open(bundle, threads=threads[0]) as runner:  # also brings the files and ONNX Runtime into memory
+    with open_measured(bundle, threads[0]) as runner:  # also brings the files and ONNX Runtime into memory
         check = check_golden(runner)
         orders = {lane.suffix: peer_orders(runner, lane, peer_tokens) for lane in every}
     if versus is not None:
@@ -136,7 +137,7 @@ def open_times(bundle: Bundle, load: Workload, threads: int) -> dict[str, float]
     forgot = drop_page_cache([bundle.file(entry.name) for entry in bundle.manifest.files])
     for name in ("open_cold", "open") if forgot else ("open",):
         started = perf_counter()
-        with Runner.open(bundle, threads=threads, pages=pages):
+        with open_measured(bundle, threads, pages):
             found[name] = perf_counter() - started
     return found
 

@@ -8,6 +8,7 @@ from skerry.benchmarks.engine_steps import Stream, decode, decode_batch, greedy,
 from skerry.benchmarks.engine_workload import Case, Workload, batch_decode
 from skerry.core.bundle import Bundle
 from skerry.kernels.runner import Runner, pack_rows
+from skerry.kernels.tensorrt.paged_engine import open_measured
 
 
 class Session:
@@ -16,7 +17,7 @@ class Session:
     def __init__(self, bundle: Bundle, load: Workload, threads: int) -> None:
         self.load = load
         page_size = bundle.manifest.kv[0].page_size
-        self.runner = Runner.open(bundle, threads=threads, pages=load.pages(page_size))
+        self.runner = open_measured(bundle, threads, load.pages(page_size))
         self.long, self.short = load.streams(page_size)
         self._ids = prompt_ids(self.runner, 0, load.longest)
         _warm_up(self.runner, load)

@@ -23,13 +23,9 @@ SPARE_PAGES = 96
 
 def open_runner(bundle: Bundle, threads: int | None, longest: int) -> Runner:
     """A runner with the pages that a row of `longest` tokens, or a batch of short ones, needs."""
-    from skerry.kernels.runner import Runner
-    from skerry.kernels.tensorrt.paged_engine import open_built
+    from skerry.kernels.tensorrt.paged_engine import open_measured
 
-    pages = -(-longest // bundle.manifest.kv[0].page_size) + SPARE_PAGES
-    if bundle.manifest.target.backend == "tensorrt":
-        return open_built(bundle, threads, pages)
-    return Runner.open(bundle, threads=threads, pages=pages)
+    return open_measured(bundle, threads, -(-longest // bundle.manifest.kv[0].page_size) + SPARE_PAGES)
 
 
 def pages_for(tokens: int, page_size: int) -> int:

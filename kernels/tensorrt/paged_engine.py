@@ -147,10 +147,16 @@ def open_plan(
     )  # fmt: skip
 
 
-def open_built(bundle: Bundle, threads: int | None = None, pages: int | None = None) -> Runner:
-    """The bundle's own plan on the current device. Raises NotFound where it has none, and as `open_plan`."""
+def open_measured(bundle: Bundle, threads: int | None = None, pages: int | None = None) -> Runner:
+    """What is measured of a bundle: for TensorRT its own plan on the current device, else its graph. Raises
+    IncompatibleError where it has no plan, and as `open_plan` and Runner.open."""
     from skerry.kernels.device_arrays import GpuArrays
 
+    if bundle.manifest.target.backend != "tensorrt":
+        return Runner.open(bundle, threads=threads, pages=pages)
+    if not any(entry.name == PLAN for entry in bundle.manifest.files):
+        hint = "export it on a machine with this GPU and TensorRT, or measure a bundle of ort-cuda"
+        raise IncompatibleError("measure engine", bundle.short, "it brings no plan that was built for a GPU", hint)
     return open_plan(bundle, bundle.file(PLAN).read_bytes(), GpuArrays(), threads, pages)
 
 

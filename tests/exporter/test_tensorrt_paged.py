@@ -27,7 +27,7 @@ from skerry.kernels.device_arrays import HostArrays
 from skerry.kernels.ort_cuda import OrtCudaGraph
 from skerry.kernels.runner import Row, Runner, pack_rows
 from skerry.kernels.tensorrt import paged_build, paged_engine, plugin
-from skerry.kernels.tensorrt.paged_engine import build_plan, open_plan
+from skerry.kernels.tensorrt.paged_engine import build_plan, open_measured, open_plan
 from skerry.kernels.tensorrt.paged_file import PLAN, TIMING, BuildFile
 from skerry.runtime import engine_tensorrt
 from skerry.runtime.engine_tensorrt import open_proven, open_tensorrt
@@ -226,6 +226,12 @@ def test_what_fails_leaves_the_graph_with_the_reason(
 class Roomy(HostArrays):
     def free_bytes(self) -> int:
         return 1 << 30
+
+
+def test_only_a_plan_is_measured(bundles: Any) -> None:
+    _, bundle = bundles()
+    with pytest.raises(IncompatibleError, match="brings no plan"):
+        open_measured(bundle)
 
 
 def test_a_description_that_does_not_hold_is_refused(bundles: Any) -> None:
