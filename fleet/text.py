@@ -96,8 +96,9 @@ def plan(document: Any) -> str:
     waves = [f"  wave {i + 1}: {w['size']:>5} -> {w['nodes_in_total']} nodes" for i, w in enumerate(of["waves"])]
     left = [f"  no bundle for: {', '.join(of['without_a_bundle'])}"] if of["without_a_bundle"] else []
     if of["unproven"]:
-        ask = f"first {len(of['to_prove'])} to be proven, engines that ran nowhere yet, by some of"
-        left.append(f"  {ask}: {', '.join(of['unproven'])}")
+        count = len(of["to_prove"])
+        what = "an engine that ran nowhere yet is" if count == 1 else f"{count} engines that ran nowhere yet are"
+        left.append(f"  before them {what} proven, by one node each of {', '.join(of['unproven'])}")
     tail = ["dry run: nothing was changed" if document["dry_run"] else f"started {document['rollout']}"]
     return "\n".join([head, *waves, *left, *tail])
 
