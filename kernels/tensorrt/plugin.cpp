@@ -68,11 +68,11 @@ DataType type_of(int32_t at, DataType q) {
 
 Tensor tensor_of(const Dims& dims, const void* data = nullptr) { return {data, dims.nbDims, {dims.d[0], dims.d[1]}}; }
 
-// Bytes of workspace that a step takes; throws what is wrong with it.
-int64_t bytes_of(const PagedAttentionTask& task, bool bfloat16, int64_t most_query, const CudaDevice& device) {
+// Bytes of workspace that a step takes, which no device changes; throws what is wrong with it.
+int64_t bytes_of(const PagedAttentionTask& task, bool bfloat16, int64_t most_query) {
   int64_t bytes = 0;
   std::vector<Launch> none;
-  const std::string problem = plan_paged_attention(task, bfloat16, most_query, device, nullptr, bytes, none);
+  const std::string problem = plan_paged_attention(task, bfloat16, most_query, CudaDevice{}, nullptr, bytes, none);
   if (!problem.empty()) throw std::invalid_argument(problem);
   return bytes;
 }
@@ -119,7 +119,7 @@ PagedAttentionPlugin::PagedAttentionPlugin(const Attributes& attributes)
   PagedAttentionTask smallest = task(bfloat16);
   smallest.tokens = smallest.sequences = 1;
   smallest.table_rows = 1;
-  bytes_of(smallest, bfloat16, 1, CudaDevice{});
+  bytes_of(smallest, bfloat16, 1);
 }
 
 IPluginCapability* PagedAttentionPlugin::getCapabilityInterface(PluginCapabilityType type) noexcept {
@@ -212,7 +212,7 @@ int64_t PagedAttentionPlugin::workspace(const DynamicPluginTensorDesc* inputs, i
   const DataType type = inputs[kQ].desc.type;
   const PagedAttentionTask made = task(type, largest);
   const int64_t most = inputs[kPlan].min.d[0] > 0 ? largest[kPlan].dims[0] : made.tokens;
-  return bytes_of(made, type == DataType::kBF16, most, current_device());
+  return bytes_of(made, type == DataType::kBF16, most);
 }
 
 int32_t PagedAttentionPlugin::configurePlugin(const DynamicPluginTensorDesc* inputs, int32_t input_count,

@@ -1,6 +1,6 @@
-// PagedAttention as a plugin of TensorRT 10 and 11: named "PagedAttention", version "1", namespace "skerry". Inputs are
-// the ONNX op's, but that kv is int32 [pages, bytes / 4] (a strongly typed network has no plain bytes) and the length
-// of plan, which should be at least 1, is the longest query's; outputs are out and kv_out, the same memory as kv.
+// PagedAttention as a plugin of TensorRT 10 and 11: "PagedAttention", version "1", namespace "skerry". Inputs are the
+// ONNX op's, but kv is int32 [pages, bytes of a page / 4], as a strongly typed network has no plain bytes. Outputs are
+// out and kv_out, the same memory as kv: networks are built with PreviewFeature::kALIASED_PLUGIN_IO_10_03.
 #pragma once
 
 #include <NvInfer.h>
