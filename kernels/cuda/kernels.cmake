@@ -21,6 +21,7 @@ list(APPEND targets -gencode arch=compute_${newest},code=compute_${newest})  # f
 
 set(SKERRY_CUDA_KERNELS)
 file(GLOB cuda_headers CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/cuda/*.h ${CMAKE_CURRENT_SOURCE_DIR}/include/*.h)
+list(FILTER cuda_headers EXCLUDE REGEX "/(driver|paged_attention_inputs)\\.h$")  # of the host alone
 file(GLOB cuda_sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/cuda/*.cu)
 foreach(source ${cuda_sources})
   get_filename_component(stem ${source} NAME_WE)
@@ -58,7 +59,7 @@ install(TARGETS _emulated LIBRARY DESTINATION skerry/kernels)
 
 # The custom ops of a GPU on ONNX Runtime's CPU provider, for tests of whole graphs.
 if(TARGET skerry_ort)
-  add_library(skerry_ort_emulated SHARED ort/library_emulated.cpp ort/paged_attention_cuda.cpp)
+  add_library(skerry_ort_emulated SHARED ort/library_emulated.cpp ort/paged_attention_cuda.cpp cuda/driver_emulated.cpp)
   target_include_directories(skerry_ort_emulated SYSTEM PRIVATE ${SKERRY_ORT_INCLUDE})
   target_link_libraries(skerry_ort_emulated PRIVATE skerry_emulator skerry_kernels skerry_options)
   install(TARGETS skerry_ort_emulated LIBRARY DESTINATION skerry/kernels)

@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "../expect.h"
 #include "../include/parallel.h"
 
 namespace skerry::ort {
@@ -79,12 +80,6 @@ Tensor<T> input(const Ort::KernelContext& context, size_t index, const char* nam
                                 " dimensions, expected " + std::to_string(rank));
   }
   return tensor;
-}
-
-inline void expect(const char* name, int64_t found, int64_t wanted) {
-  if (found == wanted) return;
-  throw std::invalid_argument(std::string(name) + " is " + std::to_string(found) + ", expected " +
-                              std::to_string(wanted));
 }
 
 template <class T>

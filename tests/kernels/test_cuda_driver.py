@@ -18,7 +18,7 @@ def program(tmp_path_factory):
     if compiler is None:
         pytest.skip("no C++ compiler")
     place = tmp_path_factory.mktemp("driver")
-    sources = [TESTS / "kernels" / "native" / "cuda_driver.cpp", TESTS.parent / "kernels" / "ort" / "cuda_driver.cpp"]
+    sources = [TESTS / "kernels" / "native" / "cuda_driver.cpp", TESTS.parent / "kernels" / "cuda" / "driver.cpp"]
     flags = ["-std=c++20", "-O0", "-Wall", "-Werror"]
     subprocess.run([compiler, *flags, "-o", place / "program", *sources, "-ldl"], check=True)
     library = place / "lib" / "libcuda.so.1"

@@ -1,5 +1,5 @@
-// Asks kernels/ort/cuda_driver.cpp for a device and for launches; the driver behind it is tests/simulators/cuda.c.
-#include "../../../kernels/ort/cuda_driver.h"
+// Asks kernels/cuda/driver.cpp for a device and for launches; the driver behind it is tests/simulators/cuda.c.
+#include "../../../kernels/cuda/driver.h"
 
 #include <cstdio>
 #include <exception>
@@ -22,14 +22,14 @@ skerry::Launch make(const char* kernel, uint32_t blocks, uint32_t shared_bytes, 
 
 int main() {
   try {
-    const skerry::CudaDevice device = skerry::ort::current_device();
+    const skerry::CudaDevice device = skerry::cuda::current_device();
     std::printf("device %d %d %u\n", device.sm, device.multiprocessors, device.shared_bytes);
     for (int step = 0; step < 2; ++step) {
-      skerry::ort::run({make("rope_append_f16", 3, 0, false, 11), make("sample_f32", 4, 50'000, true, 12),
+      skerry::cuda::run({make("rope_append_f16", 3, 0, false, 11), make("sample_f32", 4, 50'000, true, 12),
                         make("sample_f32", 0, 0, false, 13)},
                        reinterpret_cast<void*>(0x99));
     }
-    skerry::ort::run({make("unheard_of", 1, 0, false, 0)}, nullptr);
+    skerry::cuda::run({make("unheard_of", 1, 0, false, 0)}, nullptr);
   } catch (const std::exception& error) {
     std::printf("error %s\n", error.what());
   }

@@ -1,4 +1,4 @@
-#include "cuda_driver.h"
+#include "driver.h"
 
 #include <dlfcn.h>
 
@@ -10,7 +10,7 @@
 #include <stdexcept>
 #include <string>
 
-namespace skerry::ort {
+namespace skerry::cuda {
 namespace {
 
 // The driver API's types and numbers, as cuda.h has had them since CUDA 12.
@@ -163,4 +163,4 @@ void run(const std::vector<Launch>& launches, void* stream) {
   }
 }
 
-}  // namespace skerry::ort
+}  // namespace skerry::cuda

@@ -1,12 +1,13 @@
-// Launches on the CUDA device of the calling thread, through the driver's own library, which is opened when first
-// needed: the custom-op library is linked against nothing of CUDA and loads on machines without it.
+// Launches on the CUDA device of the calling thread, for libraries that others load: through the driver's own library,
+// which is opened when first needed, so that they are linked against nothing of CUDA and load on machines without it.
+// driver_emulated.cpp has the same two functions for tests.
 #pragma once
 
 #include <vector>
 
 #include "../include/launch.h"
 
-namespace skerry::ort {
+namespace skerry::cuda {
 
 // What plans need to know of the current device. Throws std::runtime_error: no driver, no context, no such attribute.
 CudaDevice current_device();
@@ -15,4 +16,4 @@ CudaDevice current_device();
 // for each context. Throws std::runtime_error naming the kernel and the driver's error.
 void run(const std::vector<Launch>& launches, void* stream);
 
-}  // namespace skerry::ort
+}  // namespace skerry::cuda
