@@ -1,8 +1,8 @@
 // Asks kernels/cuda/driver.cpp for a device and for launches; the driver behind it is tests/simulators/cuda.c.
-#include "../../../kernels/cuda/driver.h"
-
 #include <cstdio>
 #include <exception>
+
+#include "../../../kernels/cuda/driver.h"
 
 namespace {
 
@@ -26,8 +26,8 @@ int main() {
     std::printf("device %d %d %u\n", device.sm, device.multiprocessors, device.shared_bytes);
     for (int step = 0; step < 2; ++step) {
       skerry::cuda::run({make("rope_append_f16", 3, 0, false, 11), make("sample_f32", 4, 50'000, true, 12),
-                        make("sample_f32", 0, 0, false, 13)},
-                       reinterpret_cast<void*>(0x99));
+                         make("sample_f32", 0, 0, false, 13)},
+                        reinterpret_cast<void*>(0x99));
     }
     skerry::cuda::run({make("unheard_of", 1, 0, false, 0)}, nullptr);
   } catch (const std::exception& error) {
