@@ -109,7 +109,7 @@ def test_a_dry_run_runs_the_emulated_tests(bare, monkeypatch, capsys):
 
 def document(**figures):
     made = new_document("gpu", subject={"device": DEVICE}, figures={}, rows=[], failures=[], sanitizers={},
-                        tensorrt_rtx={})  # fmt: skip
+                        tensorrt_rtx={}, tensorrt={})  # fmt: skip
     made["tests"] = {"exit_code": 0, "summary": "9 passed"}
     made["figures"] = {name: {"median": value, "min": value, "max": value} for name, value in figures.items()}
     ours = [target for target in read_targets() if target.figure == "gpu_sample_131072_b1"]
@@ -142,6 +142,7 @@ def test_all_musts_met():
     ({"tests": {"exit_code": 0, "summary": "9 skipped"}}, SkerryError, "tests: 9 skipped"),
     ({"sanitizers": {"racecheck": {"exit_code": 1, "summary": "1 failed"}}}, SkerryError, "racecheck: 1 failed"),
     ({"tensorrt_rtx": {"tests": {"exit_code": 1, "summary": "1 failed"}}}, SkerryError, "TensorRT-RTX: 1 failed"),
+    ({"tensorrt": {"tests": {"exit_code": 1, "summary": "1 failed"}}}, SkerryError, "TensorRT: 1 failed"),
     ({"failures": ["check kernel gpu_sample: wrong"]}, SkerryError, "gpu_sample: wrong"),
 ])  # fmt: skip
 def test_what_does_not_pass(changes, error, cause):
@@ -179,7 +180,7 @@ def device(monkeypatch):
 
 def begun(**settings):
     settings = {"repeats": 7, "seed": 0, "bundle": None, "reference": None} | settings
-    return new_document("gpu", figures={}, rows=[], failures=[], sanitizers={}, tensorrt_rtx={}, model={},
+    return new_document("gpu", figures={}, rows=[], failures=[], sanitizers={}, tensorrt_rtx={}, tensorrt={}, model={},
                         settings=settings)  # fmt: skip
 
 
@@ -205,7 +206,7 @@ def test_tensorrt_rtx_is_tried_and_tested_where_it_opens(device, monkeypatch, sa
     made = begun()
     check.check(made, found.Found(DEVICE | {"sm": 90}, {"tensorrt-rtx": "1.7"}), "")
     assert made["tensorrt_rtx"]["tried"] == {"the default": said} and [a for a in device[1:-1]] == asked
-    monkeypatch.setattr(check, "RTX_NEEDS", ("no_such_module",))
+    monkeypatch.setattr(check, "EXPORTING", ("no_such_module",))
     looked = found.Found(DEVICE | {"sm": 90})
     assert "tests" not in check.try_rtx(90, looked)
     assert looked.missing == ({"no_such_module": f"{check.RTX_TESTS} on the device"} if asked else {})

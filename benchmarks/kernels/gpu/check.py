@@ -32,7 +32,8 @@ SECTION, RUN = "Kernels on an H200", "kernels"  # in targets.toml
 # Of those, the tests whose id has "gpu", or "emulated"; what needs a package that is not there skips itself.
 TESTS = tuple(f"tests/kernels/test_{what}*.py" for what in ("cuda_", "ort_cuda", "tensorrt"))
 MODEL_TESTS = "tests/benchmarks/test_model_emulated.py"  # of the part that is given a bundle
-RTX_TESTS, RTX_NEEDS = "tests/exporter/test_tensorrt_rtx.py", ("click", "onnx_ir", "torch", "transformers")
+RTX_TESTS, PAGED_TESTS = "tests/exporter/test_tensorrt_rtx.py", "tests/exporter/test_tensorrt_gpu.py"
+EXPORTING = ("click", "onnx_ir", "torch", "transformers")  # which those tests do first
 SANITIZED = "sanitized"  # marks the small tests that are run again under compute-sanitizer
 SANITIZERS = ("memcheck", "racecheck")
 TEST_SECONDS, SANITIZER_SECONDS = 1800.0, 900.0
@@ -56,7 +57,8 @@ def main(words: Sequence[str] | None = None) -> int:
         settings = {name: getattr(args, name) for name in ("repeats", "seed", "bundle", "reference")}
         document = new_document(
             "gpu", subject={"device": found.device}, settings=settings, figures={}, rows=[], versions=found.versions,
-            missing=found.missing, tests={}, sanitizers={}, tensorrt_rtx={}, model={}, targets=[], failures=[],
+            missing=found.missing, tests={}, sanitizers={}, tensorrt_rtx={}, tensorrt={}, model={}, targets=[],
+            failures=[],
         )  # fmt: skip
         try:
             check(document, found, args.only)
@@ -98,7 +100,7 @@ def plan(found: Found, repeats: int, bundle: str | None = None) -> str:
         "3. ceilings: device copy, bf16 product",
         f"4. rows of {', '.join(OPS)}, {repeats} repeats, L2 overwritten before each call",
         f"5. a whole model: {f'chat, agreement, tokens a second of {bundle}' if bundle else 'left out, no --bundle'}",
-        "6. TensorRT-RTX: whether it runs on this device, and its test where it does",
+        "6. TensorRT-RTX: whether it runs on this device, and its test where it does; TensorRT's where it is installed",
         "7. the targets:",
         *(f"   {target.measure}: {'>=' if target.better == 'higher' else '<='} {target.must:g} {target.unit}"
           for target in gpu_targets()),
@@ -121,6 +123,8 @@ def check(document: dict[str, Any], found: Found, only: str) -> None:
         document["sanitizers"] = {tool: sanitize(tool) for tool in SANITIZERS}
     if "tensorrt-rtx" in found.versions:
         document["tensorrt_rtx"] = try_rtx((found.device or {})["sm"], found)
+    if "tensorrt" in found.versions:
+        document["tensorrt"] = exporter_tests(PAGED_TESTS, found)
     settings = document["settings"]
     setting = Setting(1, settings["seed"], PEERS, None, lambda line: print(f"gpu-check: {line}", file=sys.stderr))
     failed: list[SkerryError] = []
@@ -143,11 +147,16 @@ def try_rtx(sm: int, found: Found) -> dict[str, Any]:
     """What the library says of this device; where an engine opens, its test too."""
     made: dict[str, Any] = {"tried": rtx.tried(sm)}
     if any(rtx.OPENED in said for said in made["tried"].values()):
-        if lacking(RTX_NEEDS):
-            found.missing |= dict.fromkeys(lacking(RTX_NEEDS), f"{RTX_TESTS} on the device")
-        else:
-            made["tests"] = run_tests("on_a_gpu", files=(RTX_TESTS,))
+        made |= exporter_tests(RTX_TESTS, found)
     return made
+
+
+def exporter_tests(file: str, found: Found) -> dict[str, Any]:
+    """{"tests": its test on the device}; nothing where what exports a model is missing, which is then named."""
+    if lacking(EXPORTING):
+        found.missing |= dict.fromkeys(lacking(EXPORTING), f"{file} on the device")
+        return {}
+    return {"tests": run_tests("on_a_gpu", files=(file,))}
 
 
 def run_tests(
@@ -183,8 +192,9 @@ def sanitize(tool: str) -> dict[str, Any]:
 def conclude(document: dict[str, Any]) -> None:
     """Raises where the check did not pass: what failed before what was slow, and that before what is unknown."""
     runs = {"tests": document["tests"], **document["sanitizers"]}
-    if "tests" in document["tensorrt_rtx"]:
-        runs["TensorRT-RTX"] = document["tensorrt_rtx"]["tests"]
+    for name, part in (("TensorRT-RTX", document["tensorrt_rtx"]), ("TensorRT", document["tensorrt"])):
+        if "tests" in part:
+            runs[name] = part["tests"]
     failed = [f"{name}: {run['summary']}" for name, run in runs.items() if not passed(run)]
     failed += document["failures"]
     if failed:
