@@ -5,6 +5,8 @@
 #include <math.h>
 #include <string.h>
 
+#include "../include/exponential.h"
+
 namespace skerry {
 namespace {
 
@@ -62,20 +64,7 @@ void weights(const float* x, int64_t n, float max, double* weight) {
     const double t = c * 1.4426950408889634 + shift;
     const double k = t - shift;
     const double r = (c - k * 0.6931471803691238) - k * 1.9082149292705877e-10;
-    double p = 1.0 / 6227020800.0;
-    p = p * r + 1.0 / 479001600.0;
-    p = p * r + 1.0 / 39916800.0;
-    p = p * r + 1.0 / 3628800.0;
-    p = p * r + 1.0 / 362880.0;
-    p = p * r + 1.0 / 40320.0;
-    p = p * r + 1.0 / 5040.0;
-    p = p * r + 1.0 / 720.0;
-    p = p * r + 1.0 / 120.0;
-    p = p * r + 1.0 / 24.0;
-    p = p * r + 1.0 / 6.0;
-    p = p * r + 0.5;
-    p = p * r + 1.0;
-    p = p * r + 1.0;
+    double p = exponential_near_zero(r);
     uint64_t bits, exponent;
     memcpy(&bits, &p, sizeof bits);
     memcpy(&exponent, &t, sizeof exponent);

@@ -2,6 +2,7 @@
 // into fused multiply-adds (kernels.cmake).
 #pragma once
 
+#include "../include/exponential.h"
 #include "device.h"
 #include "sample_task.h"
 
@@ -32,20 +33,7 @@ DEVICE double weight_of(float z, float top) {
   const double t = d * 1.4426950408889634 + shift;
   const double k = t - shift;
   const double r = (d - k * 0.6931471803691238) - k * 1.9082149292705877e-10;
-  double p = 1.0 / 6227020800.0;
-  p = p * r + 1.0 / 479001600.0;
-  p = p * r + 1.0 / 39916800.0;
-  p = p * r + 1.0 / 3628800.0;
-  p = p * r + 1.0 / 362880.0;
-  p = p * r + 1.0 / 40320.0;
-  p = p * r + 1.0 / 5040.0;
-  p = p * r + 1.0 / 720.0;
-  p = p * r + 1.0 / 120.0;
-  p = p * r + 1.0 / 24.0;
-  p = p * r + 1.0 / 6.0;
-  p = p * r + 0.5;
-  p = p * r + 1.0;
-  p = p * r + 1.0;
+  const double p = exponential_near_zero(r);
   return __longlong_as_double(__double_as_longlong(p) + (__double_as_longlong(t) << 52));
 }
 

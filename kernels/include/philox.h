@@ -3,13 +3,9 @@
 
 #include <cstdint>
 
-namespace skerry {
+#include "anywhere.h"
 
-#if defined(__CUDACC__)
-#  define SKERRY_ANYWHERE __host__ __device__
-#else
-#  define SKERRY_ANYWHERE
-#endif
+namespace skerry {
 
 // One block: counter and key in, four words out (in place of the counter).
 SKERRY_ANYWHERE inline void philox4x32(uint32_t counter[4], uint32_t key0, uint32_t key1) {
