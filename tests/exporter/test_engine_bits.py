@@ -165,5 +165,5 @@ def test_onnx_runtime_gives_the_same_hidden_states(engine: Bundle, monkeypatch: 
     assert np.abs(found - wanted).max() <= (0.15 if layers_normed_by_both else 1e-4) * wanted.std()
 
 
-def open_session(bundle: Bundle, threads: int, arrays: None) -> Session:
+def open_session(bundle: Bundle, threads: int, *device: None) -> Session:
     return Session(bundle.file("graph.onnx"), bundle.short, threads)
