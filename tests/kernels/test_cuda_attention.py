@@ -327,11 +327,12 @@ def test_blocks_are_as_many_as_run_at_once_however_long_the_tables_are():
 
 
 @pytest.mark.parametrize("size", [64, 128, 256])
-@pytest.mark.parametrize(("sm", "shared"), [(75, 64), (80, 163), (86, 99), (90, 227)])
+@pytest.mark.parametrize(("sm", "shared"), [(75, 64), (80, 163), (86, 99), (90, 227), (120, 99)])
 def test_a_plan_names_only_kernels_that_there_are(sm: int, shared: int, size: int):
     """Of the kernel for many rows there are as many variants as devices need, and no more."""
-    for layout in ("f16.t16", "bf16.t16") if sm >= 80 else ("f16.t16",):
-        case = case_of(16, shape_of(1, size, 1), [(70, 70)], layout, layout == "bf16.t16")
+    kinds = [("f16.t16", False), ("i8.t16", False), *([("bf16.t16", True), ("e4m3.t16", True)] if sm >= 80 else [])]
+    for layout, bfloat16 in kinds:
+        case = case_of(16, shape_of(1, size, 1), [(70, 70)], layout, bfloat16)
         device = opened("Emulated", sm=sm, shared_bytes=(shared << 10) - 1024)
         if (sm, size) == (75, 256):  # of which even one tile does not fit
             with pytest.raises(InputError, match="bytes of shared memory"):

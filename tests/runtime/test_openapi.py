@@ -119,7 +119,8 @@ def test_real_answers_have_the_described_shape(url):
 
 
 @pytest.mark.faults("schemathesis: requests generated from the node's own OpenAPI")
-def test_generated_requests_find_nothing(url):
+@pytest.mark.parametrize("examples", [12, pytest.param(60, marks=pytest.mark.thorough)])
+def test_generated_requests_find_nothing(url, examples):
     """Valid and invalid ones: every answer is a described one, what breaks the schema is refused, nothing is a 500."""
     schemathesis = pytest.importorskip("schemathesis")
     from schemathesis.checks import not_a_server_error
@@ -142,7 +143,7 @@ def test_generated_requests_find_nothing(url):
         for mode in modes:
 
             @settings(
-                max_examples=12, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
+                max_examples=examples, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
                 suppress_health_check=list(HealthCheck),
             )  # fmt: skip
             @given(operation.as_strategy(generation_mode=mode))
