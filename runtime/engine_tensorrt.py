@@ -123,7 +123,7 @@ def plans(
     if described.plan == key:
         yield bundle.file(PLAN).read_bytes()
     room = max(PLANS_BYTES, 3 * bundle.manifest.entry("weights.bin").size)
-    cache = JitCache(directory.with_name("plans"), room)
+    cache = JitCache(directory / "plans", room)
     kept = cache.read(key)
     if kept:
         yield kept

@@ -182,7 +182,7 @@ def test_a_node_takes_the_plan_it_is_given_or_builds_one_by_its_times(
         with open_tensorrt(measured, other, **threads, directory=cache) as found:
             np.testing.assert_array_equal(found.logits_for(IDS), expected)
     assert len(library.engines) == 2 and library.configs[-1].timing == measured.file(TIMING).read_bytes()
-    [kept] = (tmp_path / "cache" / "plans").iterdir()
+    [kept] = (cache / "plans").iterdir()
     kept.write_bytes(b"cut short")
     open_tensorrt(measured, other, **threads, directory=cache).close()
     assert len(library.engines) == 3 and kept.read_bytes() in library.engines
