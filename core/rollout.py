@@ -227,8 +227,11 @@ Views = Mapping[str, NodeView]
 
 
 def _advance_scheduled(rollout: Rollout, views: Views, now: float) -> Rollout:
-    able = [view for view in views.values() if view.online or not view.unproven]
-    return _start_wave(rollout, views, now, 0) if able else rollout
+    if any(view.online or not view.unproven for view in views.values()):
+        return _start_wave(rollout, views, now, 0)
+    names = ", ".join(sorted(views)[:10])
+    reason = f"waits for one of {names} to come online and prove its engine" if views else "no node takes its bundles"
+    return rollout if rollout.reason == reason else replace(rollout, reason=reason)
 
 
 def _advance_paused(rollout: Rollout, views: Views, now: float) -> Rollout:

@@ -319,7 +319,13 @@ def test_nodes_the_release_has_nothing_for_take_no_part() -> None:
 
 def test_a_rollout_waits_for_a_first_node() -> None:
     rollout = scheduled()
-    assert advance(rollout, [], 100) is rollout
+    waiting = advance(rollout, [], 100)
+    assert (waiting.state, waiting.reason) == ("SCHEDULED", "no node takes its bundles")
+    assert advance(waiting, [], 200) is waiting and waiting.history == rollout.history
+    unproven = NodeView("gpu", "digest-v1", "digest-v2", "digest-v1", online=False, unproven=True)
+    waiting = advance(waiting, [unproven], 300)
+    assert waiting.state == "SCHEDULED" and "waits for one of gpu to come online" in waiting.reason
+    assert advance(waiting, [replace(unproven, online=True)], 400).phase == "PROVE"
 
 
 def test_assignment_depends_on_rollout_and_nodes_alone() -> None:
