@@ -189,11 +189,11 @@ class EngineLoop:
                 if fatal:  # before anybody hears of this step: who asks then is told that nothing is accepted
                     self._closing = f"{FATAL_STEPS} steps failed in a row: {next(iter(errors.values()))}"
             self._step_is_over()
-            if updates:
-                self._deliver(updates)
             prompt_tokens = sum(item.count for item in planned if not item.decodes)
             kept = sum(update.token is not None for update in updates)
             self._on_step(StepDone(seconds, len(planned), prompt_tokens, kept))
+            if updates:  # who has an answer finds it counted
+                self._deliver(updates)
             if fatal:
                 return self._end(self._closing)
 

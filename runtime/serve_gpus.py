@@ -75,11 +75,18 @@ def serve_on(gpus: Sequence[Gpu], arguments: Sequence[str], sock: socket.socket,
             environment = {**os.environ, **Place(gpu.uuid).environment(), VARIABLE: str(peers)}
             command = [*COMMAND, *arguments, *own]
             children.append(subprocess.Popen(command, env=environment, pass_fds=(sock.fileno(),), process_group=0))
+        asked: list[int] = []
+
+        def tell(number: int, frame: object) -> None:
+            asked.append(number)
+            _tell(children, number)
+
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda number, frame: _tell(children, number))
+            signal.signal(number, tell)
         while all(child.poll() is None for child in children):
             time.sleep(POLL_SECONDS)
-        _tell(children, signal.SIGTERM)
+        if not {signal.SIGTERM, signal.SIGINT}.intersection(asked):  # told twice, they would cut requests short
+            _tell(children, signal.SIGTERM)
         codes = [child.wait() for child in children]
     return next((abs(code) for code in codes if code), 0)
 

@@ -27,7 +27,7 @@ from tests.runtime.board import BOARD
 if TYPE_CHECKING:
     from skerry.core.bundle import Bundle
 
-pytestmark = [pytest.mark.slow, pytest.mark.e2e]
+pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.alone]
 SECONDS = int(os.environ.get("SKERRY_BOARD_SECONDS", "20"))
 PROMETHEUS = shutil.which("prometheus")
 

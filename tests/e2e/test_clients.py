@@ -21,7 +21,7 @@ import pytest
 if TYPE_CHECKING:
     from skerry.core.bundle import Bundle
 
-pytestmark = [pytest.mark.slow, pytest.mark.e2e]
+pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.alone]
 CLIENTS = Path(__file__).parent / "clients"
 INSTALLER = "uv==0.13.9"  # a tenth of the seconds that pip takes
 

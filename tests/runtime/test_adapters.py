@@ -392,11 +392,13 @@ def test_adapters_come_and_go_under_load(roomy, start, tokenizer, run, tmp_path)
                     changes[0] += 1
 
             churning = asyncio.create_task(churn())
-            for _ in range(3):
+            rounds = 0
+            while rounds < 3 or changes[0] < 4:
                 assert list(await asyncio.gather(*map(ask, range(12)))) == alone
+                rounds += 1
             stop.set()
             await churning
-            assert changes[0] > 3 and server.engine is engine and server.fatal == []
+            assert server.engine is engine and server.fatal == []
             await server.idle()
             for one in list(adapters.loaded):
                 adapters.unload(one.name)
