@@ -142,23 +142,30 @@ def compile_network(trt: Any, network: Network, manifest: Manifest, limits: Limi
         for index, sm in enumerate(sms):
             if not config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), index):
                 raise SkerryError("build engine", f"sm {sm}", network.logger.cause)
-    for profile in (DECODE, MIXED):
-        made = network.builder.create_optimization_profile()
-        for name, shapes in profile_shapes(manifest, limits, profile).items():
-            made.set_shape(name, *shapes)
-        if config.add_optimization_profile(made) < 0:
-            raise SkerryError("build engine", f"profile {profile}", network.logger.cause)
-    engine = network.builder.build_serialized_network(network.definition, config)
-    if engine is None:
-        hint = "another --precision, or --target ort-cuda"
-        raise SkerryError("build engine", manifest.name, network.logger.cause, hint)
-    return bytes(engine)
+    hint = "another --precision, or --target ort-cuda"
+    profiles = [profile_shapes(manifest, limits, profile) for profile in (DECODE, MIXED)]
+    return serialized(network, config, profiles, manifest.name, hint)
 
 
 Shape = tuple[int, ...]
+Shapes = dict[str, tuple[Shape, Shape, Shape]]  # least, usual and largest, by input
 
 
-def profile_shapes(manifest: Manifest, limits: Limits, profile: int) -> dict[str, tuple[Shape, Shape, Shape]]:
+def serialized(network: Network, config: Any, profiles: Sequence[Shapes], name: str, hint: str) -> bytes:
+    """The engine of a network with these profiles, in their order. Raises SkerryError with TensorRT's last error."""
+    for index, inputs in enumerate(profiles):
+        made = network.builder.create_optimization_profile()
+        for tensor, shapes in inputs.items():
+            made.set_shape(tensor, *shapes)
+        if config.add_optimization_profile(made) < 0:
+            raise SkerryError("build engine", f"profile {index}", network.logger.cause)
+    engine = network.builder.build_serialized_network(network.definition, config)
+    if engine is None:
+        raise SkerryError("build engine", name, network.logger.cause, hint)
+    return bytes(engine)
+
+
+def profile_shapes(manifest: Manifest, limits: Limits, profile: int) -> Shapes:
     """Least, usual and largest shape of every input."""
     slots = limits.slots
     least = {"T": 1, "B": 1, "S": 1, "R": 1}

@@ -14,12 +14,12 @@ from functools import partial
 from typing import Any
 
 from skerry.core.bundle import Bundle, Manifest
-from skerry.core.errors import IncompatibleError, SkerryError
+from skerry.core.errors import IncompatibleError
 from skerry.core.memory import mib, require_memory
 from skerry.kernels.buckets import MOST_SEQUENCES, power_of_two
 from skerry.kernels.devices import INSTALL
 from skerry.kernels.pages import PAGE_TOKENS, page_bytes
-from skerry.kernels.tensorrt.build import DECODE, MIXED, Network, Shape, write_network
+from skerry.kernels.tensorrt.build import DECODE, MIXED, Network, Shape, Shapes, serialized, write_network
 from skerry.kernels.tensorrt.paged_decoder import PagedDecoder, step_inputs
 
 log = logging.getLogger("skerry.tensorrt")
@@ -84,19 +84,12 @@ def compile_plan(
         log.warning("the timing cache is of another GPU or TensorRT: kernels are timed anew")
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, False)
-    for profile in (DECODE, MIXED):
-        made = network.builder.create_optimization_profile()
-        for name, shapes in paged_shapes(bundle, limits, profile).items():
-            made.set_shape(name, *shapes)
-        if config.add_optimization_profile(made) < 0:
-            raise SkerryError("build engine", f"profile {profile}", network.logger.cause)
-    plan = network.builder.build_serialized_network(network.definition, config)
-    if plan is None:
-        raise SkerryError("build engine", bundle.short, network.logger.cause, "--target ort-cuda")
-    return bytes(plan), bytes(config.get_timing_cache().serialize())
+    profiles = [paged_shapes(bundle, limits, profile) for profile in (DECODE, MIXED)]
+    plan = serialized(network, config, profiles, bundle.short, "--target ort-cuda")
+    return plan, bytes(config.get_timing_cache().serialize())
 
 
-def paged_shapes(bundle: Bundle, limits: PagedLimits, profile: int) -> dict[str, tuple[Shape, Shape, Shape]]:
+def paged_shapes(bundle: Bundle, limits: PagedLimits, profile: int) -> Shapes:
     """Least, usual and largest shape of every input."""
     few = min(8, limits.sequences)
     if profile == DECODE:
