@@ -22,7 +22,7 @@ ASK_SECONDS = 1.0
 MOST_BYTES = 16 << 20  # of one worker's answer
 END = "# EOF"
 _HEADER = re.compile(r"# (HELP|TYPE|UNIT) (\S+)")
-Render = Callable[[str], bytes]  # the exposition for an Accept header
+Render = Callable[[str], tuple[bytes, str]]  # the exposition for an Accept header, and its content type
 
 
 @contextlib.contextmanager
@@ -58,13 +58,14 @@ class MetricPeers:
             self._server.close()
             self._path.unlink(missing_ok=True)
 
-    async def exposition(self, accept: str) -> bytes:
-        """Of all workers that answer within ASK_SECONDS; this one among them in any case."""
+    async def exposition(self, accept: str) -> tuple[bytes, str]:
+        """With its content type: of all workers that answer within ASK_SECONDS; this one among them in any case."""
         others = [path for path in sorted(self._directory.glob("*.*")) if path != self._path]
         asked = await asyncio.gather(*(self._ask(path, accept) for path in others))
-        parts = [(self._name, self._render(accept).decode())]
+        own, kind = self._render(accept)
+        parts = [(self._name, own.decode())]
         parts += [(path.name.rpartition(".")[0], text) for path, text in zip(others, asked, strict=True) if text]
-        return joined(parts).encode()
+        return joined(parts).encode(), kind
 
     async def _ask(self, path: Path, accept: str) -> str:
         """Empty where nobody answers. A socket that refuses was left by a worker that was killed."""
@@ -85,7 +86,7 @@ class MetricPeers:
         with contextlib.closing(writer), contextlib.suppress(OSError, TimeoutError, ValueError):
             async with asyncio.timeout(ASK_SECONDS):
                 accept = (await reader.readline()).decode().strip()
-                writer.write(self._render(accept))
+                writer.write(self._render(accept)[0])
                 await writer.drain()
 
 

@@ -136,9 +136,10 @@ def create_app(service: Service, gate: Gate, options: Options | None = None) -> 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
         accept = request.headers.get("accept", "")
-        body, kind = service.metrics.negotiated(accept)
-        if service.peers is not None:
-            body = await service.peers.exposition(accept)
+        if service.peers is None:
+            body, kind = service.metrics.negotiated(accept)
+        else:
+            body, kind = await service.peers.exposition(accept)
         return Response(body, headers={"content-type": kind})
 
     return app

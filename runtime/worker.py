@@ -220,7 +220,7 @@ class Worker:
         )  # fmt: skip
         service.metrics.registry.register(EngineFellBack(service.model.name, loaded.fell_back))
         self._peers = service.peers = MetricPeers.of_environment(
-            os.environ.get("CUDA_VISIBLE_DEVICES", ""), lambda accept: service.metrics.negotiated(accept)[0]
+            os.environ.get("CUDA_VISIBLE_DEVICES", ""), service.metrics.negotiated
         )
         if service.peers is not None:
             await service.peers.start()

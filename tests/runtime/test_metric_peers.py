@@ -17,14 +17,15 @@ from skerry.runtime import metric_peers
 from skerry.runtime.metric_peers import MetricPeers, joined, labelled
 
 
-def worker(requests: int, seconds: float) -> Callable[[str], bytes]:
+def worker(requests: int, seconds: float) -> Callable[[str], tuple[bytes, str]]:
     registry = CollectorRegistry()
     Counter("skerry_requests", "Requests", ["model_name"], registry=registry).labels("tides").inc(requests)
     Histogram("vllm:e2e_request_latency_seconds", "Seconds", buckets=(1, 5), registry=registry).observe(
         seconds, exemplar={"trace_id": "ab{c"}
     )
     return lambda accept: (
-        openmetrics.generate_latest(registry, "allow-utf-8") if "openmetrics" in accept else generate_latest(registry)
+        openmetrics.generate_latest(registry, "allow-utf-8") if "openmetrics" in accept else generate_latest(registry),
+        "kind",
     )
 
 
@@ -35,7 +36,7 @@ def ask(directory: Path, accept: str = "") -> str:
             peer._path = peer._path.with_name(f"{peer._name}.{peer._name[-1]}")  # of processes of their own
             await peer.start()
         try:
-            return (await peers[1].exposition(accept)).decode()
+            return (await peers[1].exposition(accept))[0].decode()
         finally:
             for peer in peers:
                 peer.close()
